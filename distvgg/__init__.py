@@ -1,0 +1,1 @@
+"""distvgg trains VGG image classifiers over any number of processes, exactly."""

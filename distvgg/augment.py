@@ -1,0 +1,78 @@
+"""Random views of images: pure batched tensor functions of (images, draws).
+
+Draws belong to `(seed, epoch, sample)`, so that they depend neither on batches nor on processes; a
+whole epoch's are made at once on the CPU and indexed on the device. Invariant: no function here
+reads a global generator.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distvgg.config import AugmentConfig
+from distvgg.sampling import generator
+
+
+class Draws(NamedTuple):
+    """One random view for each of n samples: top and left in 0..2*padding, int64; flip, bool."""
+
+    top: Tensor
+    left: Tensor
+    flip: Tensor
+
+    def take(self, index: Tensor | slice) -> "Draws":
+        return Draws(*(field[index] for field in self))
+
+    def to(self, device: torch.device) -> "Draws":
+        return Draws(*(field.to(device, non_blocking=True) for field in self))
+
+
+def draw_epoch(config: AugmentConfig, seed: int, epoch: int, n_samples: int) -> Draws:
+    """The views of all samples of one epoch, indexed by sample: [n_samples] each, on the CPU."""
+    rng = generator(seed, "augment", epoch)
+    top, left = torch.randint(0, 2 * config.crop_padding + 1, (2, n_samples), generator=rng)
+    flip = torch.rand(n_samples, generator=rng) < 0.5
+    return Draws(top, left, flip if config.flip else torch.zeros_like(flip))
+
+
+def view(images: Tensor, index: Tensor, draws: Draws, padding: int) -> Tensor:
+    """Takes images by index, pads them by reflection, crops at (top, left) and flips: one gather.
+
+    Args:
+        images: [N, height, width, 3] uint8.
+        index: [n] int64, which of them.
+        draws: [n] each.
+        padding: pixels of border, less than height and width.
+
+    Returns:
+        [n, height, width, 3] uint8.
+    """
+    height, width = images.shape[1:3]
+    rows = _reflect(draws.top[:, None] - padding + _arange(height, images), height)
+    columns = _arange(width, images)
+    columns = torch.where(draws.flip[:, None], width - 1 - columns, columns)
+    columns = _reflect(draws.left[:, None] - padding + columns, width)
+    return images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor, side: int) -> Tensor:
+    """[n, height, width, 3] uint8 -> [n, 3, side, side], standardised per channel and resized where
+    the size differs (bilinear, antialiased); NHWC in memory. `mean` and `std` are [3], in 0..1;
+    their dtype is the result's."""
+    x = (images.to(mean.dtype) / 255 - mean) / std
+    x = x.permute(0, 3, 1, 2)
+    if x.shape[-2:] != (side, side):
+        x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+    return x
+
+
+def _arange(n: int, like: Tensor) -> Tensor:
+    return torch.arange(n, device=like.device)
+
+
+def _reflect(at: Tensor, n: int) -> Tensor:
+    """Mirrors coordinates outside 0..n-1 at the border pixels, which are not repeated."""
+    at = at.abs()
+    return torch.where(at >= n, 2 * (n - 1) - at, at)

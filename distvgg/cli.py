@@ -1,0 +1,162 @@
+"""The command line: parse, build the config, call; no logic.
+
+tyro writes the help from the typed signatures below; what is typed is merged over the recipe and
+judged by pydantic in one place (`config.load`), so that a recipe and a command line get the same
+message for the same mistake. Invariant: nothing heavy is imported before it is needed, and a
+mistake of the user's is one line on the main process and exit code 2.
+"""
+
+import functools
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from distvgg.config import Config, UserError, load, recipe_names
+
+if TYPE_CHECKING:
+    from distvgg.result import Result
+
+USAGE = """\
+usage: distvgg COMMAND ...
+
+  train RECIPE [--run-dir DIR] [--section.field VALUE ...]   the same command again goes on
+  evaluate RUN_DIR [--split test|val]                        the weights of a finished run
+
+Over several processes:
+  accelerate launch --config_file accelerate_config.yaml --num_processes N -m distvgg train ...
+Recipes: {recipes}; every field with its meaning: distvgg train RECIPE --help"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command of the command line; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE.format(recipes=", ".join(recipe_names())))
+        return 0 if words else 2
+    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "evaluate": _evaluate}
+    try:
+        if words[0] not in commands:
+            raise UserError(f"no command {words[0]!r}: give one of {', '.join(commands)}")
+        commands[words[0]](words[1:])
+    except UserError as error:
+        _complain(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _train(words: list[str]) -> None:
+    positional, options = _split(words)
+    if "help" in options:
+        # A recipe's own values are shown as the defaults.
+        _help(functools.partial(train, config=load(positional[0]) if positional else Config()))
+    if len(positional) != 1:
+        raise UserError(
+            f"train takes one recipe, got {' '.join(positional) or 'none'}: give one of"
+            f" {', '.join(recipe_names())}, or the path of a YAML file"
+        )
+    run_dir = options.pop("run_dir", None)
+    config = load(positional[0], options)
+    result = train(positional[0], config, Path(run_dir) if run_dir else None)
+    if _rank() == 0:
+        print(result.text())
+
+
+def _evaluate(words: list[str]) -> None:
+    positional, options = _split(words)
+    if "help" in options:
+        _help(evaluate)
+    split = options.pop("split", "test")
+    if len(positional) != 1 or options or split not in ("test", "val"):
+        raise UserError("give one run folder: distvgg evaluate RUN_DIR [--split test|val]")
+    text = evaluate(Path(positional[0]), "val" if split == "val" else "test")
+    if _rank() == 0:
+        print(text)
+
+
+def train(
+    recipe: Annotated[str, tyro.conf.Positional],
+    config: Annotated[Config, tyro.conf.arg(name="")],
+    run_dir: Path | None = None,
+) -> "Result":
+    """Train a recipe: the name of a packaged one, or the path of a YAML file (also a run's own
+    config.yaml). The same command again goes on with the same run, or shows its result.
+
+    Args:
+        run_dir: folder of the run. None: runs/, a name made from the recipe and its values.
+    """
+    from distvgg.engine import train
+
+    return train(config, run_dir or default_run_dir(recipe, config))
+
+
+def evaluate(
+    run_dir: Annotated[Path, tyro.conf.Positional], split: Literal["test", "val"] = "test"
+) -> str:
+    """Measure the weights of a finished run.
+
+    Args:
+        run_dir: folder of the run.
+        split: test, or the validation images that were held out of train.
+    """
+    from distvgg.evaluate import evaluate_run
+    from distvgg.tracking import describe
+
+    return describe(evaluate_run(run_dir, split))
+
+
+def default_run_dir(recipe: str, config: Config) -> Path:
+    """The same folder for the same config, on every process and every time."""
+    digest = hashlib.sha256(config.to_yaml().encode()).hexdigest()[:8]
+    return Path("runs") / f"{Path(recipe).stem}-{digest}"
+
+
+def _split(words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Parts words into positionals and options: `--name VALUE` or `--name=VALUE`, hyphens in a name
+    counting as underscores."""
+    positional: list[str] = []
+    options: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        if word in ("-h", "--help"):
+            options["help"] = ""
+        elif not word.startswith("--"):
+            positional.append(word)
+        else:
+            name, given, value = word.removeprefix("--").partition("=")
+            if not given and (value := next(rest, "--")).startswith("--"):
+                raise UserError(f"--{name} needs a value: --{name} VALUE")
+            options[name.replace("-", "_")] = value
+    return positional, options
+
+
+def _help(command: Callable[..., Any]) -> None:
+    """Prints what tyro makes of a command's signature, and exits."""
+    tyro.cli(
+        command,
+        prog=f"distvgg {getattr(command, 'func', command).__name__}",
+        args=["--help"],
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _complain(error: UserError) -> None:
+    """Prints the line once. A mistake is found by all processes alike, so the main one speaks and
+    the launcher ends the others; one that is still there seconds later has a mistake of its own."""
+    if rank := _rank():
+        time.sleep(10)
+        print(f"distvgg: error on process {rank}: {error}", file=sys.stderr, flush=True)
+    else:
+        print(f"distvgg: error: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,377 @@
+"""What a run is: frozen, validated config models, read from recipes and overrides, kept with the run.
+
+Owns every name that a user types in a recipe or on the command line, and every check that needs no
+data and no process group. Invariant: a `Config` that exists is valid, never changes, and survives
+`to_yaml` -> `load` unchanged, so that the `config.yaml` of a run folder is itself a recipe.
+
+Nothing here imports torch: a typing error costs a blink, not an import.
+"""
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+
+CONFIG_FILE = "config.yaml"
+AUTO = "train.precision"  # the one field whose value a run resolves
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. Its message is one line that says what to change; the
+    command line prints that line and exits with code 2. Any other exception is a bug and keeps
+    its traceback."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+# A command line hands over text, which pydantic turns into numbers but not into Literal integers.
+Depth = Annotated[
+    Literal[11, 13, 16, 19],
+    BeforeValidator(lambda v: int(v) if isinstance(v, str) and v.isdigit() else v),
+]
+# YAML 1.1 reads an unquoted `no` as false.
+Precision = Annotated[
+    Literal["auto", "no", "fp16", "bf16"], BeforeValidator(lambda v: "no" if v is False else v)
+]
+
+
+class DataConfig(Section):
+    """Which images, and how they are split."""
+
+    name: Literal["cifar100", "cifar10", "synthetic", "custom"] = "cifar100"
+    """The dataset. `custom` takes any classes and image size from `data.path`."""
+    path: str | None = None
+    """A folder that `datasets.load_dataset` reads (Parquet or an image folder), or a hub id.
+    None: the dataset's own id on the hub."""
+    val_size: int = Field(5000, ge=1)
+    """Images held out of the train split for validation, class by class."""
+    train_size: int | None = Field(None, ge=1)
+    """Train on a class-balanced subset of this many images. None: all but the validation split."""
+    split_seed: int = Field(0, ge=0)
+    """Seed of the train/validation split, apart from `seed` so that seeds share one split."""
+    resize: int | None = Field(None, ge=16)
+    """Store every image as a square of this side: shorter side resized, centre cropped. None:
+    images must have one shape already."""
+
+    @model_validator(mode="after")
+    def _path_fits_name(self) -> "DataConfig":
+        if self.name == "custom" and self.path is None:
+            raise ValueError("data.name custom needs data.path, a folder or a hub id")
+        if self.name == "synthetic" and self.path is not None:
+            raise ValueError("data.name synthetic is made in code; drop data.path or name its set")
+        return self
+
+
+class ModelConfig(Section):
+    """VGG (Simonyan and Zisserman, 2015, table 1): depth 11, 13, 16, 19 are columns A, B, D, E."""
+
+    depth: Depth = 16
+    """Weight layers: 11, 13, 16 or 19."""
+    batch_norm: bool = True
+    """BatchNorm after each convolution."""
+    width: float = Field(1.0, gt=0, le=16)
+    """Multiplies the channels of each convolution and the units of the head."""
+    head_width: int = Field(512, ge=1)
+    """Units of the two hidden linear layers: 512 for CIFAR, 4096 in the paper."""
+    pool_size: int = Field(1, ge=1, le=16)
+    """Side of the grid that enters the head: 1 for CIFAR, 7 in the paper."""
+    dropout: float = Field(0.5, ge=0, lt=1)
+    """Dropout probability after the two hidden linear layers."""
+    image_size: int = Field(32, ge=16, le=1024)
+    """Side, in pixels, at which images enter the network; resized on the device where the stored
+    images differ."""
+
+
+class TrainConfig(Section):
+    """How long, in what batches, in what arithmetic."""
+
+    epochs: float = Field(20.0, gt=0)
+    """Passes over the training split; a fraction is fine."""
+    global_batch_size: int = Field(256, ge=1)
+    """Images per optimizer step, over all processes."""
+    micro_batch_size: int = Field(64, ge=1)
+    """Images per forward and backward, and the batch over which BatchNorm normalises: part of the
+    result's definition, unlike the number of processes."""
+    precision: Precision = "auto"
+    """Mixed precision. auto: bf16 where the device is fast at it, else fp16 on a GPU, else no."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Label smoothing of the training loss (Szegedy et al., 2016, section 7)."""
+    compile: bool = False
+    """torch.compile the model. Slower on a CPU."""
+    channels_last: bool = True
+    """NHWC memory order: 2.2 times faster than NCHW together with bf16 on a CPU."""
+    detect_anomaly: bool = False
+    """Point at the operation that made a NaN in backward. Slow: for debugging."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "TrainConfig":
+        whole, micro = self.global_batch_size, self.micro_batch_size
+        if whole % micro:
+            near = [n for n in (whole // micro * micro, (whole // micro + 1) * micro) if n]
+            divisor = max(n for n in range(1, min(micro, whole) + 1) if whole % n == 0)
+            raise ValueError(
+                f"train.global_batch_size {whole} is not a multiple of train.micro_batch_size"
+                f" {micro}: make it {' or '.join(map(str, near))}, or make the micro-batch"
+                f" {divisor}"
+            )
+        return self
+
+
+class OptimConfig(Section):
+    """The optimizer and its learning rate over the run."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """sgd takes `momentum` and `nesterov`; adamw takes its first beta from `momentum`."""
+    lr: float = Field(0.1, gt=0)
+    """Peak learning rate, for the global batch."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of SGD, first beta of AdamW."""
+    nesterov: bool = True
+    """Nesterov's momentum (SGD)."""
+    weight_decay: float = Field(5e-4, ge=0)
+    """Weight decay."""
+    decay_norm_and_bias: bool = True
+    """Decay BatchNorm weights and all biases as well."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Clip the global gradient norm to this. None: no clipping."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up: to zero, or not at all."""
+    warmup_epochs: float = Field(1.0, ge=0)
+    """Epochs of linear warm-up from zero."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> "OptimConfig":
+        if self.name == "sgd" and self.nesterov and self.momentum == 0:
+            raise ValueError("optim.nesterov needs optim.momentum above 0: set it or turn it off")
+        return self
+
+
+class AugmentConfig(Section):
+    """Random views of the training images; none at evaluation."""
+
+    crop_padding: int = Field(4, ge=0, le=64)
+    """Pixels of reflected border for the random crop. 0: no crop."""
+    flip: bool = True
+    """Mirror left and right with probability one half."""
+
+
+class EvalConfig(Section):
+    """When and how to measure."""
+
+    every_epochs: float = Field(1.0, gt=0)
+    """Validate each time this many epochs have passed, and at the end."""
+    batch_size: int = Field(500, ge=1)
+    """Images per evaluation forward; the same for any number of processes."""
+
+
+class TrackConfig(Section):
+    """Where curves go. `metrics.jsonl` in the run folder is always written."""
+
+    wandb: bool = True
+    """Weights & Biases: online when logged in, else offline in the run folder. The variable
+    WANDB_MODE is honoured."""
+    tensorboard: bool = False
+    """TensorBoard event files in the run folder."""
+    project: str = Field("distvgg", min_length=1)
+    """Project on the trackers."""
+    name: str | None = None
+    """Run name on the trackers. None: the run folder's name."""
+    every_steps: int = Field(50, ge=1)
+    """Optimizer steps between two rows of training metrics."""
+
+
+class Config(Section):
+    """One run. Equal configs give equal loss curves, on any number of processes."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of initial weights, sample order, augmentation and dropout."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    augment: AugmentConfig = AugmentConfig()
+    eval: EvalConfig = EvalConfig()
+    track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _batch_norm_needs_a_batch(self) -> "Config":
+        if self.model.batch_norm and self.train.micro_batch_size == 1:
+            raise ValueError(
+                "train.micro_batch_size 1 leaves BatchNorm nothing to normalise over: take 2 or"
+                " more, or --model.batch_norm false"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+    def flat(self) -> dict[str, Any]:
+        """Every field by its dotted name, as typed on the command line."""
+        return dict(_flatten(self.model_dump()))
+
+    def replace(self, **dotted: Any) -> "Config":
+        """A copy with some fields changed, dots written as double underscores."""
+        values = self.model_dump()
+        _merge(values, {name.replace("__", "."): value for name, value in dotted.items()})
+        return Config.model_validate(values)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    folder = resources.files("distvgg") / "recipes"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.suffix == ".yaml")  # type: ignore[attr-defined]
+
+
+def load(recipe: str, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The config of a recipe with overrides on top.
+
+    Args:
+        recipe: a packaged recipe's name, or the path of a YAML file.
+        overrides: dotted field name -> value, text or typed.
+
+    Raises:
+        UserError: no such recipe, not YAML, an unknown key or a value out of range.
+    """
+    values = _read_recipe(recipe)
+    _merge(values, overrides or {})
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from error
+
+
+def match_run_folder(run_dir: Path, config: Config) -> Config:
+    """The config to run in a folder: the given one where the folder is new, else the folder's own,
+    which may differ only in that `precision: auto` has been resolved there.
+
+    Raises:
+        UserError: the folder was made with another config; the message names the keys that differ.
+    """
+    path = run_dir / CONFIG_FILE
+    if not path.exists():
+        return config
+    kept = load(str(path))
+    theirs, ours = kept.flat(), config.flat()
+    if ours[AUTO] == "auto":
+        ours[AUTO] = theirs[AUTO]
+    differ = [f"{k} is {theirs[k]} there, {v} here" for k, v in ours.items() if theirs[k] != v]
+    if differ:
+        raise UserError(
+            f"run folder {run_dir} was made with another config ({'; '.join(differ)}): choose"
+            " another --run-dir or the same values"
+        )
+    return kept
+
+
+def stamp_run_folder(run_dir: Path, config: Config) -> None:
+    """Makes a folder a config's own; does nothing to one that is so already. For one process.
+
+    Raises:
+        UserError: the folder holds something else than a run, or cannot be written.
+    """
+    path = run_dir / CONFIG_FILE
+    if path.exists():
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if any(run_dir.iterdir()):
+            raise UserError(
+                f"run folder {run_dir} holds files but no {CONFIG_FILE}: choose a new or empty"
+                " folder with --run-dir"
+            )
+        aside = path.with_suffix(".tmp")
+        aside.write_text(config.to_yaml())
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write run folder {run_dir} ({error.strerror}): choose another with --run-dir"
+        ) from error
+
+
+def _read_recipe(recipe: str) -> dict[str, Any]:
+    path = Path(recipe)
+    try:
+        if path.suffix in (".yaml", ".yml") or path.is_file():
+            text = path.read_text()
+        elif recipe in recipe_names():
+            text = (resources.files("distvgg") / "recipes" / f"{recipe}.yaml").read_text()
+        else:
+            raise UserError(
+                f"no recipe {recipe!r}{_nearest(recipe, recipe_names())}: give one of"
+                f" {', '.join(recipe_names())}, or the path of a YAML file"
+            )
+        values = yaml.safe_load(text) or {}
+    except OSError as error:
+        raise UserError(f"cannot read recipe {recipe}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"recipe {recipe} is not valid YAML: {reason}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {recipe} must be a mapping of sections, such as `train:`")
+    return values
+
+
+def _merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Sets dotted names in nested mappings, leaving what is not a mapping to be found invalid."""
+    for dotted, value in overrides.items():
+        if isinstance(value, str) and value.lower() in ("none", "null"):
+            value = None
+        *sections, field = dotted.split(".")
+        inner = values
+        for section in sections:
+            if not isinstance(inner.get(section), dict):
+                inner[section] = {}
+            inner = inner[section]
+        inner[field] = value
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    """The hint `, did you mean X?`, by the whole dotted name or else by its last part alone."""
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    if not found:
+        leaves = {n.rsplit(".", 1)[-1]: n for n in names}
+        found = [
+            leaves[leaf]
+            for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)
+        ]
+    return f", did you mean {found[0]}?" if found else ""
+
+
+def _one_line(error: ValidationError) -> str:
+    """pydantic's report as one line in the words of the command line."""
+    names = list(Config().flat())
+    parts = []
+    for e in error.errors(include_url=False):
+        dotted = ".".join(map(str, e["loc"]))
+        if e["type"] == "extra_forbidden":
+            near = _nearest(dotted, names) or (
+                f"; {e['loc'][0]} has "
+                + ", ".join(n.split(".", 1)[1] for n in names if n.startswith(f"{e['loc'][0]}."))
+                if len(e["loc"]) > 1
+                else "; the sections are " + ", ".join(Config.model_fields)
+            )
+            parts.append(f"unknown key {dotted}{near}")
+        elif e["type"] == "value_error":
+            parts.append(str(e["ctx"]["error"]))
+        else:
+            wanted = e["msg"].removeprefix("Input ").replace("should be", "must be", 1)
+            parts.append(f"{dotted} {wanted} (got {e['input']!r})")
+    return "; ".join(parts)

@@ -1,0 +1,218 @@
+"""A dataset by name or path -> memory-mapped uint8 arrays, decoded once; splits; class names.
+
+Owns the cache of decoded arrays. Invariant: an entry of the cache is whole or not there. It is
+built under a file lock in a folder aside and renamed, so that one process of a node decodes while
+the others wait, two runs may start at once, and a killed build leaves nothing that is read later.
+The kernel drops the lock of a dead process. All processes of a node share the mapped pages.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distvgg.config import DataConfig, UserError
+from distvgg.sampling import generator
+
+# Part of every fingerprint: raise it when the decoded arrays come out otherwise than before.
+FORMAT = 1
+HUB_IDS = {"cifar100": "uoft-cs/cifar100", "cifar10": "uoft-cs/cifar10"}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images [n, height, width, 3] uint8; labels [n] int64; superclass labels [n] int64 or None."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    superclasses: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The decoded train and test splits with what is known of their classes.
+
+    `superclass_of` is [num_classes] int64, the superclass of each class, or None; `mean` and `std`
+    are per channel over the whole train split, in 0..1.
+    """
+
+    train: Split
+    test: Split | None
+    class_names: list[str]
+    superclass_names: list[str]
+    superclass_of: np.ndarray | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fingerprint: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """The dataset of a config, decoding it into the cache if it is not there.
+
+    Raises:
+        UserError: no such folder, nothing in it, no network, a damaged or misshapen image, a label
+            out of range; the message says which and what to change.
+    """
+    fingerprint = _fingerprint(config)
+    entry = cache_dir() / f"{config.name}-{fingerprint}"
+    try:
+        with _locked(entry.with_suffix(".lock")):
+            if not _is_whole(entry):
+                _build(config, entry)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the data cache {entry.parent} ({error.strerror}): make room there, or"
+            " set DISTVGG_CACHE to a writable folder"
+        ) from error
+    return _open(entry, fingerprint)
+
+
+def cache_dir() -> Path:
+    """Where decoded arrays live: DISTVGG_CACHE, else distvgg/ in the user's cache folder."""
+    if path := os.environ.get("DISTVGG_CACHE"):
+        return Path(path)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distvgg"
+
+
+def train_val_indices(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the train split for training and for validation: disjoint, sorted [n] int64 arrays.
+
+    Stratified: each class gives to validation in proportion to its size, and so to a smaller
+    `train_size`. A pure function of the labels and the config.
+
+    Raises:
+        UserError: the sizes asked for exceed what there is.
+    """
+    n = len(labels)
+    if config.val_size >= n:
+        raise UserError(
+            f"data.val_size {config.val_size} leaves nothing to train on: the train split has"
+            f" {n} images"
+        )
+    val, rest = _stratified(labels, np.arange(n), config.val_size, config.split_seed, "val")
+    if config.train_size is None:
+        return rest, val
+    if config.train_size > len(rest):
+        raise UserError(
+            f"data.train_size {config.train_size} is more than the {len(rest)} images that"
+            f" data.val_size {config.val_size} leaves of {n}"
+        )
+    train, _ = _stratified(labels, rest, config.train_size, config.split_seed, "train_size")
+    return train, val
+
+
+def _stratified(
+    labels: np.ndarray, rows: np.ndarray, size: int, seed: int, purpose: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Parts rows into `size` drawn class by class and the rest; largest remainders round up."""
+    order = rows[torch.randperm(len(rows), generator=generator(seed, purpose)).numpy()]
+    classes, counts = np.unique(labels[rows], return_counts=True)
+    # Integer arithmetic: quotas and remainders are exact, ties go to the lower class.
+    quotas, remainders = np.divmod(counts * size, len(rows))
+    quotas[np.argsort(-remainders, kind="stable")[: size - quotas.sum()]] += 1
+    taken = np.concatenate(
+        [order[labels[order] == c][:q] for c, q in zip(classes, quotas, strict=True)]
+    )
+    return np.sort(taken), np.setdiff1d(rows, taken)
+
+
+def _fingerprint(config: DataConfig) -> str:
+    """Names a cache entry by all that its arrays depend on: for a folder the names, sizes and times
+    of its files. A hub id counts by its name alone, so that a warm start asks no network."""
+    facts: list[Any] = [FORMAT, config.name, config.resize]
+    source = config.path or HUB_IDS.get(config.name)
+    if source is not None and Path(source).is_dir():
+        root = Path(source).resolve()
+        for path in sorted(p for p in root.rglob("*") if p.is_file()):
+            stat = path.stat()
+            facts.append((str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns))
+    facts.append(str(Path(source).resolve()) if source and Path(source).exists() else source)
+    if config.name == "synthetic":
+        from distvgg import synthetic
+
+        facts.append(synthetic.VERSION)
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _build(config: DataConfig, entry: Path) -> None:
+    """Decodes into a folder aside, flushes, renames. Called with the entry's lock held."""
+    aside = Path(tempfile.mkdtemp(prefix=f".{entry.name}.", dir=entry.parent))
+    try:
+        if config.name == "synthetic":
+            from distvgg import synthetic
+
+            meta = synthetic.write(aside)
+        else:
+            from distvgg import decode
+
+            meta = decode.write(config, config.path or HUB_IDS[config.name], aside)
+        meta["files"] = {f.name: f.stat().st_size for f in aside.iterdir()}
+        (aside / "meta.json").write_text(json.dumps(meta))
+        for file in aside.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        shutil.rmtree(entry, ignore_errors=True)  # what _is_whole refused
+        aside.rename(entry)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_whole(entry: Path) -> bool:
+    """Whether every file of an entry has the size that it was written with."""
+    try:
+        files = json.loads((entry / "meta.json").read_text())["files"]
+        return all((entry / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _open(entry: Path, fingerprint: str) -> Dataset:
+    meta = json.loads((entry / "meta.json").read_text())
+
+    def split(name: str) -> Split:
+        # Copy-on-write mapping: pages are shared until written, and torch asks for a writable array.
+        images = np.load(entry / f"{name}_images.npy", mmap_mode="c")
+        superclasses = entry / f"{name}_superclasses.npy"
+        return Split(
+            images,
+            np.load(entry / f"{name}_labels.npy"),
+            np.load(superclasses) if superclasses.exists() else None,
+        )
+
+    superclass_of = meta["superclass_of"]
+    return Dataset(
+        train=split("train"),
+        test=split("test") if "test_labels.npy" in meta["files"] else None,
+        class_names=meta["class_names"],
+        superclass_names=meta["superclass_names"],
+        superclass_of=None if superclass_of is None else np.array(superclass_of, dtype=np.int64),
+        mean=tuple(meta["mean"]),
+        std=tuple(meta["std"]),
+        fingerprint=fingerprint,
+    )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock that dies with its process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

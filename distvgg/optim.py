@@ -1,0 +1,57 @@
+"""Parameter groups, the optimizer, and the learning rate as a pure function of the step.
+
+Invariant: nothing here counts. `lr_at(step)` is computed, not advanced, so no scheduler has a state
+to save or can be stepped once per process.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from distvgg.config import OptimConfig
+
+
+def lr_at(step: int, config: OptimConfig, steps: int, warmup_steps: int) -> float:
+    """The learning rate of the step with this number (from 0) in a run of `steps`.
+
+    Linear warm-up over `warmup_steps`, whose last step has the peak; then cosine decay
+    (Loshchilov and Hutter, 2017, equation 5), linear decay, or none, towards 0 at `steps`.
+    """
+    if step < warmup_steps:
+        return config.lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    decay = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }
+    return config.lr * decay[config.schedule]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
+    """SGD or AdamW over two groups: matrices and filters, which decay, and vectors (BatchNorm
+    weights, biases), which decay unless `decay_norm_and_bias` is off."""
+    parameters = list(model.parameters())
+    groups = [
+        {
+            "params": [p for p in parameters if p.ndim > 1],
+            "weight_decay": config.weight_decay,
+        },
+        {
+            "params": [p for p in parameters if p.ndim <= 1],
+            "weight_decay": config.weight_decay if config.decay_norm_and_bias else 0.0,
+        },
+    ]
+    if config.name == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=config.lr, betas=(config.momentum, 0.999), fused=fused
+        )
+    return torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused
+    )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,138 @@
+"""What a finished run leaves: its weights, and its final numbers with their provenance.
+
+Invariant: `result.json` is written last and whole, so that it exists exactly when the run is done.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from distvgg import metrics
+from distvgg.config import Config
+from distvgg.data import Dataset
+from distvgg.sampling import Plan
+from distvgg.tracking import describe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+RESULT_FILE, WEIGHTS_FILE = "result.json", "model.safetensors"
+PACKAGES = ("distvgg", "torch", "torchvision", "accelerate", "datasets", "numpy")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Final numbers; `val` and `test` hold the metrics' bare names, `test` is None where the data
+    has no test split."""
+
+    seed: int
+    steps: int
+    epochs: float
+    train_size: int
+    val: metrics.Row
+    test: metrics.Row | None
+    images_per_sec: float | None
+    num_processes: int
+    precision: str
+    hardware: str
+    data_fingerprint: str
+    versions: dict[str, str]
+    commit: str | None
+    curves: list[str]
+
+    def text(self) -> str:
+        """The result for a reader: accuracies, throughput, where the curves are."""
+        rows = {f"val/{k}": v for k, v in self.val.items()}
+        rows |= {f"test/{k}": v for k, v in (self.test or {}).items()}
+        speed = f", {self.images_per_sec:,.0f} images/s" if self.images_per_sec else ""
+        return (
+            f"done: {describe(rows)}{speed}\n"
+            f"val over {self.val['count']:,} images; curves: {'; '.join(self.curves)}"
+        )
+
+    @staticmethod
+    def of(
+        config: Config,
+        dataset: Dataset,
+        plan: Plan,
+        accelerator: "Accelerator",
+        val: metrics.Row,
+        test: metrics.Row | None,
+        images_per_sec: float | None,
+        curves: list[str],
+    ) -> "Result":
+        steps = plan.steps(config.train.epochs)
+        return Result(
+            seed=config.seed,
+            steps=steps,
+            epochs=plan.epoch(steps),
+            train_size=plan.n_samples,
+            val=val,
+            test=test,
+            images_per_sec=images_per_sec,
+            num_processes=plan.world_size,
+            precision=accelerator.mixed_precision,
+            hardware=_hardware(accelerator.device),
+            data_fingerprint=dataset.fingerprint,
+            versions={"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+            commit=_commit(),
+            curves=curves,
+        )
+
+
+def read_result(run_dir: Path) -> Result | None:
+    """The result of a finished run, None for one that is not."""
+    path = run_dir / RESULT_FILE
+    return Result(**json.loads(path.read_text())) if path.exists() else None
+
+
+def save_result(result: Result, run_dir: Path) -> None:
+    _write_whole(run_dir / RESULT_FILE, json.dumps(asdict(result), indent=2).encode() + b"\n")
+
+
+def save_weights(model: nn.Module, run_dir: Path) -> None:
+    """Writes `model.safetensors`, keys and layout as torchvision's VGG has them."""
+    from safetensors.torch import save
+
+    tensors = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
+    _write_whole(run_dir / WEIGHTS_FILE, save(tensors))
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name: Any = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) a process"
+
+
+def _commit() -> str | None:
+    """The commit of a checkout that the package runs from; `-dirty` where it differs from it."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
