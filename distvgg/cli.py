@@ -13,20 +13,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from distvgg.config import Config, UserError, load, recipe_names
-
-if TYPE_CHECKING:
-    from distvgg.result import Result
 
 USAGE = """\
 usage: distvgg COMMAND ...
 
   train RECIPE [--run-dir DIR] [--section.field VALUE ...]   the same command again goes on
   evaluate RUN_DIR [--split test|val]                        the weights of a finished run
+  config RECIPE [--section.field VALUE ...]                  the whole config as YAML, a recipe itself
 
 Over several processes:
   accelerate launch --config_file accelerate_config.yaml --num_processes N -m distvgg train ...
@@ -39,53 +37,65 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE.format(recipes=", ".join(recipe_names())))
         return 0 if words else 2
-    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "evaluate": _evaluate}
+    commands: dict[str, Callable[[list[str]], str]] = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "config": _config,
+    }
     try:
         if words[0] not in commands:
             raise UserError(f"no command {words[0]!r}: give one of {', '.join(commands)}")
-        commands[words[0]](words[1:])
+        text = commands[words[0]](words[1:])
     except UserError as error:
         _complain(error)
         return 2
     except KeyboardInterrupt:
         return 130
+    if _rank() == 0:
+        print(text)
     return 0
 
 
-def _train(words: list[str]) -> None:
+def _train(words: list[str]) -> str:
     positional, options = _split(words)
     if "help" in options:
         # A recipe's own values are shown as the defaults.
         _help(functools.partial(train, config=load(positional[0]) if positional else Config()))
+    run_dir = options.pop("run_dir", None)
+    recipe = _recipe(positional)
+    return train(recipe, load(recipe, options), Path(run_dir) if run_dir else None)
+
+
+def _config(words: list[str]) -> str:
+    positional, options = _split(words)
+    options.pop("run_dir", None)  # so that any command line of train can be checked with it
+    return load(_recipe(positional), options).to_yaml().rstrip()
+
+
+def _recipe(positional: list[str]) -> str:
     if len(positional) != 1:
         raise UserError(
-            f"train takes one recipe, got {' '.join(positional) or 'none'}: give one of"
+            f"give one recipe, not {' '.join(positional) or 'none'}: one of"
             f" {', '.join(recipe_names())}, or the path of a YAML file"
         )
-    run_dir = options.pop("run_dir", None)
-    config = load(positional[0], options)
-    result = train(positional[0], config, Path(run_dir) if run_dir else None)
-    if _rank() == 0:
-        print(result.text())
+    return positional[0]
 
 
-def _evaluate(words: list[str]) -> None:
+def _evaluate(words: list[str]) -> str:
     positional, options = _split(words)
     if "help" in options:
         _help(evaluate)
     split = options.pop("split", "test")
     if len(positional) != 1 or options or split not in ("test", "val"):
         raise UserError("give one run folder: distvgg evaluate RUN_DIR [--split test|val]")
-    text = evaluate(Path(positional[0]), "val" if split == "val" else "test")
-    if _rank() == 0:
-        print(text)
+    return evaluate(Path(positional[0]), "val" if split == "val" else "test")
 
 
 def train(
     recipe: Annotated[str, tyro.conf.Positional],
     config: Annotated[Config, tyro.conf.arg(name="")],
     run_dir: Path | None = None,
-) -> "Result":
+) -> str:
     """Train a recipe: the name of a packaged one, or the path of a YAML file (also a run's own
     config.yaml). The same command again goes on with the same run, or shows its result.
 
@@ -94,7 +104,7 @@ def train(
     """
     from distvgg.engine import train
 
-    return train(config, run_dir or default_run_dir(recipe, config))
+    return train(config, run_dir or default_run_dir(recipe, config)).text()
 
 
 def evaluate(

@@ -1,4 +1,4 @@
-"""What a run is: frozen, validated config models, read from recipes and overrides, kept with the run.
+"""What a run is: frozen, validated config models, from recipes and overrides, kept with the run.
 
 Owns every name that a user types in a recipe or on the command line, and every check that needs no
 data and no process group. Invariant: a `Config` that exists is valid, never changes, and survives
@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-
 CONFIG_FILE = "config.yaml"
 AUTO = "train.precision"  # the one field whose value a run resolves
 
@@ -29,6 +28,8 @@ class UserError(ValueError):
 
 
 class Section(BaseModel):
+    """A part of a config: frozen, and closed to names that it does not have."""
+
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
@@ -349,8 +350,7 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     if not found:
         leaves = {n.rsplit(".", 1)[-1]: n for n in names}
         found = [
-            leaves[leaf]
-            for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)
+            leaves[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)
         ]
     return f", did you mean {found[0]}?" if found else ""
 
@@ -362,7 +362,7 @@ def _one_line(error: ValidationError) -> str:
     for e in error.errors(include_url=False):
         dotted = ".".join(map(str, e["loc"]))
         if e["type"] == "extra_forbidden":
-            near = _nearest(dotted, names) or (
+            near = _nearest(dotted, [*names, *Config.model_fields]) or (
                 f"; {e['loc'][0]} has "
                 + ", ".join(n.split(".", 1)[1] for n in names if n.startswith(f"{e['loc'][0]}."))
                 if len(e["loc"]) > 1

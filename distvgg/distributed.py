@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distvgg.config import Config, UserError
 
@@ -56,11 +56,23 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
         mixed_precision=resolve_precision(config.train.precision, state.device),
         project_config=folders,
         dynamo_plugin=compiled,
-        kwargs_handlers=[
-            # Buffers are averaged when read (average_batch_norm), never broadcast from rank 0.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+
+
+def distribute(
+    accelerator: "Accelerator", model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Lets accelerate wrap a model and its optimizer: mixed precision, all-reduce, compilation.
+
+    The bare model stays usable and shares its weights with the wrapped one.
+    """
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    for module in wrapped.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            # Buffers are averaged when read (average_batch_norm), never broadcast from rank 0.
+            module.broadcast_buffers = False
+    return wrapped, optimizer
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -89,7 +101,15 @@ def summing(accelerator: "Accelerator") -> Any:
     return lambda tensor: accelerator.reduce(tensor, "sum")
 
 
+def place(model: nn.Module, accelerator: "Accelerator", config: Config) -> None:
+    """Moves a model to this process's device, in the memory order of the config."""
+    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    model.to(accelerator.device)
+    model.to(memory_format=layout)
+
+
 def batch_norm_layers(model: nn.Module) -> list[nn.BatchNorm2d]:
+    """All BatchNorm layers of a model, in order."""
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
@@ -104,6 +124,7 @@ def accumulation_momentum(momentum: float, nth: int, of: int) -> float:
 
 
 def set_batch_norm_momentum(layers: list[nn.BatchNorm2d], momentum: float) -> None:
+    """Sets the momentum of the next forward."""
     for layer in layers:
         layer.momentum = momentum
 

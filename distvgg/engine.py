@@ -22,6 +22,8 @@ from distvgg.distributed import (
     accumulation_momentum,
     average_batch_norm,
     batch_norm_layers,
+    distribute,
+    place,
     set_batch_norm_momentum,
     start,
     summing,
@@ -146,9 +148,7 @@ def train_step(
 
 def measure(run: Run, loader: EvalLoader) -> metrics.Row:
     """Evaluates the network as it is now, over all ranks."""
-    average_batch_norm(
-        run.batch_norms, run.accelerator, run.state.step * run.plan.micro_batches
-    )
+    average_batch_norm(run.batch_norms, run.accelerator, run.state.step * run.plan.micro_batches)
     return evaluate(
         run.vgg,
         loader,
@@ -177,11 +177,9 @@ def build(config: Config, run_dir: Path) -> Run:
     steps = plan.steps(config.train.epochs)
     torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
     vgg = build_vgg(config.model, dataset.num_classes, derive_seed(config.seed, "weights"))
-    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    vgg.to(device=device, memory_format=layout)
-    model, optimizer = accelerator.prepare(
-        vgg, build_optimizer(vgg, config.optim, fused=device.type in ("cpu", "cuda"))
-    )
+    place(vgg, accelerator, config)
+    optimizer = build_optimizer(vgg, config.optim, fused=device.type in ("cpu", "cuda"))
+    model, optimizer = distribute(accelerator, vgg, optimizer)
     model.train()
     return Run(
         config=config,
@@ -254,11 +252,13 @@ def evaluation_steps(plan: Plan, config: Config, steps: int) -> frozenset[int]:
 
 
 def warmup_steps(run: Run) -> int:
+    """The steps of linear warm-up, at most all."""
     epochs = run.config.optim.warmup_epochs
     return min(run.steps, run.plan.steps(epochs)) if epochs else 0
 
 
 def prefixed(split: str, row: metrics.Row) -> metrics.Row:
+    """A split's metrics by the names that they have in rows."""
     return {f"{split}/{name}": value for name, value in row.items()}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distvgg import metrics
 from distvgg.config import CONFIG_FILE, UserError, load
 from distvgg.data import load_dataset, train_val_indices
-from distvgg.distributed import start, summing
+from distvgg.distributed import place, start, summing
 from distvgg.loader import EvalLoader
 from distvgg.model import VGG
 from distvgg.result import WEIGHTS_FILE
@@ -79,7 +79,7 @@ def evaluate(
 
 
 def evaluate_run(run_dir: Path, split: Literal["val", "test"]) -> metrics.Row:
-    """Measures a finished run's `model.safetensors` again, reading only the run folder and the data.
+    """Measures a finished run's `model.safetensors` again: reads only the run folder and the data.
 
     Raises:
         UserError: not a run folder, not finished, or no such split in its data.
@@ -104,8 +104,7 @@ def evaluate_run(run_dir: Path, split: Literal["val", "test"]) -> metrics.Row:
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{run_dir / WEIGHTS_FILE} cannot be loaded: {reason}") from error
-    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-    model.to(device=accelerator.device, memory_format=layout)
+    place(model, accelerator, config)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     loader = EvalLoader(
         dataset,

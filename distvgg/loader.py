@@ -110,7 +110,7 @@ class EvalLoader:
     ) -> None:
         self._pixels = _Pixels(dataset, split, image_size, device)
         every = np.arange(len(split)) if rows is None else rows
-        self._batches = torch.from_numpy(every).to(device).split(batch_size)
+        self._batches = torch.split(torch.from_numpy(every).to(device), batch_size)
         self.n_samples = len(every)
 
     def __len__(self) -> int:
@@ -135,7 +135,9 @@ class _Pixels:
         self.labels = torch.from_numpy(split.labels).to(device)
 
     def augmented(self, rows: Tensor, draws: Draws, padding: int) -> Tensor:
-        return normalise(view(self._images, rows, draws, padding), self._mean, self._std, self._side)
+        return normalise(
+            view(self._images, rows, draws, padding), self._mean, self._std, self._side
+        )
 
     def plain(self, rows: Tensor) -> Tensor:
         return normalise(self._images[rows], self._mean, self._std, self._side)

@@ -63,7 +63,8 @@ class VGG(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.avgpool(self.features(images)).flatten(1))
+        logits: Tensor = self.classifier(self.avgpool(self.features(images)).flatten(1))
+        return logits
 
 
 def build_vgg(config: ModelConfig, num_classes: int, seed: int) -> VGG:

@@ -44,14 +44,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> to
         },
     ]
     if config.name == "adamw":
-        return torch.optim.AdamW(
-            groups, lr=config.lr, betas=(config.momentum, 0.999), fused=fused
-        )
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=fused)
     return torch.optim.SGD(
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused
     )
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -95,6 +95,7 @@ def read_result(run_dir: Path) -> Result | None:
 
 
 def save_result(result: Result, run_dir: Path) -> None:
+    """Writes `result.json`, whole or not at all."""
     _write_whole(run_dir / RESULT_FILE, json.dumps(asdict(result), indent=2).encode() + b"\n")
 
 

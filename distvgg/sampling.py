@@ -48,7 +48,8 @@ class Plan:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        assert self.n_samples > 0 and self.global_batch_size % self.micro_batch_size == 0
+        assert self.n_samples > 0
+        assert self.global_batch_size % self.micro_batch_size == 0
         n, w = self.micro_batches, self.world_size
         if n % w:
             works = [d for d in range(1, n + 1) if n % d == 0]
@@ -86,10 +87,12 @@ class Plan:
         """The stream positions that a rank consumes in a step: contiguous."""
         ks = self.rank_micro_batches(rank)
         start = step * self.global_batch_size
-        return range(start + ks.start * self.micro_batch_size, start + ks.stop * self.micro_batch_size)
+        return range(
+            start + ks.start * self.micro_batch_size, start + ks.stop * self.micro_batch_size
+        )
 
     def spans(self, positions: range) -> Iterator[tuple[int, int, int]]:
-        """Splits positions at the seams of epochs: (epoch, first, last+1 within its permutation)."""
+        """Splits positions at the seams of epochs: (epoch, first, last + 1 of its permutation)."""
         at = positions.start
         while at < positions.stop:
             epoch, first = divmod(at, self.n_samples)

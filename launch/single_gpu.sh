@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Debugging: one process, on the GPU if there is one, that points at the operation which made a NaN
+# or raised. No tracker but metrics.jsonl. Slow; the numbers are those of any other launch.
+#
+#   ./launch/single_gpu.sh RECIPE [--run-dir DIR] [--section.field VALUE ...]
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+use_environment
+# Kernels one by one, so that a CUDA error is raised where it happened.
+export CUDA_LAUNCH_BLOCKING="${CUDA_LAUNCH_BLOCKING:-1}"
+exec "$PYTHON" -X faulthandler -m distvgg train \
+    --train.detect_anomaly true --track.wandb false --track.tensorboard false "$@"

@@ -1,0 +1,23 @@
+"""Fixtures that several test files share. Nothing here is imported by the package."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data cache of this session's own, decoded once, that all tests and processes share."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["DISTVGG_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar100() -> str:
+    """The folder of the real CIFAR-100 as Parquet; skips where there is none."""
+    path = os.environ.get("DISTVGG_CIFAR100")
+    if not path:
+        pytest.skip("set DISTVGG_CIFAR100 to a folder with CIFAR-100 as Parquet to run this")
+    return path

@@ -1,0 +1,143 @@
+"""Recipes, overrides, run folders: round trips, and one line for each mistake."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from distvgg.config import Config, UserError, load, match_run_folder, recipe_names, stamp_run_folder
+
+
+def message(recipe: str, **overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load(recipe, {k.replace("__", "."): v for k, v in overrides.items()})
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_overrides_win_over_the_recipe_and_text_becomes_typed() -> None:
+    config = load(
+        "quickstart",
+        {
+            "train.epochs": "0.5",
+            "model.depth": "19",
+            "model.batch_norm": "false",
+            "optim.lr": "1e-3",
+            "optim.clip_norm": "none",
+            "train.precision": "no",
+            "track.name": "2024",
+        },
+    )
+    assert config.train.epochs == 0.5
+    assert config.model.depth == 19
+    assert config.model.batch_norm is False
+    assert config.optim.lr == 0.001
+    assert config.optim.clip_norm is None
+    assert config.train.precision == "no"
+    assert config.track.name == "2024"
+    assert config.data.name == "synthetic"
+
+
+def test_a_config_survives_its_own_yaml(tmp_path: Path) -> None:
+    config = load("quickstart", {"train.precision": "no", "data.train_size": "100"})
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert load(str(path)) == config
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_packaged_recipes_load_and_say_what_to_expect(name: str) -> None:
+    assert load(name)
+    header = Path(f"distvgg/recipes/{name}.yaml").read_text().split("\n\n")[0]
+    assert header.startswith("#")
+    assert f"train {name}" in header
+    assert "minute" in header or "hour" in header
+
+
+def test_an_unquoted_no_in_yaml_is_a_precision(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: {precision: no}")
+    assert load(str(path)).train.precision == "no"
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().train.epochs = 3.0  # type: ignore[misc]
+
+
+def test_unknown_keys_are_answered_with_the_nearest_name() -> None:
+    assert "unknown key train.epoch, did you mean train.epochs?" in message(
+        "fast", train__epoch="1"
+    )
+    assert "did you mean optim.lr?" in message("fast", lr="1")
+    assert "did you mean train.global_batch_size?" in message("fast", data__global_batch_size="1")
+    assert "did you mean model?" in message("fast", modle__depth="16")
+    assert "the sections are seed, data, model" in message("fast", qqqq="1")
+
+
+def test_values_out_of_range_are_named_with_the_range() -> None:
+    assert "train.epochs must be greater than 0 (got '-1')" in message("fast", train__epochs="-1")
+    assert "model.depth must be 11, 13, 16 or 19" in message("fast", model__depth="12")
+    assert "'auto', 'no', 'fp16' or 'bf16'" in message("fast", train__precision="fp8")
+    assert "optim.lr must be a valid number" in message("fast", optim__lr="fast")
+    assert "finite" in message("fast", optim__lr="nan")
+    assert "model.dropout must be less than 1" in message("fast", model__dropout="1")
+    assert "train must be a valid dictionary" in message("fast", train="5")
+
+
+def test_batches_that_do_not_divide_name_what_would() -> None:
+    text = message("fast", train__global_batch_size="250", train__micro_batch_size="64")
+    assert "250 is not a multiple of train.micro_batch_size 64" in text
+    assert "make it 192 or 256, or make the micro-batch 50" in text
+    text = message("fast", train__global_batch_size="10", train__micro_batch_size="64")
+    assert "make it 64, or make the micro-batch 10" in text
+
+
+def test_batchnorm_over_a_single_image_is_refused() -> None:
+    assert "micro_batch_size 1" in message("fast", train__micro_batch_size="1")
+    assert load("fast", {"train.micro_batch_size": "1", "model.batch_norm": "false"})
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("train: [1, 2", "is not valid YAML"),
+        ("- a\n- b", "must be a mapping"),
+        ("train: {epochs: 1, epocs: 2}", "did you mean train.epochs?"),
+        (b"\xff\xfe\x00", "is not valid YAML"),
+    ],
+)
+def test_broken_recipes_are_one_line(tmp_path: Path, content: str | bytes, reason: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert reason in message(str(path))
+
+
+def test_missing_recipes_name_those_there_are() -> None:
+    assert "did you mean quickstart?" in message("quikstart")
+    assert "cannot read recipe nowhere.yaml" in message("nowhere.yaml")
+
+
+def test_a_run_folder_keeps_to_its_config(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    auto = load("quickstart")
+    assert match_run_folder(folder, auto) == auto
+    resolved = auto.replace(train__precision="bf16")
+    stamp_run_folder(folder, resolved)
+    assert match_run_folder(folder, auto) == resolved
+    assert match_run_folder(folder, resolved) == resolved
+    stamp_run_folder(folder, resolved)
+    with pytest.raises(UserError, match=r"optim\.lr is 0\.1 there, 0\.3 here") as error:
+        match_run_folder(folder, auto.replace(optim__lr=0.3))
+    assert "seed" not in str(error.value)
+    with pytest.raises(UserError, match=r"train\.precision is bf16 there, no here"):
+        match_run_folder(folder, auto.replace(train__precision="no"))
+
+
+def test_a_folder_of_other_things_is_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"holds files but no config\.yaml"):
+        stamp_run_folder(tmp_path, Config())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write run folder"):
+        stamp_run_folder(tmp_path / "file" / "run", Config())

@@ -1,0 +1,88 @@
+"""The promise: the number of processes decides where micro-batches run, and nothing else.
+
+In float64, with dropout and augmentation on. Two orders of summation differ by about 1e-16 at each
+addition; 47 steps of a contracting optimizer leave that below 1e-12, while any real difference (a
+sample, a mask, a weight of one update) shows at 1e-3 and more. float32 would hide small mistakes
+behind its own rounding, which training amplifies.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launch import rows, train
+from safetensors.numpy import load_file
+from torch import nn
+
+from distvgg.distributed import accumulation_momentum
+
+TOLERANCE = 1e-12
+WORLD_SIZES = (1, 2, 4)
+# Nothing divides anything: 601 train, 103 val, 2,000 test images; steps straddle epochs.
+ARGS = ("--data.train_size", "601", "--train.epochs", "5", "--eval.batch_size", "37")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The same config on 1, 2 and 4 processes: run folders by the number of processes."""
+    folders = {w: tmp_path_factory.mktemp(f"processes{w}") / "run" for w in WORLD_SIZES}
+    for w, folder in folders.items():
+        train(folder, *ARGS, processes=w, float64=True)
+    return folders
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+def test_metrics_do_not_depend_on_the_number_of_processes(
+    runs: dict[int, Path], world_size: int
+) -> None:
+    alone, together = rows(runs[1]), rows(runs[world_size])
+    assert len([r for r in alone if "train/loss" in r]) == 47  # ceil(5 * 601 / 64)
+    assert len(alone) == len(together) == 47 + 5 + 1
+    for a, b in zip(alone, together, strict=True):
+        measured = {k for k in a if not k.startswith("perf/")}
+        assert measured == {k for k in b if not k.startswith("perf/")}
+        for name in measured:
+            if name.endswith(("top1", "top5", "lr", "count")) or name in ("step", "epoch"):
+                assert a[name] == b[name], (name, a["step"])
+            else:
+                assert a[name] == pytest.approx(b[name], rel=TOLERANCE), (name, a["step"])
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+def test_weights_and_batchnorm_buffers_do_not_depend_on_the_number_of_processes(
+    runs: dict[int, Path], world_size: int
+) -> None:
+    alone, together = (load_file(runs[w] / "model.safetensors") for w in (1, world_size))
+    assert alone.keys() == together.keys()
+    assert any(name.endswith("running_var") for name in alone)
+    for name, value in alone.items():
+        np.testing.assert_allclose(together[name], value, rtol=TOLERANCE, atol=TOLERANCE)
+    counters = [v for k, v in alone.items() if k.endswith("num_batches_tracked")]
+    assert {int(v) for v in counters} == {47 * 4}
+
+
+def test_every_evaluation_counts_each_image_once(runs: dict[int, Path]) -> None:
+    for folder in runs.values():
+        counts = [(k, r[k]) for r in rows(folder) for k in r if k.endswith("/count")]
+        assert counts == [("val/count", 103)] * 5 + [("test/count", 2000)]
+
+
+def test_the_seed_changes_the_run(runs: dict[int, Path], tmp_path: Path) -> None:
+    """Guards the tests above: they would also pass if nothing depended on anything."""
+    train(tmp_path / "other", *ARGS, "--seed", "1", "--train.epochs", "0.2", float64=True)
+    other, first = rows(tmp_path / "other")[0], rows(runs[1])[0]
+    assert not math.isclose(other["train/loss"], first["train/loss"], rel_tol=1e-4)
+
+
+def test_accumulated_batchnorm_updates_equal_one_update_with_their_mean() -> None:
+    accumulated, once = nn.BatchNorm1d(3, dtype=torch.float64), nn.BatchNorm1d(3).double()
+    batches = torch.randn(5, 8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for a, batch in enumerate(batches, start=1):
+        accumulated.momentum = accumulation_momentum(0.1, a, len(batches))
+        accumulated(batch)
+    mean = batches.mean(1).mean(0)
+    torch.testing.assert_close(accumulated.running_mean, 0.9 * once.running_mean + 0.1 * mean)
+    variance = batches.var(1).mean(0)
+    torch.testing.assert_close(accumulated.running_var, 0.9 * once.running_var + 0.1 * variance)

@@ -1,0 +1,200 @@
+"""The training step against a plain loop; precision; what a run leaves behind."""
+
+import json
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from launch import TINY, rows, run, train
+from safetensors.torch import load_file
+from torch import nn
+
+from distvgg import engine
+from distvgg.config import Config, load
+from distvgg.distributed import resolve_precision
+from distvgg.engine import due, evaluation_steps
+from distvgg.model import VGG
+from distvgg.optim import lr_at
+from distvgg.sampling import Plan
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator_left_over() -> Iterator[None]:
+    """accelerate keeps its state for a process's lifetime; a user's process has one run."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def tiny(**changes: object) -> Config:
+    pairs = zip(TINY[::2], TINY[1::2], strict=True)
+    config = load("quickstart", {name.removeprefix("--"): value for name, value in pairs})
+    return config.replace(**changes)
+
+
+def test_a_step_equals_a_plain_loop(tmp_path: Path) -> None:
+    """torch alone, without accelerate: the same micro-batches in, the same losses, weights and
+    BatchNorm statistics out, clipping and label smoothing included."""
+    config = tiny(optim__clip_norm=0.5, train__label_smoothing=0.1, optim__lr=0.05)
+    run = engine.build(config, tmp_path / "run")
+    reference = VGG(config.model, run.dataset.num_classes)
+    reference.load_state_dict(run.vgg.state_dict())
+    sgd = torch.optim.SGD(
+        reference.parameters(), lr=1, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    norms = [m for m in reference.modules() if isinstance(m, nn.BatchNorm2d)]
+    for step in range(4):
+        micro_batches = run.loader.micro_batches(step)
+        lr = lr_at(step, config.optim, 100, 10)
+        norm = engine.train_step(run, micro_batches, lr)
+        loss = run.meter.read()["train/loss"]
+
+        before = [(m.running_mean.clone(), m.running_var.clone()) for m in norms]
+        statistics, expected = [], 0.0
+        sgd.zero_grad()
+        for batch in micro_batches:
+            for m in norms:
+                m.reset_running_stats()
+                m.momentum = 1.0  # then the buffers are the micro-batch's own statistics
+            torch.manual_seed(batch.dropout_seed)
+            logits = reference(batch.images)
+            mean = F.cross_entropy(logits, batch.labels, label_smoothing=0.1) / len(micro_batches)
+            mean.backward()
+            expected += mean.item()
+            statistics.append([(m.running_mean.clone(), m.running_var.clone()) for m in norms])
+        expected_norm = nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        sgd.param_groups[0]["lr"] = lr
+        sgd.step()
+        for i, m in enumerate(norms):
+            for buffer, old, new in zip(
+                (m.running_mean, m.running_var),
+                before[i],
+                map(torch.stack, zip(*(s[i] for s in statistics), strict=True)),
+                strict=True,
+            ):
+                buffer.copy_(0.9 * old + 0.1 * new.mean(0))
+
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert float(norm) == pytest.approx(expected_norm.item(), rel=1e-4)
+        for name, value in reference.state_dict().items():
+            if not name.endswith("num_batches_tracked"):
+                ours = run.vgg.state_dict()[name]
+                torch.testing.assert_close(ours, value, rtol=1e-4, atol=1e-5, msg=name)
+    run.accelerator.end_training()
+
+
+def test_bf16_is_real_and_close_to_float32(tmp_path: Path) -> None:
+    for precision in ("no", "bf16"):
+        train(tmp_path / precision, "--train.precision", precision)
+    full, mixed = (
+        [r["train/loss"] for r in rows(tmp_path / p) if "train/loss" in r] for p in ("no", "bf16")
+    )
+    assert full != mixed
+    np.testing.assert_allclose(mixed, full, rtol=0.02)
+    # Master weights stay in float32.
+    weights = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert {v.dtype for k, v in weights.items() if "num_batches" not in k} == {torch.float32}
+
+
+def test_bf16_computes_in_bf16(tmp_path: Path) -> None:
+    run = engine.build(tiny(train__precision="bf16"), tmp_path / "run")
+    seen: set[torch.dtype] = set()
+    for layer in (run.vgg.features[0], run.vgg.classifier[-1]):
+        layer.register_forward_hook(lambda _m, _i, out: seen.add(out.dtype))
+    logits = run.model(run.loader.micro_batches(0)[0].images)
+    assert seen == {torch.bfloat16}
+    assert logits.dtype == torch.float32  # the loss is computed in full precision
+    run.accelerator.end_training()
+
+
+def test_auto_precision_is_resolved_and_kept_with_the_run(tmp_path: Path) -> None:
+    train(tmp_path / "run", "--train.precision", "auto", "--train.epochs", "0.1")
+    expected = resolve_precision("auto", torch.device("cpu"))
+    assert load(str(tmp_path / "run" / "config.yaml")).train.precision == expected
+    assert (expected == "bf16") == bool(
+        {"avx512_bf16", "amx_bf16"} & {k for k, v in torch.cpu.get_capabilities().items() if v}
+    )
+
+
+def test_the_same_run_twice_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        train(tmp_path / name, processes=2)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_run_leaves_its_config_metrics_weights_and_result(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    said = train(folder, "--eval.every_epochs", "0.5", "--track.every_steps", "4")
+    files = {p.name for p in folder.iterdir()}
+    assert files == {"config.yaml", "metrics.jsonl", "model.safetensors", "result.json"}
+    # 10 steps; rows of training every 4 and at the end, of validation twice, of test once.
+    table = rows(folder)
+    steps = {s: [r["step"] for r in table if f"{s}/loss" in r] for s in ("train", "val", "test")}
+    assert steps == {"train": [4, 8, 10], "val": [5, 10], "test": [10]}
+    expected = {"train/loss", "train/top1", "train/lr", "train/grad_norm", "step", "epoch"}
+    expected |= {"perf/images_per_sec", "perf/step_ms", "perf/data_wait_ms"}
+    assert set(table[0]) == expected
+    metrics = ("loss", "top1", "top5", "superclass_top1", "count")
+    assert {k for k in table[-1] if "/" in k} == {f"test/{m}" for m in metrics}
+
+    result = json.loads((folder / "result.json").read_text())
+    assert result["test"] == {m: table[-1][f"test/{m}"] for m in metrics}
+    assert result["val"]["count"] == 103
+    assert result["versions"]["torch"] == version("torch")
+    assert result["train_size"] == 600
+    assert f"test top1 {100 * result['test']['top1']:.2f}%" in said
+
+    # The weights alone, loaded as torchvision's names have them, give the reported numbers.
+    config = load(str(folder / "config.yaml"))
+    model = VGG(config.model, 100)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+
+
+def test_a_failed_run_starts_over_without_doubled_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(folder)
+    first = rows(folder)
+    (folder / "result.json").unlink()  # as after a kill
+    train(folder)
+    again = rows(folder)
+    for a, b in zip(first, again, strict=True):
+        assert {k: v for k, v in a.items() if "perf" not in k} == {
+            k: v for k, v in b.items() if "perf" not in k
+        }
+
+
+def test_evaluation_comes_at_the_epochs_asked_for_and_at_the_end() -> None:
+    plan = Plan(n_samples=1000, global_batch_size=64, micro_batch_size=64)
+
+    def steps(epochs: float, every: float) -> list[int]:
+        config = Config().replace(train__epochs=epochs, eval__every_epochs=every)
+        return sorted(evaluation_steps(plan, config, plan.steps(epochs)))
+
+    assert steps(2, 1) == [16, 32]
+    assert steps(2.5, 1) == [16, 32, 40]
+    assert steps(1, 0.3) == [5, 10, 15, 16]
+    assert steps(1, 10) == [16]
+    assert steps(0.001, 0.001) == [1]
+    assert steps(3, 0.01) == list(range(1, 48))
+
+
+def test_due_at_the_cadence_and_at_the_end() -> None:
+    assert [s for s in range(1, 11) if due(s, 4, 10)] == [4, 8, 10]
+
+
+def test_anomaly_detection_and_nchw_train_too(tmp_path: Path) -> None:
+    done = run(
+        [
+            *("train", "quickstart", "--run-dir", str(tmp_path / "run"), *TINY),
+            *("--train.epochs", "0.1", "--train.detect_anomaly", "true"),
+            *("--train.channels_last", "false", "--model.batch_norm", "false"),
+            *("--optim.name", "adamw", "--optim.lr", "0.001"),
+        ]
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,96 @@
+"""The loaders: what a step computes on is a function of (seed, step, k), wherever it runs."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distvgg.config import Config, UserError
+from distvgg.data import Dataset, Split
+from distvgg.loader import DeviceLoader, EvalLoader, MicroBatch
+from distvgg.sampling import Plan
+
+CPU = torch.device("cpu")
+
+
+def dataset(n: int, side: int = 32) -> Dataset:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (n, side, side, 3), dtype=np.uint8)
+    split = Split(images, rng.integers(0, 10, n), None)
+    return Dataset(split, None, list("abcdefghij"), [], None, (0.5,) * 3, (0.25,) * 3, "")
+
+
+def loader(config: Config, n: int, world_size: int = 1, rank: int = 0) -> DeviceLoader:
+    rows = np.arange(0, 2 * n, 2)  # training rows are not all rows
+    plan = Plan(n, config.train.global_batch_size, config.train.micro_batch_size, world_size)
+    return DeviceLoader(config, dataset(2 * n), rows, plan, rank, CPU)
+
+
+def equal(a: MicroBatch, b: MicroBatch) -> bool:
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@settings(deadline=None, max_examples=25)
+@given(n=st.integers(5, 90), step=st.integers(0, 40))
+def test_micro_batches_do_not_depend_on_ranks(n: int, step: int) -> None:
+    """n below 24: a step takes more than one epoch."""
+    config = Config().replace(train__global_batch_size=24, train__micro_batch_size=4)
+    alone = loader(config, n).micro_batches(step)
+    for world_size in (2, 3, 6):
+        shared = [
+            batch
+            for rank in range(world_size)
+            for batch in loader(config, n, world_size, rank).micro_batches(step)
+        ]
+        assert all(map(equal, alone, shared))
+        assert [b.k for b in shared] == list(range(6))
+
+
+def test_an_epoch_holds_every_training_row_once_with_its_label() -> None:
+    config = Config().replace(train__global_batch_size=8, train__micro_batch_size=4)
+    data, source = loader(config, 40), dataset(80)
+    batches = [batch for step in range(5) for batch in data.micro_batches(step)]
+    seen = torch.cat([b.rows for b in batches])
+    assert sorted(seen.tolist()) == list(range(0, 80, 2))
+    for batch in batches:
+        assert torch.equal(batch.labels, torch.from_numpy(source.train.labels)[batch.rows])
+        assert batch.images.shape == (4, 3, 32, 32)
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert len({b.dropout_seed for b in batches}) == len(batches)
+
+
+def test_steps_may_be_asked_for_in_any_order() -> None:
+    """Resume is nothing but asking for a later step first."""
+    config = Config().replace(train__global_batch_size=8, train__micro_batch_size=4)
+    forwards, backwards = loader(config, 11), loader(config, 11)
+    ahead = {step: forwards.micro_batches(step) for step in range(12)}
+    for step in reversed(range(12)):
+        assert all(map(equal, ahead[step], backwards.micro_batches(step)))
+
+
+def test_the_order_is_no_function_of_the_augmentation() -> None:
+    plain = Config().replace(augment__crop_padding=0, augment__flip=False)
+    a, b = (loader(c, 600).micro_batches(0)[0] for c in (Config(), plain))
+    assert torch.equal(a.rows, b.rows)
+    assert not torch.equal(a.images, b.images)
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 60), batch_size=st.integers(1, 70), world_size=st.integers(1, 9))
+def test_evaluation_takes_every_image_once(n: int, batch_size: int, world_size: int) -> None:
+    data = dataset(n, side=4)
+    evaluation = EvalLoader(data, data.train, None, batch_size, 4, CPU)
+    shared = [b for rank in range(world_size) for b in evaluation.batches(rank, world_size)]
+    assert sorted(i for i, _, _ in shared) == list(range(len(evaluation)))
+    labels = torch.cat([labels for _, _, labels in sorted(shared, key=lambda b: b[0])])
+    assert torch.equal(labels, torch.from_numpy(data.train.labels))
+
+
+def test_padding_wider_than_the_images_is_refused() -> None:
+    config = Config().replace(augment__crop_padding=32)
+    with pytest.raises(UserError, match=r"crop_padding 32 must be less than .* 32 pixels"):
+        loader(config, 600)

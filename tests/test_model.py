@@ -1,0 +1,81 @@
+"""VGG against torchvision's: the same keys, shapes, weights both ways, and outputs."""
+
+import pytest
+import torch
+import torchvision
+
+from distvgg.config import ModelConfig
+from distvgg.model import VGG, build_vgg
+
+PAPER = {"head_width": 4096, "pool_size": 7, "image_size": 64}
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("depth", [11, 13, 16, 19])
+def test_keys_and_shapes_are_torchvisions(depth: int, batch_norm: bool) -> None:
+    with torch.device("meta"):
+        ours = VGG(ModelConfig(depth=depth, batch_norm=batch_norm, **PAPER), 1000)
+        theirs = getattr(torchvision.models, f"vgg{depth}{'_bn' if batch_norm else ''}")()
+
+    def shapes(model: torch.nn.Module) -> list[tuple[str, torch.Size]]:
+        return [(k, v.shape) for k, v in model.state_dict().items()]
+
+    assert shapes(ours) == shapes(theirs)
+
+
+@pytest.mark.parametrize("size", [32, 64, 75])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_outputs_equal_torchvisions_with_its_weights(size: int, batch_norm: bool) -> None:
+    """75 pixels: the pools meet odd sides."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.vgg11_bn() if batch_norm else torchvision.models.vgg11()
+    ours = VGG(ModelConfig(depth=11, batch_norm=batch_norm, **PAPER), 1000)
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, size, size)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
+    theirs.load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize("size", [16, 17, 24, 31, 32, 48, 224])
+def test_any_resolution_from_16_pixels_up(size: int) -> None:
+    model = build_vgg(ModelConfig(depth=11, width=0.05, image_size=size), 10, seed=0).eval()
+    with torch.inference_mode():
+        logits = model(torch.randn(2, 3, size, size))
+    assert logits.shape == (2, 10)
+    assert torch.isfinite(logits).all()
+
+
+def test_the_small_head_has_the_published_number_of_parameters() -> None:
+    with torch.device("meta"):
+        model = VGG(ModelConfig(depth=16), 100)
+    assert sum(p.numel() for p in model.parameters()) == 15_299_748
+
+
+@pytest.mark.parametrize(("width", "channels"), [(0.25, 16), (0.5, 32), (2, 128), (0.001, 1)])
+def test_width_scales_convolutions_and_head(width: float, channels: int) -> None:
+    with torch.device("meta"):
+        model = VGG(ModelConfig(depth=11, width=width), 100)
+    assert model.features[0].out_channels == channels
+    assert model.classifier[0].out_features == max(1, round(512 * width))
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_the_signal_keeps_its_variance_through_19_layers(batch_norm: bool) -> None:
+    config = ModelConfig(depth=19, batch_norm=batch_norm)
+    model = build_vgg(config, 100, seed=0)
+    with torch.inference_mode():
+        features = model.features(torch.randn(16, 3, 32, 32))
+    assert 0.05 < features.std() < 20
+
+
+def test_initial_weights_are_a_function_of_the_seed_alone() -> None:
+    config = ModelConfig(depth=11, width=0.1)
+    before = torch.get_rng_state()
+    first = build_vgg(config, 10, seed=1).state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    again, other = build_vgg(config, 10, seed=1), build_vgg(config, 10, seed=2)
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, first[name])
+    assert not torch.equal(other.features[0].weight, first["features.0.weight"])
