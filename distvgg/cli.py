@@ -24,7 +24,7 @@ usage: distvgg COMMAND ...
 
   train RECIPE [--run-dir DIR] [--section.field VALUE ...]   the same command again goes on
   evaluate RUN_DIR [--split test|val]                        the weights of a finished run
-  config RECIPE [--section.field VALUE ...]                  the whole config as YAML, a recipe itself
+  config RECIPE [--section.field VALUE ...]                  the whole config as YAML
 
 Over several processes:
   accelerate launch --config_file accelerate_config.yaml --num_processes N -m distvgg train ...

@@ -104,7 +104,8 @@ class TrainConfig(Section):
     """Images per forward and backward, and the batch over which BatchNorm normalises: part of the
     result's definition, unlike the number of processes."""
     precision: Precision = "auto"
-    """Mixed precision. auto: bf16 where the device is fast at it, else fp16 on a GPU, else no."""
+    """Mixed precision. auto: what the launcher was given, else bf16 where the device is fast at it,
+    else fp16 on a GPU, else no."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Label smoothing of the training loss (Szegedy et al., 2016, section 7)."""
     compile: bool = False

@@ -53,7 +53,9 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
     folders = run_dir and ProjectConfiguration(str(run_dir), str(run_dir / "tensorboard"))
     compiled = TorchDynamoPlugin(backend="inductor") if config.train.compile else None
     return Accelerator(
-        mixed_precision=resolve_precision(config.train.precision, state.device),
+        mixed_precision=resolve_precision(
+            config.train.precision, state.device, os.environ.get("ACCELERATE_MIXED_PRECISION")
+        ),
         project_config=folders,
         dynamo_plugin=compiled,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
@@ -75,12 +77,18 @@ def distribute(
     return wrapped, optimizer
 
 
-def resolve_precision(precision: str, device: torch.device) -> str:
+def resolve_precision(precision: str, device: torch.device, launched: str | None = None) -> str:
     """What `auto` means on a device; anything else is checked and returned.
+
+    Args:
+        launched: what `accelerate launch --mixed_precision` said. It wins over what the device is
+            good at, but its `no` is also its default, and says nothing.
 
     Raises:
         UserError: fp16 without a GPU.
     """
+    if precision == "auto" and launched in ("fp16", "bf16"):
+        precision = launched
     if precision == "fp16" and device.type != "cuda":
         raise UserError(
             f"train.precision fp16 needs a CUDA GPU, this is {device.type}: take bf16, no or auto"

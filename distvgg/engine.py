@@ -29,7 +29,7 @@ from distvgg.distributed import (
     summing,
 )
 from distvgg.evaluate import evaluate
-from distvgg.loader import DeviceLoader, EvalLoader, MicroBatch
+from distvgg.loader import DeviceLoader, EvalLoader, MicroBatch, Pixels
 from distvgg.metrics import Clock, TrainMeter
 from distvgg.model import VGG, build_vgg
 from distvgg.optim import build_optimizer, lr_at, set_lr
@@ -77,7 +77,7 @@ def train(config: Config, run_dir: Path) -> Result:
     if (earlier := read_result(run_dir)) is not None:
         return earlier
     run = build(config, run_dir)
-    clock, meter, state = run.clock, run.meter, run.state
+    config, clock, meter, state = run.config, run.clock, run.meter, run.state
     tracking = Tracking(run.accelerator, config, run_dir, run.steps)
     tracking.say(summary(run, run_dir))
 
@@ -162,7 +162,7 @@ def measure(run: Run, loader: EvalLoader) -> metrics.Row:
 def build(config: Config, run_dir: Path) -> Run:
     """Joins the process group, takes the run folder, and makes every part of the run."""
     accelerator = start(config, run_dir)
-    rank, device = accelerator.process_index, accelerator.device
+    device = accelerator.device
     config = config.replace(train__precision=accelerator.mixed_precision)
     if accelerator.is_main_process:
         stamp_run_folder(run_dir, config)
@@ -181,6 +181,7 @@ def build(config: Config, run_dir: Path) -> Run:
     optimizer = build_optimizer(vgg, config.optim, fused=device.type in ("cpu", "cuda"))
     model, optimizer = distribute(accelerator, vgg, optimizer)
     model.train()
+    pixels = Pixels(dataset, dataset.train, config.model.image_size, device)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -188,15 +189,8 @@ def build(config: Config, run_dir: Path) -> Run:
         plan=plan,
         steps=steps,
         eval_steps=evaluation_steps(plan, config, steps),
-        loader=DeviceLoader(config, dataset, train_rows, plan, rank, device),
-        val_loader=EvalLoader(
-            dataset,
-            dataset.train,
-            val_rows,
-            config.eval.batch_size,
-            config.model.image_size,
-            device,
-        ),
+        loader=DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index),
+        val_loader=EvalLoader(pixels, val_rows, config.eval.batch_size),
         vgg=vgg,
         model=model,
         optimizer=optimizer,
@@ -211,16 +205,9 @@ def finish(run: Run, run_dir: Path, val: metrics.Row, tracking: Tracking) -> Res
     """Reads test once, then writes the weights and the result."""
     test: metrics.Row | None = None
     if run.dataset.test is not None:
-        config = run.config
-        loader = EvalLoader(
-            run.dataset,
-            run.dataset.test,
-            None,
-            config.eval.batch_size,
-            config.model.image_size,
-            run.accelerator.device,
-        )
-        test = measure(run, loader)
+        side, device = run.config.model.image_size, run.accelerator.device
+        pixels = Pixels(run.dataset, run.dataset.test, side, device)
+        test = measure(run, EvalLoader(pixels, None, run.config.eval.batch_size))
         step = {metrics.STEP: run.state.step, metrics.EPOCH: run.plan.epoch(run.state.step)}
         tracking.log(step | prefixed("test", test))
     result = Result.of(

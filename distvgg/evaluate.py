@@ -20,7 +20,7 @@ from distvgg import metrics
 from distvgg.config import CONFIG_FILE, UserError, load
 from distvgg.data import load_dataset, train_val_indices
 from distvgg.distributed import place, start, summing
-from distvgg.loader import EvalLoader
+from distvgg.loader import EvalLoader, Pixels
 from distvgg.model import VGG
 from distvgg.result import WEIGHTS_FILE
 
@@ -106,17 +106,10 @@ def evaluate_run(run_dir: Path, split: Literal["val", "test"]) -> metrics.Row:
         raise UserError(f"{run_dir / WEIGHTS_FILE} cannot be loaded: {reason}") from error
     place(model, accelerator, config)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    loader = EvalLoader(
-        dataset,
-        data,
-        rows,
-        config.eval.batch_size,
-        config.model.image_size,
-        accelerator.device,
-    )
+    pixels = Pixels(dataset, data, config.model.image_size, accelerator.device)
     row = evaluate(
         model,
-        loader,
+        EvalLoader(pixels, rows, config.eval.batch_size),
         dataset.superclass_of,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,

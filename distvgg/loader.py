@@ -33,34 +33,61 @@ class MicroBatch(NamedTuple):
     dropout_seed: int
 
 
+class Pixels:
+    """A split's images and labels on a device, and how its bytes become network input.
+
+    Args:
+        side: of the images that the network takes, in pixels.
+    """
+
+    def __init__(self, dataset: Dataset, split: Split, side: int, device: torch.device) -> None:
+        self.device = device
+        self.labels = torch.from_numpy(split.labels).to(device)
+        self._images = torch.from_numpy(split.images).to(device)
+        self._side = side
+        dtype = torch.get_default_dtype()
+        self._mean = torch.tensor(dataset.mean, dtype=dtype, device=device)
+        self._std = torch.tensor(dataset.std, dtype=dtype, device=device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def smallest_side(self) -> int:
+        """Of the stored images, in pixels."""
+        return min(self._images.shape[1:3])
+
+    def augmented(self, rows: Tensor, draws: Draws, padding: int) -> Tensor:
+        """Random views of some rows: [n] int64 -> [n, 3, side, side]."""
+        images = view(self._images, rows, draws, padding)
+        return normalise(images, self._mean, self._std, self._side)
+
+    def plain(self, rows: Tensor) -> Tensor:
+        """Some rows as they are: [n] int64 -> [n, 3, side, side]."""
+        return normalise(self._images[rows], self._mean, self._std, self._side)
+
+
 class DeviceLoader:
     """The micro-batches that a rank runs in a step: a pure function of (config, data, step, rank).
 
     Args:
-        rows: [plan.n_samples] int64, the rows of `split` that are trained on.
+        rows: [plan.n_samples] int64, the rows of the split that are trained on.
 
     Raises:
         UserError: the images are smaller than the crop's padding allows.
     """
 
     def __init__(
-        self,
-        config: Config,
-        dataset: Dataset,
-        rows: np.ndarray,
-        plan: Plan,
-        rank: int,
-        device: torch.device,
+        self, config: Config, pixels: Pixels, rows: np.ndarray, plan: Plan, rank: int
     ) -> None:
-        side = min(dataset.train.images.shape[1:3])
-        if config.augment.crop_padding >= side:
+        padding, side = config.augment.crop_padding, pixels.smallest_side
+        if padding >= side:
             raise UserError(
-                f"augment.crop_padding {config.augment.crop_padding} must be less than the images'"
-                f" side of {side} pixels"
+                f"augment.crop_padding {padding} must be less than the images' {side} pixels"
             )
-        self._config, self._plan, self._rank, self._device = config, plan, rank, device
-        self._pixels = _Pixels(dataset, dataset.train, config.model.image_size, device)
-        self._rows = torch.from_numpy(rows).to(device)
+        assert len(rows) == plan.n_samples
+        self._config, self._pixels, self._plan, self._rank = config, pixels, plan, rank
+        self._rows = torch.from_numpy(rows).to(pixels.device)
         # Two, since a step may straddle two epochs.
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
@@ -89,29 +116,25 @@ class DeviceLoader:
 
     def _draw_epoch(self, epoch: int) -> tuple[Tensor, Draws]:
         """Rows and draws of one epoch in stream order, on the device."""
-        seed, n = self._config.seed, self._plan.n_samples
+        seed, n, device = self._config.seed, self._plan.n_samples, self._pixels.device
         order = epoch_permutation(seed, epoch, n)
-        draws = draw_epoch(self._config.augment, seed, epoch, n).take(order).to(self._device)
-        return self._rows[order.to(self._device, non_blocking=True)], draws
+        draws = draw_epoch(self._config.augment, seed, epoch, n).take(order).to(device)
+        return self._rows[order.to(device, non_blocking=True)], draws
 
 
 class EvalLoader:
     """Fixed batches of a split in order, unaugmented. Which images share a batch depends on the
-    batch size alone, never on how many processes divide the batches among them."""
+    batch size alone, never on how many processes divide the batches among them.
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        split: Split,
-        rows: np.ndarray | None,
-        batch_size: int,
-        image_size: int,
-        device: torch.device,
-    ) -> None:
-        self._pixels = _Pixels(dataset, split, image_size, device)
-        every = np.arange(len(split)) if rows is None else rows
-        self._batches = torch.split(torch.from_numpy(every).to(device), batch_size)
-        self.n_samples = len(every)
+    Args:
+        rows: [n] int64, the rows to take; None for all.
+    """
+
+    def __init__(self, pixels: Pixels, rows: np.ndarray | None, batch_size: int) -> None:
+        self._pixels = pixels
+        taken = torch.arange(len(pixels)) if rows is None else torch.from_numpy(rows)
+        self._batches = torch.split(taken.to(pixels.device), batch_size)
+        self.n_samples = len(taken)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -121,23 +144,3 @@ class EvalLoader:
         for i in range(rank, len(self._batches), world_size):
             rows = self._batches[i]
             yield i, self._pixels.plain(rows), self._pixels.labels[rows]
-
-
-class _Pixels:
-    """A split on the device, and how its bytes become network input."""
-
-    def __init__(self, dataset: Dataset, split: Split, side: int, device: torch.device) -> None:
-        self._images = torch.from_numpy(split.images).to(device)
-        self._side = side
-        dtype = torch.get_default_dtype()
-        self._mean = torch.tensor(dataset.mean, dtype=dtype, device=device)
-        self._std = torch.tensor(dataset.std, dtype=dtype, device=device)
-        self.labels = torch.from_numpy(split.labels).to(device)
-
-    def augmented(self, rows: Tensor, draws: Draws, padding: int) -> Tensor:
-        return normalise(
-            view(self._images, rows, draws, padding), self._mean, self._std, self._side
-        )
-
-    def plain(self, rows: Tensor) -> Tensor:
-        return normalise(self._images[rows], self._mean, self._std, self._side)

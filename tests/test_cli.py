@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from launch import ROOT, TINY, rows, run, train
 
 

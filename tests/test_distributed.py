@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import rows, train
 from safetensors.numpy import load_file
 from torch import nn
 
 from distvgg.distributed import accumulation_momentum
+from launch import rows, train
 
 TOLERANCE = 1e-12
 WORLD_SIZES = (1, 2, 4)

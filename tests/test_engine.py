@@ -10,17 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from launch import TINY, rows, run, train
 from safetensors.torch import load_file
 from torch import nn
 
 from distvgg import engine
-from distvgg.config import Config, load
+from distvgg.config import Config, UserError, load
 from distvgg.distributed import resolve_precision
 from distvgg.engine import due, evaluation_steps
 from distvgg.model import VGG
 from distvgg.optim import lr_at
 from distvgg.sampling import Plan
+from launch import TINY, rows, run, train
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +118,15 @@ def test_auto_precision_is_resolved_and_kept_with_the_run(tmp_path: Path) -> Non
     assert (expected == "bf16") == bool(
         {"avx512_bf16", "amx_bf16"} & {k for k, v in torch.cpu.get_capabilities().items() if v}
     )
+
+
+def test_the_launchers_precision_wins_over_auto_only() -> None:
+    cpu = torch.device("cpu")
+    assert resolve_precision("auto", cpu, "bf16") == "bf16"
+    assert resolve_precision("no", cpu, "bf16") == "no"
+    assert resolve_precision("auto", cpu, "no") == resolve_precision("auto", cpu)
+    with pytest.raises(UserError, match="fp16 needs a CUDA GPU"):
+        resolve_precision("auto", cpu, "fp16")
 
 
 def test_the_same_run_twice_is_the_same_to_the_bit(tmp_path: Path) -> None:

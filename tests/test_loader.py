@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from distvgg.config import Config, UserError
 from distvgg.data import Dataset, Split
-from distvgg.loader import DeviceLoader, EvalLoader, MicroBatch
+from distvgg.loader import DeviceLoader, EvalLoader, MicroBatch, Pixels
 from distvgg.sampling import Plan
 
 CPU = torch.device("cpu")
@@ -24,7 +24,8 @@ def dataset(n: int, side: int = 32) -> Dataset:
 def loader(config: Config, n: int, world_size: int = 1, rank: int = 0) -> DeviceLoader:
     rows = np.arange(0, 2 * n, 2)  # training rows are not all rows
     plan = Plan(n, config.train.global_batch_size, config.train.micro_batch_size, world_size)
-    return DeviceLoader(config, dataset(2 * n), rows, plan, rank, CPU)
+    data = dataset(2 * n)
+    return DeviceLoader(config, Pixels(data, data.train, 32, CPU), rows, plan, rank)
 
 
 def equal(a: MicroBatch, b: MicroBatch) -> bool:
@@ -83,7 +84,7 @@ def test_the_order_is_no_function_of_the_augmentation() -> None:
 @given(n=st.integers(1, 60), batch_size=st.integers(1, 70), world_size=st.integers(1, 9))
 def test_evaluation_takes_every_image_once(n: int, batch_size: int, world_size: int) -> None:
     data = dataset(n, side=4)
-    evaluation = EvalLoader(data, data.train, None, batch_size, 4, CPU)
+    evaluation = EvalLoader(Pixels(data, data.train, 4, CPU), None, batch_size)
     shared = [b for rank in range(world_size) for b in evaluation.batches(rank, world_size)]
     assert sorted(i for i, _, _ in shared) == list(range(len(evaluation)))
     labels = torch.cat([labels for _, _, labels in sorted(shared, key=lambda b: b[0])])
