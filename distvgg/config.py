@@ -57,7 +57,7 @@ class DataConfig(Section):
     val_size: int = Field(5000, ge=1)
     """Images held out of the train split for validation, class by class."""
     train_size: int | None = Field(None, ge=1)
-    """Train on a class-balanced subset of this many images. None: all but the validation split."""
+    """Train on a subset of this many images, stratified by class. None: all but validation."""
     split_seed: int = Field(0, ge=0)
     """Seed of the train/validation split, apart from `seed` so that seeds share one split."""
     resize: int | None = Field(None, ge=16)
@@ -69,7 +69,9 @@ class DataConfig(Section):
         if self.name == "custom" and self.path is None:
             raise ValueError("data.name custom needs data.path, a folder or a hub id")
         if self.name == "synthetic" and self.path is not None:
-            raise ValueError("data.name synthetic is made in code; drop data.path or name its set")
+            raise ValueError("data.name synthetic is made in code: drop data.path, or name its set")
+        if self.name == "synthetic" and self.resize is not None:
+            raise ValueError("data.resize does nothing to data.name synthetic: drop it")
         return self
 
 

@@ -1,24 +1,24 @@
-"""Rows that the `datasets` library reads -> checked arrays on disk; the classes of CIFAR-100.
+"""Rows of encoded images and labels -> checked arrays on disk; the classes of CIFAR-100.
 
-Owns everything that can be wrong with a user's images. Imported only when the cache is cold.
-Invariant: whatever `write` leaves behind has one image shape, labels in range, and a superclass for
-every class or for none.
+Owns everything that can be wrong with a user's images and labels. Imported only when the cache is
+cold. Invariant: whatever `write` leaves behind has one image shape, labels in range, and a
+superclass for every class or for none.
 """
 
 import io
-import os
-import socket
-import tempfile
+import zlib
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from distvgg.config import DataConfig, UserError
+from distvgg.source import Labels, Rows, read, reason
 
 # Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. Both labels of the
 # official files number these names in alphabetical order.
@@ -44,261 +44,204 @@ CIFAR100_SUPERCLASSES = {
     "vehicles_1": "bicycle bus motorcycle pickup_truck train",
     "vehicles_2": "lawn_mower rocket streetcar tank tractor",
 }
+CIFAR100_SUPERCLASS_OF = {c: s for s, cs in CIFAR100_SUPERCLASSES.items() for c in cs.split()}
 # The hub's metadata of CIFAR-100 has lost a letter.
 SPELLING = {"cra": "crab"}
-# What the two named sets must be: images of this side, in this many classes.
-SIDE = {"cifar100": 32, "cifar10": 32}
+# What the two named sets must be: this many classes, images of this side.
 CLASSES = {"cifar100": 100, "cifar10": 10}
-LABEL_COLUMNS = ("fine_label", "label", "labels")
+SIDE = 32
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def write(config: DataConfig, source: str, folder: Path) -> dict[str, Any]:
-    """Decodes a folder or hub id into `{train,test}_{images,labels,superclasses}.npy`.
+    """Decodes a folder or hub id: `{split}_images.npy` [n, height, width, 3] uint8 and
+    `{split}_labels.npy` [n] int64 for train and, where something is held out, test.
 
     Returns:
-        class_names, superclass_names, superclass_of, mean and std, ready for JSON.
+        class_names, superclass_names and superclass_of of `data.Dataset`, for JSON.
 
     Raises:
         UserError: the source cannot be read, or holds an image or label that does not fit.
+        OSError: `folder` cannot be written.
     """
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".arrow.") as scratch:
-        splits = _read(config, source, scratch)
-        if "train" not in splits:
-            raise UserError(f"{source} has no train split, only {', '.join(splits)}")
-        held_out = next((s for s in ("test", "validation", "valid") if s in splits), None)
-        named = {"train": splits["train"]} | ({"test": splits[held_out]} if held_out else {})
-        image, label = _columns(source, named["train"])
-        class_names = _class_names(config, source, named["train"], label)
-        shape: tuple[int, ...] | None = None
-        if config.name in SIDE:
-            side = config.resize or SIDE[config.name]
-            shape = (side, side, 3)
-        for name, rows in named.items():
-            where = f"{source} ({name} split)"
-            if not len(rows):
-                raise UserError(f"{where} holds no images")
-            labels = _labels(where, rows[label], class_names)
-            np.save(folder / f"{name}_labels.npy", labels)
-            if "coarse_label" in rows.column_names and label != "coarse_label":
-                coarse = np.asarray(rows["coarse_label"], dtype=np.int64)
-                np.save(folder / f"{name}_superclasses.npy", coarse)
-            shape = _write_images(where, rows, image, config, shape, folder / f"{name}_images.npy")
-        superclass_names = _names_of(named["train"], "coarse_label")
-    mean, std = channel_moments(np.load(folder / "train_images.npy", mmap_mode="r"))
-    superclass_names, superclass_of = _superclasses(source, folder, class_names, superclass_names)
+    with TemporaryDirectory(dir=folder) as scratch:
+        splits = read(source, Path(scratch))
+        # All labels before the first image: a wrong one is found in a moment.
+        class_names = _class_names(config, source, splits["train"])
+        labels = {
+            name: _integers(rows.where, rows.label, len(class_names))
+            for name, rows in splits.items()
+        }
+        superclass_names, superclass_of = _superclasses(splits, labels, class_names)
+        side = config.resize or SIDE
+        shape: tuple[int, ...] | None = (side, side, 3) if config.name in CLASSES else None
+        for name, rows in splits.items():
+            np.save(folder / f"{name}_labels.npy", labels[name])
+            shape = _write_images(rows, config.resize, shape, folder / f"{name}_images.npy")
     return {
         "class_names": class_names,
         "superclass_names": superclass_names,
         "superclass_of": superclass_of,
-        "mean": mean,
-        "std": std,
     }
 
 
-def channel_moments(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation in 0..1 of [n, height, width, 3] uint8, from exact
-    histograms."""
-    counts = np.zeros((3, 256), dtype=np.int64)
-    for block in np.array_split(images, max(1, len(images) // 4096)):
-        for channel in range(3):
-            counts[channel] += np.bincount(block[..., channel].ravel(), minlength=256)
-    levels = np.arange(256) / 255
-    mean = counts @ levels / counts.sum(1)
-    std = np.sqrt(counts @ levels**2 / counts.sum(1) - mean**2)
-    return mean.tolist(), std.tolist()
-
-
-def _read(config: DataConfig, source: str, scratch: str) -> dict[str, Any]:
-    """The splits of a folder or hub id, images undecoded."""
-    import datasets
-
-    local = Path(source).is_dir()
-    if not local and not _is_hub_id(source):
-        raise UserError(
-            f"data.path {source} is not a folder: give one that holds Parquet files or one folder"
-            " of images per class, or a hub id such as uoft-cs/cifar100"
-        )
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-    arguments: dict[str, Any] = {}
-    if local:
-        # The Arrow copy is scratch: what is kept is the decoded cache, by our own fingerprint.
-        arguments["cache_dir"] = scratch
-    elif not _hub_answers():
-        # Otherwise the client retries for 23 s before it says that there is no network.
-        import huggingface_hub
-
-        datasets.config.HF_HUB_OFFLINE = True
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        with redirect_stderr(io.StringIO()):
-            found = datasets.load_dataset(source, **arguments)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:200]
-        if not local:
-            raise UserError(
-                f"cannot reach {source} on the hub and it is not cached ({reason}): give a local"
-                " copy with --data.path FOLDER, point HF_HOME at a cache that holds it, or take"
-                " --data.name synthetic"
-            ) from error
-        if isinstance(error, FileNotFoundError):
-            raise UserError(
-                f"data.path {source} holds no data: it needs Parquet files, or one folder of"
-                " images per class below train/ and test/"
-            ) from error
-        raise UserError(f"data.path {source} cannot be read: {reason}") from error
-    return {name: _undecoded(rows) for name, rows in found.items()}
-
-
-def _undecoded(rows: Any) -> Any:
-    import datasets
-
-    for name, feature in rows.features.items():
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(name, datasets.Image(decode=False))
-    return rows
-
-
-def _is_hub_id(source: str) -> bool:
-    parts = source.split("/")
-    return len(parts) == 2 and all(parts) and not source.startswith((".", "~"))
-
-
-def _hub_answers() -> bool:
-    if os.environ.get("HF_HUB_OFFLINE") or any(p in os.environ for p in ("https_proxy", "HTTPS_PROXY")):
-        return True  # the client knows what to do
-    import huggingface_hub
-
-    host = urlsplit(huggingface_hub.constants.ENDPOINT).hostname or ""
-    try:
-        socket.create_connection((host, 443), timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-def _columns(source: str, rows: Any) -> tuple[str, str]:
-    """The names of the image and the label column."""
-    import datasets
-
-    images = [n for n, f in rows.features.items() if isinstance(f, datasets.Image)]
-    # Parquet that was not written by `datasets` has no Image feature, but the same structure.
-    images += [n for n in ("img", "image") if n in rows.column_names]
-    labels = [n for n in LABEL_COLUMNS if n in rows.column_names]
-    if not images or not labels:
-        missing = "image column" if not images else f"label column ({', '.join(LABEL_COLUMNS)})"
-        raise UserError(f"{source} has no {missing}: its columns are {', '.join(rows.column_names)}")
-    return images[0], labels[0]
-
-
-def _names_of(rows: Any, column: str) -> list[str]:
-    names = getattr(rows.features.get(column), "names", None) or []
-    return [SPELLING.get(n, n) for n in names]
-
-
-def _class_names(config: DataConfig, source: str, rows: Any, label: str) -> list[str]:
-    names = _names_of(rows, label)
+def _class_names(config: DataConfig, source: str, train: Rows) -> list[str]:
+    """From the source's metadata; else CIFAR-100's, which are known; else numbers."""
     expected = CLASSES.get(config.name)
+    names = [SPELLING.get(n, n) for n in train.label.class_names]
+    if not names and config.name == "cifar100":
+        names = sorted(CIFAR100_SUPERCLASS_OF)
     if not names:
-        top = max(rows[label], default=-1)
-        names = [str(i) for i in range(expected or top + 1)]
-        if config.name == "cifar100":
-            names = sorted(n for s in CIFAR100_SUPERCLASSES.values() for n in s.split())
+        names = _numbers(expected or _count(train.where, train.label, len(train)))
     if expected is not None and len(names) != expected:
         raise UserError(
-            f"{source} has {len(names)} classes, {config.name} has {expected}: give its folder as"
-            " data.path, or --data.name custom"
+            f"{source} has {len(names)} classes, {config.name} has {expected}: give that set's"
+            " folder as --data.path, or take --data.name custom"
         )
     return names
 
 
-def _labels(where: str, values: Any, class_names: list[str]) -> np.ndarray:
-    values = list(values)
-    for i, value in enumerate(values):
-        if not isinstance(value, int) or not 0 <= value < len(class_names):
+def _superclasses(
+    splits: dict[str, Rows], labels: dict[str, np.ndarray], class_names: list[str]
+) -> tuple[list[str], list[int] | None]:
+    """Names of the superclasses, and the superclass of each class: as the data's own column has it,
+    else by name where the classes are CIFAR-100's (an image folder keeps only one label)."""
+    is_cifar100 = set(class_names) == set(CIFAR100_SUPERCLASS_OF)
+    train = splits["train"]
+    if train.superclass is None:
+        names = list(CIFAR100_SUPERCLASSES) if is_cifar100 else []
+        table = [names.index(CIFAR100_SUPERCLASS_OF[c]) for c in class_names] if names else None
+        return names, table
+    names = train.superclass.class_names or (
+        list(CIFAR100_SUPERCLASSES)
+        if is_cifar100
+        else _numbers(_count(train.where, train.superclass, len(class_names)))
+    )
+    of = np.full(len(class_names), -1)
+    for name, rows in splits.items():
+        assert rows.superclass is not None
+        fine, coarse = labels[name], _integers(rows.where, rows.superclass, len(names))
+        new = of[fine] < 0
+        of[fine[new]] = coarse[new]
+        if (wrong := np.flatnonzero(of[fine] != coarse)).size:
+            i = int(wrong[0])
             raise UserError(
-                f"{where}: image {i} has label {value}, out of range 0 to {len(class_names) - 1}:"
-                " mend or drop that row"
+                f"{rows.where}: image {i} puts class {class_names[fine[i]]} in superclass"
+                f" {names[coarse[i]]}, others are in {names[of[fine[i]]]}: mend its"
+                f" {rows.superclass.column}"
             )
-    return np.asarray(values, dtype=np.int64)
+    if (of < 0).any():
+        unknown = class_names[int(np.argmin(of))]
+        raise UserError(
+            f"{train.where}: no image of class {unknown} tells its superclass: add one, or drop the"
+            f" column {train.superclass.column}"
+        )
+    return names, of.tolist()
+
+
+def _numbers(n: int) -> list[str]:
+    return [str(i) for i in range(n)]
+
+
+def _count(where: str, column: Labels, limit: int) -> int:
+    """How many classes a column without names numbers, from 0 on: at most `limit`."""
+    return int(_integers(where, column, limit).max()) + 1
+
+
+def _integers(where: str, column: Labels, n: int) -> np.ndarray:
+    """A column as [rows] int64, checked to be in 0..n-1."""
+    values = column.values
+    if values.null_count:
+        i = int(np.flatnonzero(values.is_null().to_numpy())[0])
+        raise UserError(f"{where}: image {i} has no {column.column}: mend or drop that row")
+    if not pa.types.is_integer(values.type):
+        raise UserError(
+            f"{where}: column {column.column} is of type {values.type}: number the classes from 0"
+        )
+    labels: np.ndarray = values.to_numpy().astype(np.int64)
+    if (wrong := np.flatnonzero((labels < 0) | (labels >= n))).size:
+        i = int(wrong[0])
+        raise UserError(
+            f"{where}: image {i} has {column.column} {labels[i]}, out of range 0 to {n - 1}: mend"
+            " or drop that row"
+        )
+    return labels
 
 
 def _write_images(
-    where: str,
-    rows: Any,
-    column: str,
-    config: DataConfig,
-    shape: tuple[int, ...] | None,
-    path: Path,
+    rows: Rows, resize: int | None, shape: tuple[int, ...] | None, path: Path
 ) -> tuple[int, ...]:
-    """Decodes into [n, height, width, 3] uint8; the first image sets the shape if none is given."""
-    out: np.ndarray | None = None
-    for i, image in enumerate(_decoded(where, rows, column, config.resize)):
-        if out is None:
-            shape = shape or image.shape
-            out = np.lib.format.open_memmap(path, "w+", np.uint8, (len(rows), *shape))
-        if image.shape != shape:
-            assert shape is not None
-            raise UserError(
-                f"{where}: image {i} is {image.shape[1]}x{image.shape[0]} pixels, expected"
-                f" {shape[1]}x{shape[0]}: mend it, or bring all to one size with"
-                f" --data.resize {min(shape[:2])}"
-            )
-        out[i] = image
-    assert out is not None and shape is not None
-    out.flush()
+    """Decodes into [n, *shape] uint8; the first image sets the shape if none is given.
+
+    Through write, not a memory map: there, a full disk is a signal that kills the process.
+    """
+    images = _decoded(rows, resize)
+    first = next(images)
+    shape = shape or (first.height, first.width, 3)
+    height, width, _ = shape
+    with path.open("wb", buffering=2**20) as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for i, image in enumerate(chain([first], images)):
+            if image.size != (width, height):
+                raise UserError(
+                    f"{rows.where}: image {i} is {image.width}x{image.height} pixels, expected"
+                    f" {width}x{height}: mend it, or bring all to one size with"
+                    f" --data.resize {max(16, min(width, height))}"
+                )
+            file.write(image.tobytes())
     return shape
 
 
-def _decoded(where: str, rows: Any, column: str, resize: int | None) -> Iterator[np.ndarray]:
-    i = 0
-    for batch in rows.iter(batch_size=1000):
-        for value in batch[column]:
-            try:
-                raw = value["bytes"] or Path(value["path"]).read_bytes()
-                image = Image.open(io.BytesIO(raw)).convert("RGB")
-            except (UnidentifiedImageError, OSError, SyntaxError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"{where}: image {i} cannot be decoded ({error}): mend or drop it"
-                ) from error
-            yield np.asarray(_square(image, resize) if resize else image)
-            i += 1
+def _decoded(rows: Rows, resize: int | None) -> Iterator[Image.Image]:
+    """The images as RGB, resized to a square where asked."""
+    for i, encoded in enumerate(rows.images()):
+        try:
+            image = _rgb(_bytes_of(encoded))
+        except Exception as error:  # of any type: damaged bytes take Pillow anywhere
+            name = f" ({encoded['path']})" if encoded and encoded["path"] else ""
+            why = "not an image" if isinstance(error, UnidentifiedImageError) else reason(error)
+            raise UserError(
+                f"{rows.where}: image {i}{name} cannot be decoded: {why}; mend or drop it"
+            ) from error
+        yield _square(image, resize) if resize else image
+
+
+def _bytes_of(encoded: dict[str, Any] | None) -> bytes:
+    if not encoded or not (encoded["bytes"] or encoded["path"]):
+        raise ValueError("there is none")
+    data: bytes = encoded["bytes"] or Path(encoded["path"]).read_bytes()
+    if data.startswith(PNG):
+        _check_png(data)
+    return data
+
+
+def _check_png(data: bytes) -> None:
+    """Raises ValueError where pixels and their checksum differ. Pillow checks those of all else
+    only: of 10,000 bits flipped in CIFAR-100's files, 88 gave other pixels and no error."""
+    at = len(PNG)
+    while at < len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4])
+        chunk = data[at + 4 : end]
+        if chunk.startswith(b"IDAT") and zlib.crc32(chunk) != int.from_bytes(data[end : end + 4]):
+            raise ValueError("a wrong checksum")
+        at = end + 4
+
+
+def _rgb(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    if image.mode[0] in "IF":
+        raise ValueError("more than 8 bits a channel, which would be clipped")
+    if image.mode == "RGB":
+        image.load()
+        return image
+    return image.convert("RGB")
 
 
 def _square(image: Image.Image, side: int) -> Image.Image:
+    """Shorter side resized to `side`, centre cropped."""
     scale = side / min(image.size)
     width, height = (max(side, round(s * scale)) for s in image.size)
     left, top = (width - side) // 2, (height - side) // 2
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     return resized.crop((left, top, left + side, top + side))
-
-
-def _superclasses(
-    source: str, folder: Path, class_names: list[str], superclass_names: list[str]
-) -> tuple[list[str], list[int] | None]:
-    """The superclass of each class: from the data's own column, or by name where the classes are
-    CIFAR-100's (an image folder keeps only one label)."""
-    if not (folder / "train_superclasses.npy").exists():
-        of = {n: s for s, names in CIFAR100_SUPERCLASSES.items() for n in names.split()}
-        if set(class_names) != set(of):
-            return [], None
-        superclass_names = list(CIFAR100_SUPERCLASSES)
-        table = [superclass_names.index(of[n]) for n in class_names]
-        for file in folder.glob("*_labels.npy"):
-            labels = np.asarray(table, dtype=np.int64)[np.load(file)]
-            np.save(folder / file.name.replace("_labels", "_superclasses"), labels)
-        return superclass_names, table
-    fine = np.load(folder / "train_labels.npy")
-    coarse = np.load(folder / "train_superclasses.npy")
-    top = len(superclass_names) or int(coarse.max()) + 1
-    if coarse.min() < 0 or coarse.max() >= top:
-        raise UserError(f"{source}: a coarse_label is out of range 0 to {top - 1}: mend that row")
-    table_of = np.zeros(len(class_names), dtype=np.int64)
-    table_of[fine] = coarse
-    if (wrong := np.flatnonzero(table_of[fine] != coarse)).size:
-        i = int(wrong[0])
-        raise UserError(
-            f"{source}: image {i} puts class {class_names[fine[i]]} in superclass {coarse[i]},"
-            f" others in {table_of[fine[i]]}: mend its coarse_label"
-        )
-    return superclass_names or [str(i) for i in range(top)], table_of.tolist()

@@ -1,46 +1,72 @@
 """A local folder or a hub id -> its train and test rows, images undecoded, through `datasets`.
 
 Owns the `datasets` library and the network: where files are, what their columns are called, how a
-failure reads. Imported only when the cache is cold. Invariant: no file is in two splits, and the
-rows of every split have the same columns by the same names.
+failure reads. Imported only when the cache is cold. Invariant: no file is in both splits.
 """
 
 import io
+import logging
 import os
-import socket
-import urllib.request
-from concurrent.futures import Future
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import redirect_stderr, suppress
+from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
 from pathlib import Path
-from threading import Thread
-from typing import Any
-from urllib.parse import urlsplit
+from threading import Event, Thread
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from distvgg.config import UserError
 
-# What other sets call the columns that are named image, label and superclass from here on.
+# What sets call these columns.
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("fine_label", "label", "labels")
 SUPERCLASS_COLUMN = "coarse_label"
-# Folders that say which split the files below them belong to; the first held-out split found is
-# the test split.
-SPLIT_FOLDERS = {
-    "train": "train",
-    "test": "test",
-    "validation": "val",
-    "valid": "val",
-    "val": "val",
-}
-HELD_OUT = ("test", "val", "validation", "valid")
+# Splits, and folders at the top, of these names; the first that there is becomes the test split.
+HELD_OUT = ("test", "validation", "valid", "val")
 PROBE_SECONDS = 5
 
 
-def read(source: str, scratch: Path) -> dict[str, Any]:
-    """The rows of a folder or hub id by split: `train`, and `test` where something is held out.
+class Labels(NamedTuple):
+    """A column of labels as the source has it, unchecked.
 
-    Returns:
-        `datasets.Dataset`s in Arrow format with the columns image (struct of bytes and path), label
-        and, where the source has it, superclass; as the source types them, unchecked.
+    `class_names` is what its metadata calls the classes, empty where it has none.
+    """
+
+    column: str
+    values: pa.ChunkedArray
+    class_names: list[str]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split of a source; `where` names it in messages."""
+
+    where: str
+    label: Labels
+    superclass: Labels | None
+    _images: Any
+
+    def __len__(self) -> int:
+        return len(self.label.values)
+
+    def images(self) -> Iterator[dict[str, Any] | None]:
+        """Each image as its encoded `bytes`, else the `path` of its file, unchecked."""
+        for batch in self._images.iter(batch_size=1000):
+            yield from batch.column(0).to_pylist()
+
+    def files(self) -> set[str]:
+        """The files of the images that are not in the table itself."""
+        images = self._images[:].column(0)
+        outside = pc.is_null(pc.struct_field(images, "bytes"))
+        return set(pc.struct_field(images, "path").filter(outside).to_pylist()) - {None}
+
+
+def read(source: str, scratch: Path) -> dict[str, Rows]:
+    """A folder or hub id by split: `train`, and `test` where something is held out.
 
     Args:
         source: a folder that holds Parquet files or images, or a hub id.
@@ -56,17 +82,23 @@ def read(source: str, scratch: Path) -> dict[str, Any]:
             " train/, or name them train-*.parquet"
         )
     held_out = next((splits[name] for name in HELD_OUT if name in splits), None)
-    named = {"train": splits["train"]} | ({} if held_out is None else {"test": held_out})
-    return {name: _with_our_columns(source, rows) for name, rows in named.items()}
+    train = _rows(f"{source} (train split)", splits["train"])
+    if held_out is None:
+        return {"train": train}
+    test = _rows(f"{source} (test split)", held_out)
+    if shared := sorted(train.files() & test.files()):
+        raise UserError(
+            f"{source}: {shared[0]} is in the train and in the test split: give the folder that"
+            " train/ and test/ stand in as data.path"
+        )
+    return {"train": train, "test": test}
 
 
 def _load_folder(source: str, scratch: Path) -> dict[str, Any]:
     folder = Path(source).resolve()  # absolute: `csv` would otherwise name a reader of the library
-    # The library takes any folder of a split's name for that split, also CIFAR-100's class `train`
-    # below test/, whose images it would then put in both.
-    split_folders = {
-        split: f"{f}/**" for f, split in SPLIT_FOLDERS.items() if _has_files(folder / f)
-    }
+    # Left to itself, the library takes any folder of a split's name for that split: it would put
+    # test/train/, a class of CIFAR-100, into both.
+    split_folders = {n: f"{n}/**" for n in ("train", *HELD_OUT) if _has_files(folder / n)}
     try:
         return _load(
             str(folder),
@@ -79,9 +111,14 @@ def _load_folder(source: str, scratch: Path) -> dict[str, Any]:
             " per class below train/ and test/"
         ) from error
     except Exception as error:  # of any type: the library lets pass what its readers raise
+        bottom = _bottom(error)
+        if isinstance(bottom, OSError) and bottom.errno in (ENOSPC, EDQUOT):
+            raise bottom from error  # the scratch folder's fault
         if file := _damaged_parquet(folder):
-            raise UserError(f"data.path {source} cannot be read: {file}; copy it anew") from error
-        raise UserError(f"data.path {source} cannot be read: {_reason(error)}") from error
+            raise UserError(
+                f"data.path {source} cannot be read: {file}; copy or make it anew"
+            ) from error
+        raise UserError(f"data.path {source} cannot be read: {reason(error)}") from error
 
 
 def _load_hub_id(source: str) -> dict[str, Any]:
@@ -93,17 +130,16 @@ def _load_hub_id(source: str) -> dict[str, Any]:
             f"data.path {source} is not a folder: give one that holds Parquet files or one folder"
             " of images per class, or a hub id such as uoft-cs/cifar100"
         )
-    if not huggingface_hub.constants.HF_HUB_OFFLINE and not _answers(
-        huggingface_hub.constants.ENDPOINT
-    ):
-        # The client would retry for 23 s before it looks in its own cache.
+    if not _hub_answers():
+        # The client would retry for 23 s, for minutes where the hub is mute, before it looks in its
+        # own cache.
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         return _load(source)
     except Exception as error:  # of any type, as above
         raise UserError(
-            f"there is no folder {source}, and the hub's data set of that name is neither cached"
-            f" nor to be had ({_reason(error)}): give a local copy with --data.path FOLDER, point"
+            f"no data set {source}: there is no such folder, and as a hub id it is neither cached"
+            f" nor to be had ({reason(error)}): give a local copy with --data.path FOLDER, point"
             " HF_HOME at a cache that holds it, or take --data.name synthetic"
         ) from error
 
@@ -114,78 +150,77 @@ def _load(path: str, **arguments: Any) -> dict[str, Any]:
     import huggingface_hub
 
     datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-    huggingface_hub.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)
+    huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)
     with redirect_stderr(io.StringIO()):
         return dict(datasets.load_dataset(path, **arguments))
 
 
-def _with_our_columns(source: str, rows: Any) -> Any:
-    """The rows with the columns image, label and superclass under these names, and no others."""
+def _rows(where: str, table: Any) -> Rows:
+    """Finds the columns of a `datasets.Dataset`."""
     import datasets
 
     # Parquet that was not written by `datasets` has no Image feature: there, only the name tells.
-    images = [n for n, f in rows.features.items() if isinstance(f, datasets.Image)]
-    images += [n for n in IMAGE_COLUMNS if n in rows.column_names]
-    labels = [n for n in LABEL_COLUMNS if n in rows.column_names]
-    if not images or not labels:
-        missing = (
-            f"label column ({', '.join(LABEL_COLUMNS)}) and no folders of at least two classes"
-            if images
-            else f"image column ({', '.join(IMAGE_COLUMNS)})"
-        )
+    images = [n for n, f in table.features.items() if isinstance(f, datasets.Image)]
+    images += [n for n in IMAGE_COLUMNS if n in table.column_names]
+    labels = [n for n in LABEL_COLUMNS if n in table.column_names]
+    has = f"only {', '.join(table.column_names)}"
+    if not images:
+        raise UserError(f"{where} has no image column, {has}: name it {' or '.join(IMAGE_COLUMNS)}")
+    if not labels:
         raise UserError(
-            f"{source} has no {missing}: its columns are {', '.join(rows.column_names)}; rename or"
-            " add one"
+            f"{where} has no label column, {has}: name it {' or '.join(LABEL_COLUMNS)}, or put the"
+            " images of each class in a folder of its own below train/ and test/"
         )
-    ours = {images[0]: "image", labels[0]: "label"}
-    if SUPERCLASS_COLUMN in rows.column_names:
-        ours[SUPERCLASS_COLUMN] = "superclass"
-    rows = rows.select_columns(list(ours)).rename_columns(ours)
+    if not len(table):
+        raise UserError(f"{where} holds no images: add some")
+
+    def column(name: str) -> Labels:
+        values = table.select_columns([name]).with_format("arrow")[:][name]
+        return Labels(name, values, getattr(table.features[name], "names", None) or [])
+
+    encoded = table.select_columns([images[0]])
     try:
-        rows = rows.cast_column("image", datasets.Image(decode=False))
+        encoded = encoded.cast_column(images[0], datasets.Image(decode=False))
     except Exception as error:  # of any type, as above
         raise UserError(
-            f"{source}: column {images[0]} holds no encoded images ({_reason(error)}): store the"
-            " bytes of PNG or JPEG files there"
+            f"{where}: column {images[0]} holds no image files ({reason(error)}): store the bytes"
+            " of PNG or JPEG there"
         ) from error
-    return rows.with_format("arrow")
+    return Rows(
+        where,
+        column(labels[0]),
+        column(SUPERCLASS_COLUMN) if SUPERCLASS_COLUMN in table.column_names else None,
+        encoded.with_format("arrow"),
+    )
 
 
-def _answers(url: str) -> bool:
-    """Whether the host of a URL, or the proxy before it, takes connections, within seconds."""
-    parts = urlsplit(url)
-    if not urllib.request.proxy_bypass(parts.hostname or ""):
-        parts = urlsplit(urllib.request.getproxies().get(parts.scheme, url))
-    address = (parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443))
-    answer: Future[bool] = Future()
+def _hub_answers() -> bool:
+    """Whether the hub answers within seconds, by the client's own way through proxies."""
+    import huggingface_hub
+
+    answered = Event()
 
     def probe() -> None:
-        try:
-            socket.create_connection(address, timeout=PROBE_SECONDS).close()
-        except OSError:
-            answer.set_result(False)
-        else:
-            answer.set_result(True)
+        with suppress(Exception):  # of any type: the client changes its HTTP library
+            url = huggingface_hub.constants.ENDPOINT
+            huggingface_hub.get_session().head(url, timeout=PROBE_SECONDS)
+            answered.set()
 
     # In a thread, for name resolution heeds no timeout.
-    Thread(target=probe, daemon=True).start()
-    try:
-        return answer.result(PROBE_SECONDS)
-    except TimeoutError:
-        return False
+    thread = Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answered.is_set()
 
 
 def _damaged_parquet(folder: Path) -> str | None:
     """The first Parquet file that cannot be read, and why: the library's errors name no file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     for file in sorted(folder.rglob("*.parquet")):
         try:
             rows = sum(batch.num_rows for batch in pq.ParquetFile(file).iter_batches())
         except (OSError, pa.ArrowException) as error:
-            return f"{file.relative_to(folder)} is damaged ({_reason(error)})"
+            return f"{file.relative_to(folder)} is damaged ({reason(error)})"
         if not rows:
             return f"{file.relative_to(folder)} has no rows"
     return None
@@ -195,8 +230,13 @@ def _has_files(folder: Path) -> bool:
     return any(files for _, _, files in os.walk(folder, followlinks=True))
 
 
-def _reason(error: BaseException) -> str:
-    """What went wrong at the bottom, on one line."""
+def _bottom(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return error
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong at the bottom, on one line."""
+    bottom = _bottom(error)
+    return " ".join(str(bottom).split())[:200] or type(bottom).__name__

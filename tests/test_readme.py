@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from launch import ROOT
 
 SETUP, TESTS = re.search(r"```bash\n(\S+)\n(\S+)\n```", (ROOT / "README.md").read_text()).groups()
