@@ -186,8 +186,8 @@ class TrackConfig(Section):
     WANDB_MODE is honoured."""
     tensorboard: bool = False
     """TensorBoard event files in the run folder."""
-    project: str = Field("distvgg", min_length=1)
-    """Project on the trackers."""
+    project: str = Field("distvgg", max_length=128, pattern=r"^[^/\\#?%:]+$")
+    """Project on the trackers; W&B takes no slash, backslash, #, ?, % or colon."""
     name: str | None = None
     """Run name on the trackers. None: the run folder's name."""
     every_steps: int = Field(50, ge=1)

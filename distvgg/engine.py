@@ -78,8 +78,8 @@ def train(config: Config, run_dir: Path) -> Result:
         return earlier
     run = build(config, run_dir)
     config, clock, meter, state = run.config, run.clock, run.meter, run.state
+    run.accelerator.print(summary(run, run_dir))
     tracking = Tracking(run.accelerator, config, run_dir, run.steps)
-    tracking.say(summary(run, run_dir))
 
     val: metrics.Row = {}
     while state.step < run.steps:

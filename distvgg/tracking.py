@@ -1,18 +1,22 @@
 """Where rows go: metrics.jsonl always, a terminal or log, W&B and TensorBoard through accelerate.
 
 Every destination is one of accelerate's trackers, ours included. Invariant: `metrics.jsonl` is
-written first, flushed row by row, by the main process only; no destination prompts, and none but
-the file can end a run.
+written first, flushed row by row, by the main process only; no destination asks a question, and
+W&B, the one that lives elsewhere, cannot end a run or hold it up for long.
 """
 
 import json
 import os
+import secrets
+import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from accelerate.tracking import GeneralTracker
+from accelerate.tracking import GeneralTracker, WandBTracker
+from pydantic import ValidationError
 
 from distvgg import metrics
 from distvgg.config import Config, UserError
@@ -22,8 +26,15 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
-# A W&B server that does not answer is given up after this many seconds; its default is 90.
-WANDB_TIMEOUT = 20
+# W&B's settings where the environment has no others. Its own defaults wait 90 s for a server at
+# the start and for ever at the end; and its greeting costs a request, 5 s where nobody answers.
+WANDB_DEFAULTS = {
+    "WANDB_INIT_TIMEOUT": "20",
+    "WANDB_FINISH_TIMEOUT": "20",
+    "WANDB_FINISH_TIMEOUT_RAISES": "true",
+    "WANDB_CONSOLE": "off",
+    "WANDB_SILENT": "true",
+}
 # Seconds between two lines of training progress where there is no terminal.
 CALM = 30.0
 
@@ -31,7 +42,9 @@ CALM = 30.0
 class Tracking:
     """All destinations of a run. Silent on every process but the main one."""
 
-    def __init__(self, accelerator: "Accelerator", config: Config, run_dir: Path, steps: int) -> None:
+    def __init__(
+        self, accelerator: "Accelerator", config: Config, run_dir: Path, steps: int
+    ) -> None:
         self._trackers: list[GeneralTracker] = []
         self._console: Console | None = None
         self.curves = [str(run_dir / METRICS_FILE)]
@@ -39,34 +52,22 @@ class Tracking:
             return
         self._console = Console(steps)
         accelerator.log_with = [JsonLines(run_dir), self._console]
-        init: dict[str, dict[str, Any]] = {}
         if config.track.tensorboard:
             accelerator.log_with.append(_tensorboard())
             self.curves.append(f"tensorboard --logdir {run_dir / 'tensorboard'}")
-        mode = _wandb_mode() if config.track.wandb else "disabled"
+        mode, why = _wandb_mode() if config.track.wandb else ("disabled", "")
         if mode != "disabled":
-            accelerator.log_with.append("wandb")
-            init["wandb"] = _wandb_arguments(config, run_dir, mode)
+            accelerator.log_with.append(wandb := WandB(config, run_dir, mode, why, self.say))
         flat = {k: v if v is not None else "none" for k, v in config.flat().items()}
-        try:
-            accelerator.init_trackers(config.track.project, flat, init)
-        except Exception as error:
-            if mode != "online" or not _is_wandb_error(error):
-                raise
-            _wandb_offline_instead(accelerator, error, init["wandb"])
-            mode = "offline"
-            accelerator.init_trackers(config.track.project, flat, init)
+        accelerator.init_trackers(config.track.project, flat)
         self._trackers = accelerator.trackers
         if mode != "disabled":
-            self._follow_wandb(mode)
+            self.curves.extend(wandb.curves())
 
     def log(self, row: metrics.Row) -> None:
         """Hands a row, with its `step`, to every destination."""
         for tracker in self._trackers:
-            # W&B drops rows whose step goes back, as it does after a resume: there `step` is a
-            # value, and the axis by define_metric.
-            step = None if tracker.name == "wandb" else int(row[metrics.STEP])
-            tracker.log(row, step=step)
+            tracker.log(row, step=int(row[metrics.STEP]))
 
     def step_done(self) -> None:
         """Moves the progress bar."""
@@ -77,17 +78,6 @@ class Tracking:
         """Prints a line without tearing the progress bar; on the main process only."""
         if self._console:
             self._console.say(line)
-
-    def _follow_wandb(self, mode: str) -> None:
-        run = next(t for t in self._trackers if t.name == "wandb").tracker
-        run.define_metric("*", step_metric=metrics.STEP)
-        if mode == "online":
-            self.curves.append(run.url)
-            self.say(f"W&B: {run.url}")
-            return
-        folder = run.settings.sync_dir
-        self.curves.append(f"wandb sync {folder}")
-        self.say(f"W&B: offline. To upload: wandb sync {folder}; to view: wandb leet {folder}")
 
 
 class JsonLines(GeneralTracker):
@@ -122,19 +112,20 @@ class Console(GeneralTracker):
     def __init__(self, steps: int) -> None:
         super().__init__()
         self._steps = steps
-        self._started = time.monotonic()
+        self._done = 0
+        self._started = 0.0  # when the first step was done: what came before tells no speed
         self._last_line = -CALM
         self._bar: tqdm[Any] | None = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     @property
     def tracker(self) -> Any:
         return self._bar
 
     def advance(self) -> None:
+        self._done += 1
+        if self._done == 1:
+            self._started = time.monotonic()
+            self._bar = _progress_bar(self._steps) if sys.stderr.isatty() else None
         if self._bar is not None:
             self._bar.update()
 
@@ -152,15 +143,104 @@ class Console(GeneralTracker):
             self._bar.set_postfix_str(describe(values))
         elif time.monotonic() - self._last_line >= CALM:
             self._last_line = time.monotonic()
-            left = (self._last_line - self._started) / step * (self._steps - step)
-            self.say(f"{self._where(values)}  {describe(values)}, {_duration(left)} left")
+            left = ""
+            if self._done > 1:
+                seconds = (self._last_line - self._started) / (self._done - 1)
+                left = f", {_duration(seconds * (self._steps - step))} left"
+            self.say(f"{self._where(values)}  {describe(values)}{left}")
 
     def finish(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
     def _where(self, row: metrics.Row) -> str:
-        return f"step {row[metrics.STEP]:>{len(str(self._steps))}}/{self._steps}  epoch {row[metrics.EPOCH]:.2f}"
+        step = f"{row[metrics.STEP]:>{len(str(self._steps))}}/{self._steps}"
+        return f"step {step}  epoch {row[metrics.EPOCH]:.2f}"
+
+
+class WandB(WandBTracker):
+    """A W&B run that nobody has to wait for: offline where the server is not reached, given up
+    where W&B itself fails, with a line that says so."""
+
+    def __init__(
+        self, config: Config, run_dir: Path, mode: str, why: str, say: Callable[[str], None]
+    ) -> None:
+        name = config.track.name or run_dir.name
+        # One id for both attempts: what the first may have left on the server is this same run.
+        id = secrets.token_hex(4)
+        super().__init__(config.track.project, name=name, dir=str(run_dir), mode=mode, id=id)
+        self._why_offline = why
+        self._say = say
+        self._failed = False
+
+    def start(self) -> None:
+        import wandb
+
+        try:
+            self._start_online_or_offline()
+        except wandb.errors.UsageError as error:
+            raise UserError(f"W&B: {_one_line(error)}; or --track.wandb false") from error
+        except _wandb_failures() as error:
+            self._give_up(error)
+            return
+        # W&B drops rows whose own step goes back, as it does after a resume: `step` is a value.
+        self._attempt(self.run.define_metric, "*", step_metric=metrics.STEP)
+        if self.run.offline:
+            view = f"wandb leet {shlex.quote(self.run.settings.sync_dir)}"
+            self._say(
+                f"W&B: offline ({self._why_offline}). To upload: {self._upload()}; to view: {view}"
+            )
+        else:
+            self._say(f"W&B: {self.run.url}")
+
+    def curves(self) -> list[str]:
+        """Where the curves are, if anywhere: an address, or the command that puts them there."""
+        if self._failed:
+            return []
+        return [self._upload() if self.run.offline else self.run.url]
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self._attempt(super().store_init_configuration, values)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        self._attempt(super().log, values)
+
+    def finish(self) -> None:
+        self._attempt(self._finish)
+
+    def _finish(self) -> None:
+        try:
+            super().finish()
+        except TimeoutError as error:
+            self._say(f"W&B: {_one_line(error)} To upload the rest: {self._upload()}")
+
+    def _start_online_or_offline(self) -> None:
+        import wandb
+
+        try:
+            super().start()
+        except wandb.errors.Error as error:
+            if self.init_kwargs["mode"] == "offline":
+                raise
+            self._why_offline = _one_line(error)
+            self.init_kwargs["mode"] = "offline"
+            wandb.teardown()  # its process refuses a second run of the same id
+            super().start()
+
+    def _attempt(self, do: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Asks something of W&B, unless that failed before."""
+        if not self._failed:
+            try:
+                do(*args, **kwargs)
+            except _wandb_failures() as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._failed = True
+        self._say(f"W&B: failed ({_one_line(error)}); rows still go to {METRICS_FILE}")
+
+    def _upload(self) -> str:
+        return f"wandb sync {shlex.quote(self.run.settings.sync_dir)}"
 
 
 def describe(row: metrics.Row) -> str:
@@ -176,6 +256,12 @@ def describe(row: metrics.Row) -> str:
         elif name == metrics.IMAGES_PER_SEC:
             words.append(f"{value:,.0f} images/s")
     return ", ".join(words)
+
+
+def _progress_bar(steps: int) -> "tqdm[Any]":
+    from tqdm import tqdm
+
+    return tqdm(total=steps, unit="step", dynamic_ncols=True, smoothing=0.1)
 
 
 def _duration(seconds: float) -> str:
@@ -195,55 +281,41 @@ def _tensorboard() -> str:
     return "tensorboard"
 
 
-def _wandb_mode() -> str:
-    """online, offline or disabled: as WANDB_MODE says, else online where there is a key. Never
-    asks: W&B's own default waits for ever at a prompt on a terminal."""
+def _wandb_mode() -> tuple[str, str]:
+    """online, offline or disabled, and why if offline: as W&B is set, else online where there is a
+    key. Never asks: W&B's own default waits for ever at a prompt on a terminal."""
+    for name, value in WANDB_DEFAULTS.items():
+        os.environ.setdefault(name, value)
     import wandb
+    from wandb.sdk import wandb_setup
 
-    asked = os.environ.get("WANDB_MODE", "")
-    if asked in ("offline", "dryrun"):
-        return "offline"
-    if asked == "disabled":
-        return "disabled"
     try:
-        return "online" if wandb.login(prompt=False, verify=False) else "offline"
+        # wandb.setup() would start W&B's process as well, and hang where that does not start.
+        mode = wandb_setup.singleton().settings.mode
+        if mode == "disabled":
+            return "disabled", ""
+        if mode in ("offline", "dryrun"):
+            return "offline", "as set"
+        if wandb.login(prompt=False, verify=False):
+            return "online", ""
+        return "offline", "no API key, see wandb login"
     except wandb.errors.AuthenticationError as error:  # a key of the wrong form
-        print(f"W&B: {error}", flush=True)
-        return "offline"
+        return "offline", _one_line(error)
+    except ValidationError as error:
+        setting, message = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
+        raise UserError(
+            f"W&B's setting {setting}: {message}; mend WANDB_{str(setting).upper()}, or"
+            " --track.wandb false"
+        ) from error
 
 
-def _wandb_arguments(config: Config, run_dir: Path, mode: str) -> dict[str, Any]:
-    import wandb
+def _wandb_failures() -> tuple[type[Exception], ...]:
+    """What comes of a server or of W&B's own process that does not answer, or died."""
+    from wandb.errors import Error
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
-    return {
-        "name": config.track.name or run_dir.name,
-        "dir": str(run_dir),
-        "mode": mode,
-        "settings": wandb.Settings(
-            init_timeout=WANDB_TIMEOUT,
-            # The rows are in metrics.jsonl: an unreachable server must not keep a job from ending.
-            finish_timeout=WANDB_TIMEOUT,
-            finish_timeout_raises=False,
-            console="off",
-            silent=True,
-        ),
-    }
+    return Error, OSError, HandleAbandonedError, MailboxClosedError
 
 
-def _is_wandb_error(error: Exception) -> bool:
-    import wandb
-
-    return isinstance(error, wandb.errors.CommError | wandb.errors.AuthenticationError)
-
-
-def _wandb_offline_instead(
-    accelerator: "Accelerator", error: Exception, arguments: dict[str, Any]
-) -> None:
-    """Clears the failed attempt away so that trackers can start again with W&B offline."""
-    import wandb
-
-    reason = " ".join(str(error).split())
-    print(f"W&B: not reached ({reason[:160]})", flush=True)
-    accelerator.trackers.clear()
-    wandb.teardown()
-    arguments["mode"] = "offline"
+def _one_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,233 @@
+"""A W&B server on the loopback interface, for tests: the unmodified client talks to it online.
+
+It takes what a run of scalars needs (log-in, features, create or resume a run, config, the stream
+of rows and summaries, small files, finish) and remembers it. Anything else gets an empty answer and
+a place in `unknown`: what the client asks for moves between its releases.
+"""
+
+import base64
+import gzip
+import json
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+ENTITY = "tester"
+KEY = "k" * 40
+HISTORY, SUMMARY, EVENTS, OUTPUT = (
+    "wandb-history.jsonl",
+    "wandb-summary.json",
+    "wandb-events.jsonl",
+    "output.log",
+)
+
+
+@dataclass
+class ReceivedRun:
+    """What the server knows of one run."""
+
+    id: str
+    project: str
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    # Lines by their offset, as the file stream numbers them: one sent again replaces itself.
+    files: dict[str, dict[int, str]] = field(default_factory=dict)
+    uploads: set[str] = field(default_factory=set)
+    exit_code: int | None = None
+
+    def lines(self, file: str) -> list[str]:
+        return [line for _, line in sorted(self.files.get(file, {}).items())]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The history, in order, with the client's own keys such as `_step`."""
+        return [json.loads(line) for line in self.lines(HISTORY)]
+
+    def summary(self) -> dict[str, Any]:
+        last = self.lines(SUMMARY)[-1:]
+        return json.loads(last[0]) if last else {}
+
+    def axes(self) -> dict[str, str]:
+        """Metric, or pattern of metrics -> its axis: what `define_metric` said. On the wire it is
+        a list of mappings of protobuf field numbers: 1 is a metric's name, 2 a pattern, 5 the place
+        (from 1) of its axis in the list."""
+        metrics = self.config["_wandb"]["value"].get("m", [])
+        return {m.get("1") or m["2"]: metrics[m["5"] - 1]["1"] for m in metrics if "5" in m}
+
+    def bucket(self) -> dict[str, Any]:
+        """The run in the words of the GraphQL schema."""
+        return {
+            "id": f"node-{self.id}",
+            "name": self.id,
+            "displayName": self.name,
+            "config": json.dumps(self.config),
+            "historyLineCount": len(self.lines(HISTORY)),
+            "project": {"id": "p", "name": self.project, "entity": {"id": "e", "name": ENTITY}},
+        }
+
+    def resume_status(self) -> dict[str, Any]:
+        return self.bucket() | {
+            "summaryMetrics": json.dumps(self.summary()),
+            "logLineCount": len(self.lines(OUTPUT)),
+            "eventsLineCount": len(self.lines(EVENTS)),
+            "historyTail": json.dumps(self.lines(HISTORY)[-1:]),
+            "eventsTail": json.dumps(self.lines(EVENTS)[-1:]),
+            "wandbConfig": json.dumps({"t": 1}),
+            "tags": [],
+        }
+
+
+class WandbServer(ThreadingHTTPServer):
+    """`WANDB_BASE_URL` is its `url`. Where `answers` is false, it listens and never replies; that
+    also begins once it has answered an operation named by `stops_answering_after`."""
+
+    daemon_threads = True
+
+    def __init__(self, *, answers: bool = True, stops_answering_after: str | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.answers = answers
+        self.last_operation = stops_answering_after
+        self.runs: dict[str, ReceivedRun] = {}
+        self.operations: list[str] = []
+        self.unknown: set[str] = set()
+        self.lock = threading.Lock()
+        self.closing = threading.Event()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # Clients leave kept-alive connections without a goodbye.
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+    def answer(self, operation: str, values: dict[str, Any]) -> dict[str, Any]:
+        """The data of a GraphQL operation's answer; empty for one that is not known."""
+        match operation:
+            case "Viewer":
+                viewer = {"id": "u", "entity": ENTITY, "username": ENTITY, "flags": "{}"}
+                return {"viewer": viewer | {"admin": False, "teams": {"edges": []}}}
+            case "ServerFeaturesQuery" | "ServerInfo":
+                newest = {"max_cli_version": "99.0.0"}
+                return {"serverInfo": {"features": [], "cliVersionInfo": newest}}
+            case "RunResumeStatus":
+                run = self.runs.get(values["name"])
+                bucket = run and run.resume_status()
+                return {"model": {"id": "m", "entity": {"name": ENTITY}, "bucket": bucket}}
+            case "OrganizationCoreWeaveOrganizationID":  # where the machine's own metrics go
+                return {"entity": {"organization": {"coreWeaveOrganizationId": None}}}
+            case "UpsertBucket":
+                return {"upsertBucket": self._upsert(values)}
+            case "RunStoppedStatus":
+                return {"project": {"run": {"stopped": False}}}
+            case "CreateRunFiles":
+                at = f"{self.url}/upload/{values['run']}/"
+                files = [{"name": name, "uploadUrl": at + name} for name in values["files"]]
+                created = {"runID": "r", "uploadHeaders": [], "files": files}
+                return {"createRunFiles": created}
+        return {}
+
+    def _upsert(self, values: dict[str, Any]) -> dict[str, Any]:
+        nodes = {f"node-{run.id}": run.id for run in self.runs.values()}
+        id = values.get("name") or nodes[values["id"]]
+        inserted = id not in self.runs
+        if inserted:
+            name = values.get("displayName") or id
+            self.runs[id] = ReceivedRun(id, values.get("project") or "uncategorized", name)
+        if values.get("config"):
+            self.runs[id].config = json.loads(values["config"])
+        return {"bucket": self.runs[id].bucket(), "inserted": inserted}
+
+    def stream(self, run: ReceivedRun, body: dict[str, Any]) -> None:
+        """Takes a piece of the file stream, by which rows and the end of a run arrive."""
+        for name, piece in (body.get("files") or {}).items():
+            run.files.setdefault(name, {}).update(enumerate(piece["content"], piece["offset"]))
+        if body.get("complete"):
+            run.exit_code = body["exitcode"]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: WandbServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = self._body()
+        if not self.server.answers:
+            self.server.closing.wait()
+            self.close_connection = True
+            return
+        _, _, key = base64.b64decode(self.headers["Authorization"].split()[-1]).partition(b":")
+        with self.server.lock:
+            if key.decode() != KEY:
+                self._reply({"errors": [{"message": "permission denied"}]}, status=401)
+            elif self.path == "/graphql":
+                request = json.loads(body)
+                named = re.search(r"\b(?:query|mutation)\s+(\w+)", request["query"])
+                operation = request.get("operationName") or (named.group(1) if named else "?")
+                values = request.get("variables") or {}
+                # Some mutations wrap their variables.
+                data = self.server.answer(operation, values | (values.get("input") or {}))
+                self._record(operation, known=bool(data))
+                self._reply({"data": data})
+            elif stream := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
+                self.server.stream(self.server.runs[stream.group(1)], json.loads(body))
+                self._record("file_stream")
+                self._reply({"limits": {}})
+            else:
+                self._refuse()
+
+    def do_PUT(self) -> None:
+        self._body()
+        with self.server.lock:
+            if upload := re.fullmatch(r"/upload/([^/]+)/(.+)", self.path):
+                self.server.runs[upload.group(1)].uploads.add(upload.group(2))
+                self._record("upload")
+                self._reply({})
+            else:
+                self._refuse()
+
+    def do_GET(self) -> None:
+        with self.server.lock:
+            self._refuse()
+
+    def _body(self) -> bytes:
+        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        return gzip.decompress(data) if self.headers.get("Content-Encoding") == "gzip" else data
+
+    def _record(self, operation: str, *, known: bool = True) -> None:
+        self.server.operations.append(operation)
+        if operation == self.server.last_operation:
+            self.server.answers = False
+        if not known:
+            self.server.unknown.add(operation)
+
+    def _refuse(self) -> None:
+        self._record(f"{self.command} {self.path}", known=False)
+        self._reply({"error": "no such place"}, status=404)
+
+    def _reply(self, content: dict[str, Any], status: int = 200) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@contextmanager
+def serving(**how: Any) -> Iterator[WandbServer]:
+    """A server that runs in a thread until the end of the block."""
+    with WandbServer(**how) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.closing.set()
+            server.shutdown()
+            thread.join()
