@@ -9,6 +9,7 @@ Nothing here imports torch: a typing error costs a blink, not an import.
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -375,6 +376,6 @@ def _one_line(error: ValidationError) -> str:
         elif e["type"] == "value_error":
             parts.append(str(e["ctx"]["error"]))
         else:
-            wanted = e["msg"].removeprefix("Input ").replace("should be", "must be", 1)
+            wanted = re.sub(r"^\w+ should", "must", e["msg"])
             parts.append(f"{dotted} {wanted} (got {e['input']!r})")
     return "; ".join(parts)

@@ -49,14 +49,13 @@ class Result:
     curves: list[str]
 
     def text(self) -> str:
-        """The result for a reader: accuracies, throughput, where the curves are."""
-        rows = {f"val/{k}": v for k, v in self.val.items()}
-        rows |= {f"test/{k}": v for k, v in (self.test or {}).items()}
-        speed = f", {self.images_per_sec:,.0f} images/s" if self.images_per_sec else ""
-        return (
-            f"done: {describe(rows)}{speed}\n"
-            f"val over {self.val['count']:,} images; curves: {'; '.join(self.curves)}"
-        )
+        """The result for a reader: throughput, accuracies, where the curves are."""
+        speed = f" at {self.images_per_sec:,.0f} images/s" if self.images_per_sec else ""
+        lines = [f"done: {self.steps:,} steps, {self.epochs:.2f} epochs{speed}"]
+        for split, row in (("val", self.val), ("test", self.test)):
+            if row is not None:
+                lines.append(f"  {split:<5} {describe(row)} of {row[metrics.COUNT]:,} images")
+        return "\n".join([*lines, f"  curves: {'; '.join(self.curves)}"])
 
     @staticmethod
     def of(

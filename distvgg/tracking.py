@@ -248,7 +248,7 @@ def describe(row: metrics.Row) -> str:
     words = []
     for name, value in row.items():
         split, _, metric = name.rpartition("/")
-        label = metric if split == "train" else f"{split} {metric}"
+        label = f"{split} {metric}" if split in ("val", "test") else metric
         if metric == metrics.LOSS:
             words.append(f"{label} {value:.3f}")
         elif metric in (metrics.TOP1, metrics.TOP5, metrics.SUPERCLASS_TOP1):

@@ -58,7 +58,7 @@ def test_the_first_command_trains_over_two_processes_and_says_where_the_curves_a
     assert re.search(r"W&B: offline.*wandb sync", done.stdout)
     (run_dir,) = (checkout / "runs").iterdir()
     assert f"curves: runs/{run_dir.name}/metrics.jsonl" in done.stdout
-    accuracy = re.search(r"done: .*val top1 ([\d.]+)%", done.stdout)
+    accuracy = re.search(r"  val   loss .*, top1 ([\d.]+)%", done.stdout)
     assert accuracy is not None
     # Learnable: far above the 1% of chance, and the 60% that the set was made for.
     assert float(accuracy[1]) > 60
