@@ -56,7 +56,7 @@ class Clock:
         self._images_per_step = images_per_step
         self._started: float | None = None
         self._steps = self._total_steps = 0
-        self._seconds = self._waited = self._total_seconds = 0.0
+        self._waited = self._total_seconds = 0.0
 
     def step_done(self) -> None:
         if self._started is None:
