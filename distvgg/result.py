@@ -123,16 +123,18 @@ def _hardware(device: torch.device) -> str:
 
 
 def _commit() -> str | None:
-    """The commit of a checkout that the package runs from; `-dirty` where it differs from it."""
+    """The commit of a checkout that the package runs from, `-dirty` where the package differs from
+    it; None for an installed package."""
     here = Path(__file__).parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True
         )
-    except (OSError, subprocess.TimeoutExpired):
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", __file__)  # not some other project's checkout around us
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.SubprocessError):
         return None
-    return described.stdout.strip() or None

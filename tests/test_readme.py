@@ -14,11 +14,8 @@ from launch import ROOT
 SETUP, TESTS = re.search(r"```bash\n(\S+)\n(\S+)\n```", (ROOT / "README.md").read_text()).groups()
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that git would clone, beside the environment that runs this test: making one takes
-    minutes, and is done for real by a plain run of the test command on a fresh clone."""
-    folder = tmp_path_factory.mktemp("clone") / "distvgg"
+def clone(folder: Path) -> Path:
+    """Copies the files that git would clone, changes that are not committed included."""
     names = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -30,8 +27,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    environment = folder / ".venv"
-    environment.symlink_to(sys.prefix)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone beside the environment that runs this test, since making one takes minutes."""
+    folder = clone(tmp_path_factory.mktemp("clone") / "distvgg")
+    (folder / ".venv").symlink_to(sys.prefix)
     return folder
 
 
@@ -72,6 +75,18 @@ def test_the_second_command_runs_the_tests(checkout: Path) -> None:
     done = shell(f"{TESTS} -q tests/test_optim.py", checkout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d+ passed", done.stdout)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_on_a_fresh_machine_the_first_command_makes_its_own_environment(tmp_path: Path) -> None:
+    fresh = clone(tmp_path / "distvgg")
+    done = shell(f"{SETUP} --train.epochs 0.5", fresh, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    assert "Making a virtual environment" in done.stdout
+    assert "done: " in done.stdout
+    again = shell(f"{SETUP} --train.epochs 0.5", fresh, timeout=60)
+    assert "Installing" not in again.stdout
 
 
 def test_debugging_trains_on_one_process_without_trackers(checkout: Path) -> None:
