@@ -37,7 +37,7 @@ use_environment() {
             "$base" -m venv "$venv"
         fi
         echo "Installing distvgg${extra:+ with [$extra]}; a few minutes the first time"
-        "$venv/bin/python" -m pip install --quiet --editable ".${extra:+[$extra]}"
+        "$venv/bin/python" -m pip install --quiet --quiet --editable ".${extra:+[$extra]}"
         echo "$wanted" >"$stamp"
     fi
     PYTHON="$venv/bin/python"
