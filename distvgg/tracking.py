@@ -174,12 +174,8 @@ class WandB(WandBTracker):
         self._failed = False
 
     def start(self) -> None:
-        import wandb
-
         try:
             self._start_online_or_offline()
-        except wandb.errors.UsageError as error:
-            raise UserError(f"W&B: {_one_line(error)}; or --track.wandb false") from error
         except _wandb_failures() as error:
             self._give_up(error)
             return

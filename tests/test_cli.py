@@ -22,7 +22,7 @@ def mistake(*args: str, processes: int = 1, env: dict[str, str] | None = None) -
     else:
         # The launcher turns any exit code into 1 and adds a traceback of its own, not ours.
         assert done.returncode == 1
-        assert 'File "' + str(ROOT) not in done.stderr
+        assert f'File "{ROOT}/distvgg/' not in done.stderr
     return lines[0]
 
 

@@ -82,6 +82,7 @@ def test_values_out_of_range_are_named_with_the_range() -> None:
     assert "optim.lr must be a valid number" in message("fast", optim__lr="fast")
     assert "finite" in message("fast", optim__lr="nan")
     assert "model.dropout must be less than 1" in message("fast", model__dropout="1")
+    assert "track.project must match pattern" in message("fast", track__project="team/project")
     assert "train must be a valid dictionary" in message("fast", train="5")
 
 

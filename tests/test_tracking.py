@@ -358,11 +358,3 @@ def test_wandb_is_not_even_imported_where_it_is_off(tmp_path: Path) -> None:
     outcome = trained(tmp_path / "run", "--track.wandb", "false", env={"PYTHONPATH": path})
     assert outcome.said() == []
     assert not (outcome.folder / "wandb").exists()
-
-
-def test_a_name_that_wandb_refuses_is_the_users_to_mend(tmp_path: Path) -> None:
-    done = run(command(tmp_path / "run", "--track.project", "team/project"))
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("distvgg: error: W&B: Invalid project name 'team/project'")
-    assert line.endswith("or --track.wandb false")
