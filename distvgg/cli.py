@@ -22,7 +22,7 @@ from distvgg.config import Config, UserError, load, recipe_names
 USAGE = """\
 usage: distvgg COMMAND ...
 
-  train RECIPE [--run-dir DIR] [--section.field VALUE ...]   the same command again goes on
+  train RECIPE [--run-dir DIR] [--section.field VALUE ...]   a finished run is shown, not repeated
   evaluate RUN_DIR [--split test|val]                        the weights of a finished run
   config RECIPE [--section.field VALUE ...]                  the whole config as YAML
 
@@ -97,7 +97,8 @@ def train(
     run_dir: Path | None = None,
 ) -> str:
     """Train a recipe: the name of a packaged one, or the path of a YAML file (also a run's own
-    config.yaml). The same command again goes on with the same run, or shows its result.
+    config.yaml). The same command again shows a run that is finished, and starts one over that was
+    cut off, to the same curve.
 
     Args:
         run_dir: folder of the run. None: runs/, a name made from the recipe and its values.
@@ -166,7 +167,7 @@ def _complain(error: UserError) -> None:
     """Prints the line once. A mistake is found by all processes alike, so the main one speaks and
     the launcher ends the others; one that is still there seconds later has a mistake of its own."""
     if rank := _rank():
-        time.sleep(10)
+        time.sleep(30)
         print(f"distvgg: error on process {rank}: {error}", file=sys.stderr, flush=True)
     else:
         print(f"distvgg: error: {error}", file=sys.stderr, flush=True)
