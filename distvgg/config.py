@@ -234,7 +234,8 @@ class Config(Section):
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
     folder = resources.files("distvgg") / "recipes"
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.suffix == ".yaml")  # type: ignore[attr-defined]
+    names = [file.name for file in folder.iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def load(recipe: str, overrides: Mapping[str, Any] | None = None) -> Config:

@@ -28,7 +28,7 @@ from distvgg.distributed import (
     start,
     summing,
 )
-from distvgg.evaluate import evaluate
+from distvgg.evaluate import evaluate_over_ranks
 from distvgg.loader import DeviceLoader, EvalLoader, MicroBatch, Pixels
 from distvgg.metrics import Clock, TrainMeter
 from distvgg.model import VGG, build_vgg
@@ -55,7 +55,6 @@ class Run:
     dataset: Dataset
     plan: Plan
     steps: int
-    eval_steps: frozenset[int]
     loader: DeviceLoader
     val_loader: EvalLoader
     vgg: VGG
@@ -81,9 +80,10 @@ def train(config: Config, run_dir: Path) -> Result:
     run.accelerator.print(summary(run, run_dir))
     tracking = Tracking(run.accelerator, config, run_dir, run.steps)
 
+    warmup = warmup_steps(run)
     val: metrics.Row = {}
     while state.step < run.steps:
-        lr = lr_at(state.step, config.optim, run.steps, warmup_steps(run))
+        lr = lr_at(state.step, config.optim, run.steps, warmup)
         with clock.waiting_for_data():
             micro_batches = run.loader.micro_batches(state.step)
         log_now = due(state.step + 1, config.track.every_steps, run.steps)
@@ -97,7 +97,7 @@ def train(config: Config, run_dir: Path) -> Result:
             row = where | meter.read() | {metrics.TRAIN_LR: lr}
             row[metrics.TRAIN_GRAD_NORM] = float(grad_norm)
             tracking.log(row | clock.read())
-        if state.step in run.eval_steps:
+        if evaluation_due(state.step, config.eval.every_epochs, run.plan, run.steps):
             with clock.paused():
                 val = measure(run, run.val_loader)
                 tracking.log(where | prefixed("val", val))
@@ -149,14 +149,7 @@ def train_step(
 def measure(run: Run, loader: EvalLoader) -> metrics.Row:
     """Evaluates the network as it is now, over all ranks."""
     average_batch_norm(run.batch_norms, run.accelerator, run.state.step * run.plan.micro_batches)
-    return evaluate(
-        run.vgg,
-        loader,
-        run.dataset.superclass_of,
-        rank=run.accelerator.process_index,
-        world_size=run.accelerator.num_processes,
-        sum_over_ranks=summing(run.accelerator),
-    )
+    return evaluate_over_ranks(run.accelerator, run.vgg, loader, run.dataset.superclass_of)
 
 
 def build(config: Config, run_dir: Path) -> Run:
@@ -188,7 +181,6 @@ def build(config: Config, run_dir: Path) -> Run:
         dataset=dataset,
         plan=plan,
         steps=steps,
-        eval_steps=evaluation_steps(plan, config, steps),
         loader=DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index),
         val_loader=EvalLoader(pixels, val_rows, config.eval.batch_size),
         vgg=vgg,
@@ -231,11 +223,15 @@ def due(step: int, every: int, total: int) -> bool:
     return step % every == 0 or step == total
 
 
-def evaluation_steps(plan: Plan, config: Config, steps: int) -> frozenset[int]:
-    """The steps after which to validate: each time `every_epochs` have passed, and at the end."""
-    every = config.eval.every_epochs
-    times = math.ceil(config.train.epochs / every)
-    return frozenset(min(steps, plan.steps(i * every)) for i in range(1, times + 1)) | {steps}
+def evaluation_due(step: int, every_epochs: float, plan: Plan, total: int) -> bool:
+    """Whether to validate after `step` steps: where a multiple of `every_epochs` has just been
+    passed, and at the end."""
+
+    def passed(steps: int) -> int:
+        # The rounding error of a fraction such as 0.1 must not cost a step: as in Plan.steps.
+        return math.floor(plan.epoch(steps + 1e-6) / every_epochs)
+
+    return passed(step) > passed(step - 1) or step == total
 
 
 def warmup_steps(run: Run) -> int:

@@ -7,7 +7,7 @@ the same weights. The count is asserted against the dataset's size.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from distvgg.distributed import place, start, summing
 from distvgg.loader import EvalLoader, Pixels
 from distvgg.model import VGG
 from distvgg.result import WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _LOSS, _TOP1, _TOP5, _SUPERCLASS, _COUNT = range(5)
 
@@ -78,6 +81,23 @@ def evaluate(
     return result | {metrics.COUNT: count}
 
 
+def evaluate_over_ranks(
+    accelerator: "Accelerator",
+    model: nn.Module,
+    loader: EvalLoader,
+    superclass_of: np.ndarray | None,
+) -> metrics.Row:
+    """`evaluate`, its batches shared out among all processes."""
+    return evaluate(
+        model,
+        loader,
+        superclass_of,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        sum_over_ranks=summing(accelerator),
+    )
+
+
 def evaluate_run(run_dir: Path, split: Literal["val", "test"]) -> metrics.Row:
     """Measures a finished run's `model.safetensors` again: reads only the run folder and the data.
 
@@ -107,13 +127,7 @@ def evaluate_run(run_dir: Path, split: Literal["val", "test"]) -> metrics.Row:
     place(model, accelerator, config)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     pixels = Pixels(dataset, data, config.model.image_size, accelerator.device)
-    row = evaluate(
-        model,
-        EvalLoader(pixels, rows, config.eval.batch_size),
-        dataset.superclass_of,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        sum_over_ranks=summing(accelerator),
-    )
+    loader = EvalLoader(pixels, rows, config.eval.batch_size)
+    row = evaluate_over_ranks(accelerator, model, loader, dataset.superclass_of)
     accelerator.end_training()
     return {f"{split}/{name}": value for name, value in row.items()}

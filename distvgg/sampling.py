@@ -75,7 +75,7 @@ class Plan:
         the rounding error of a fraction such as 0.1."""
         return max(1, math.ceil(epochs * self.n_samples / self.global_batch_size - 1e-6))
 
-    def epoch(self, step: int) -> float:
+    def epoch(self, step: float) -> float:
         """Epochs consumed after `step` steps."""
         return step * self.global_batch_size / self.n_samples
 

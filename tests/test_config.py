@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from distvgg.config import Config, UserError, load, match_run_folder, recipe_names, stamp_run_folder
+from launch import ROOT
 
 
 def message(recipe: str, **overrides: str) -> str:
@@ -48,7 +49,7 @@ def test_a_config_survives_its_own_yaml(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_packaged_recipes_load_and_say_what_to_expect(name: str) -> None:
     assert load(name)
-    header = Path(f"distvgg/recipes/{name}.yaml").read_text().split("\n\n")[0]
+    header = (ROOT / "distvgg" / "recipes" / f"{name}.yaml").read_text().split("\n\n")[0]
     assert header.startswith("#")
     assert f"train {name}" in header
     assert "minute" in header or "hour" in header

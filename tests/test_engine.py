@@ -16,7 +16,7 @@ from torch import nn
 from distvgg import engine
 from distvgg.config import Config, UserError, load
 from distvgg.distributed import resolve_precision
-from distvgg.engine import due, evaluation_steps
+from distvgg.engine import due, evaluation_due
 from distvgg.model import VGG
 from distvgg.optim import lr_at
 from distvgg.sampling import Plan
@@ -182,15 +182,18 @@ def test_evaluation_comes_at_the_epochs_asked_for_and_at_the_end() -> None:
     plan = Plan(n_samples=1000, global_batch_size=64, micro_batch_size=64)
 
     def steps(epochs: float, every: float) -> list[int]:
-        config = Config().replace(train__epochs=epochs, eval__every_epochs=every)
-        return sorted(evaluation_steps(plan, config, plan.steps(epochs)))
+        total = plan.steps(epochs)
+        return [s for s in range(1, total + 1) if evaluation_due(s, every, plan, total)]
 
     assert steps(2, 1) == [16, 32]
     assert steps(2.5, 1) == [16, 32, 40]
     assert steps(1, 0.3) == [5, 10, 15, 16]
     assert steps(1, 10) == [16]
     assert steps(0.001, 0.001) == [1]
-    assert steps(3, 0.01) == list(range(1, 48))
+    assert steps(3, 0.01) == steps(3, 1e-12) == list(range(1, 48))
+    # 0.1 * 3 is more than 0.3 in binary.
+    exact = Plan(n_samples=640, global_batch_size=64, micro_batch_size=64)
+    assert [s for s in range(1, 31) if evaluation_due(s, 0.3, exact, 30)] == list(range(3, 31, 3))
 
 
 def test_due_at_the_cadence_and_at_the_end() -> None:
