@@ -10,19 +10,19 @@ import functools
 import hashlib
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from distvgg.config import Config, UserError, load, recipe_names
+from distvgg import preemption
+from distvgg.config import Config, ContactError, RunError, UserError, load, recipe_names
 
 USAGE = """\
 usage: distvgg COMMAND ...
 
-  train RECIPE [--run-dir DIR] [--section.field VALUE ...]   a finished run is shown, not repeated
+  train RECIPE [--run-dir DIR] [--section.field VALUE ...]   again: goes on, or shows the result
   evaluate RUN_DIR [--split test|val]                        the weights of a finished run
   config RECIPE [--section.field VALUE ...]                  the whole config as YAML
 
@@ -42,18 +42,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": _evaluate,
         "config": _config,
     }
+    if words[0] == "train":
+        preemption.install()
     try:
         if words[0] not in commands:
             raise UserError(f"no command {words[0]!r}: give one of {', '.join(commands)}")
-        text = commands[words[0]](words[1:])
+        text, code = commands[words[0]](words[1:]), 0
     except UserError as error:
         _complain(error)
         return 2
+    except RunError as error:
+        _complain(error, at_once=isinstance(error, ContactError))
+        return 1
+    except preemption.Preempted as stop:
+        preemption.ignore()
+        text, code = str(stop), 130 if stop.by_user else 0
     except KeyboardInterrupt:
         return 130
     if _rank() == 0:
-        print(text)
-    return 0
+        print(text, flush=True)
+    return code
 
 
 def _train(words: list[str]) -> str:
@@ -97,8 +105,9 @@ def train(
     run_dir: Path | None = None,
 ) -> str:
     """Train a recipe: the name of a packaged one, or the path of a YAML file (also a run's own
-    config.yaml). The same command again shows a run that is finished, and starts one over that was
-    cut off, to the same curve.
+    config.yaml). The same command again goes on where a run was cut off, to the same curve, and
+    shows one that is finished. SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C or a file STOP in the run folder
+    stop it after the step, with a checkpoint.
 
     Args:
         run_dir: folder of the run. None: runs/, a name made from the recipe and its values.
@@ -163,11 +172,13 @@ def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def _complain(error: UserError) -> None:
+def _complain(error: Exception, *, at_once: bool = False) -> None:
     """Prints the line once. A mistake is found by all processes alike, so the main one speaks and
-    the launcher ends the others; one that is still there seconds later has a mistake of its own."""
+    the launcher ends the others; one that is still there seconds later has a mistake of its own,
+    as has one that lost the others (`at_once`)."""
     if rank := _rank():
-        time.sleep(30)
+        if not at_once and preemption.wait(30):
+            return
         print(f"distvgg: error on process {rank}: {error}", file=sys.stderr, flush=True)
     else:
         print(f"distvgg: error: {error}", file=sys.stderr, flush=True)

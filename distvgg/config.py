@@ -8,7 +8,6 @@ Nothing here imports torch: a typing error costs a blink, not an import.
 """
 
 import difflib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -18,14 +17,20 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-CONFIG_FILE = "config.yaml"
-AUTO = "train.precision"  # the one field whose value a run resolves
-
 
 class UserError(ValueError):
     """A mistake that the user can mend. Its message is one line that says what to change; the
-    command line prints that line and exits with code 2. Any other exception is a bug and keeps
-    its traceback."""
+    command line prints that line and exits with code 2. Any other exception but RunError is a
+    bug and keeps its traceback."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, for a reason that lies outside the program: numbers that ran away, a
+    process that died, a full disk at the end. One line as well, exit code 1."""
+
+
+class ContactError(RunError):
+    """Another process of this run is gone."""
 
 
 class Section(BaseModel):
@@ -179,6 +184,16 @@ class EvalConfig(Section):
     """Images per evaluation forward; the same for any number of processes."""
 
 
+class CheckpointConfig(Section):
+    """When to save what is needed to go on. Written in the background."""
+
+    every_steps: int | None = Field(200, ge=1)
+    """Optimizer steps between two checkpoints. None: only where validation was the best so far, at
+    the end, and when told to stop."""
+    keep: int = Field(2, ge=1)
+    """How many of the newest to keep, beside the best by validation."""
+
+
 class TrackConfig(Section):
     """Where curves go. `metrics.jsonl` in the run folder is always written."""
 
@@ -206,6 +221,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     augment: AugmentConfig = AugmentConfig()
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
@@ -254,54 +270,6 @@ def load(recipe: str, overrides: Mapping[str, Any] | None = None) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise UserError(_one_line(error)) from error
-
-
-def match_run_folder(run_dir: Path, config: Config) -> Config:
-    """The config to run in a folder: the given one where the folder is new, else the folder's own,
-    which may differ only in that `precision: auto` has been resolved there.
-
-    Raises:
-        UserError: the folder was made with another config; the message names the keys that differ.
-    """
-    path = run_dir / CONFIG_FILE
-    if not path.exists():
-        return config
-    kept = load(str(path))
-    theirs, ours = kept.flat(), config.flat()
-    if ours[AUTO] == "auto":
-        ours[AUTO] = theirs[AUTO]
-    differ = [f"{k} is {theirs[k]} there, {v} here" for k, v in ours.items() if theirs[k] != v]
-    if differ:
-        raise UserError(
-            f"run folder {run_dir} was made with another config ({'; '.join(differ)}): choose"
-            " another --run-dir or the same values"
-        )
-    return kept
-
-
-def stamp_run_folder(run_dir: Path, config: Config) -> None:
-    """Makes a folder a config's own; does nothing to one that is so already. For one process.
-
-    Raises:
-        UserError: the folder holds something else than a run, or cannot be written.
-    """
-    path = run_dir / CONFIG_FILE
-    if path.exists():
-        return
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if any(run_dir.iterdir()):
-            raise UserError(
-                f"run folder {run_dir} holds files but no {CONFIG_FILE}: choose a new or empty"
-                " folder with --run-dir"
-            )
-        aside = path.with_suffix(".tmp")
-        aside.write_text(config.to_yaml())
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write run folder {run_dir} ({error.strerror}): choose another with --run-dir"
-        ) from error
 
 
 def _read_recipe(recipe: str) -> dict[str, Any]:

@@ -5,19 +5,30 @@ processes up to the order of floating-point sums.
 """
 
 import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from distvgg.config import Config, UserError
+from distvgg.config import Config, ContactError, UserError
+from distvgg.sampling import Plan
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+T = TypeVar("T")
+
 BATCH_NORM_MOMENTUM = 0.1  # torch's and torchvision's default
+# How gloo says that the other end of a connection is gone.
+_BROKEN = r"Connection (closed|reset) by peer|Broken pipe|[Cc]onnection refused|Socket closed"
 
 
 def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
@@ -39,7 +50,8 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
     )
 
     # Accelerator reads this variable, PartialState alone does not.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=cpu, **_store_of_this_attempt())
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched > 1 and state.num_processes == 1:
         raise UserError(
@@ -62,6 +74,21 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
     )
 
 
+def _store_of_this_attempt() -> dict[str, Any]:
+    """Where the workers that `--max_restarts` started again find each other. The launcher's static
+    rendezvous keeps its store (torch 2.14), in which the addresses of the dead still stand."""
+    env = os.environ
+    attempt = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if not attempt or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+    return {
+        "store": PrefixStore(f"attempt_{attempt}", store),
+        "rank": int(env["RANK"]),
+        "world_size": int(env["WORLD_SIZE"]),
+    }
+
+
 def distribute(
     accelerator: "Accelerator", model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -72,7 +99,7 @@ def distribute(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     for module in wrapped.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
-            # Buffers are averaged when read (average_batch_norm), never broadcast from rank 0.
+            # Buffers are averaged (StepSums), never broadcast from rank 0.
             module.broadcast_buffers = False
     return wrapped, optimizer
 
@@ -102,6 +129,28 @@ def resolve_precision(precision: str, device: torch.device, launched: str | None
         has = torch.cpu.get_capabilities()
         return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "no"
     return "no"
+
+
+def from_main(accelerator: "Accelerator", make: Callable[[], T]) -> T:
+    """What `make` returns on the main process, or the mistake of the user's that it found, on every
+    rank alike: no rank is left waiting for one that gave up."""
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [make()]
+        except UserError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    made: T = outcome[0]
+    return made
+
+
+def any_rank(accelerator: "Accelerator", here: bool) -> bool:
+    """Whether something holds on any rank. Every rank must call it, and waits for the others."""
+    flag = torch.tensor(float(here), device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum") > 0)
 
 
 def summing(accelerator: "Accelerator") -> Any:
@@ -137,24 +186,106 @@ def set_batch_norm_momentum(layers: list[nn.BatchNorm2d], momentum: float) -> No
         layer.momentum = momentum
 
 
-@torch.no_grad()
-def average_batch_norm(
-    layers: list[nn.BatchNorm2d], accelerator: "Accelerator", micro_batches_seen: int
-) -> None:
-    """Replaces running statistics by their mean over ranks, in place; to be called by every rank
-    before they are read.
+class StepSums:
+    """What all ranks must know of a step, in one small all-reduce that hides behind backward: the
+    loss and hits of each micro-batch, the wish to stop, and the running statistics of BatchNorm.
 
-    Averages are linear in what was averaged, so training on from the mean changes nothing later.
-    `num_batches_tracked` becomes the number of micro-batches that the run has seen.
+    Invariant: after `finish` every rank holds the same bits, whichever of them ran what. Running
+    statistics are exponential averages, linear in what was averaged: their mean over ranks equals
+    one rank's that saw all micro-batches (see accumulation_momentum). Averaged each step, not only
+    when read, they are a function of the step alone, and so is a checkpoint at any step.
     """
-    if not layers:
-        return
-    buffers = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
-    if accelerator.num_processes > 1:
-        flat = torch.cat([b.double() for b in buffers])
-        flat = accelerator.reduce(flat, "sum") / accelerator.num_processes
-        for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-            buffer.copy_(mean)
-    for layer in layers:
-        assert layer.num_batches_tracked is not None
-        layer.num_batches_tracked.fill_(micro_batches_seen)
+
+    def __init__(
+        self, accelerator: "Accelerator", plan: Plan, layers: list[nn.BatchNorm2d]
+    ) -> None:
+        self._world_size = accelerator.num_processes
+        self._buffers = [
+            b for m in layers for b in (m.running_mean, m.running_var) if b is not None
+        ]
+        # Another rank's micro-batches are zero here, and adding zero is exact.
+        n = plan.micro_batches
+        sizes = [n, n, 1, sum(b.numel() for b in self._buffers)]
+        self._flat = torch.zeros(sum(sizes), dtype=torch.float64, device=accelerator.device)
+        self._losses, self._hits, self._stop, statistics = torch.split(self._flat, sizes)
+        self._statistics = torch.split(statistics, [b.numel() for b in self._buffers])
+        self._pending: dist.Work | None = None
+
+    def add(self, k: int, summed_loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Adds a micro-batch: its loss summed over samples, [m, classes] logits, [m] labels."""
+        self._losses[k] = summed_loss.detach()
+        self._hits[k] = (logits.detach().argmax(1) == labels).sum()
+
+    @torch.no_grad()
+    def start(self, stop: bool) -> None:
+        """Begins the reduction; to be called by every rank after its last forward of a step."""
+        self._stop.fill_(float(stop))
+        if self._world_size > 1:
+            torch._foreach_copy_(self._statistics, self._buffers)
+            self._pending = dist.all_reduce(self._flat, async_op=True)
+
+    @torch.no_grad()
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ends the reduction, BatchNorm's buffers with it, and makes ready for the next step.
+
+        Returns:
+            float64 on the device: [G/m] losses and [G/m] hits by micro-batch, and how many ranks
+            wish to stop.
+        """
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+            for statistic in self._statistics:
+                statistic.div_(self._world_size)
+            torch._foreach_copy_(self._buffers, self._statistics)
+        totals = self._losses.clone(), self._hits.clone(), self._stop.clone()
+        self._flat.zero_()
+        return totals
+
+
+class Agreement:
+    """Whether any rank was told to stop, asked by all ranks equally often: an all-reduce that is
+    read at the next asking, when it is long done."""
+
+    def __init__(self, accelerator: "Accelerator") -> None:
+        self._accelerator = accelerator
+        self._flag: Tensor | None = None
+        self._pending: dist.Work | None = None
+
+    def asked(self, here: bool) -> bool:
+        """The answer to the asking before this one; with one process, to this one."""
+        if self._accelerator.num_processes == 1:
+            return here
+        answer = False
+        if self._flag is not None and self._pending is not None:
+            self._pending.wait()
+            answer = bool(self._flag > 0)
+        self._flag = torch.tensor(float(here), device=self._accelerator.device)
+        self._pending = dist.all_reduce(self._flag, async_op=True)
+        return answer
+
+
+@contextmanager
+def lost_contact() -> Iterator[None]:
+    """Says in a line what a broken connection to another process means.
+
+    Raises:
+        ContactError: instead of what torch.distributed raises.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # gloo has no type of its own for it
+        text = str(error)
+        if isinstance(error, dist.DistError) or re.search(_BROKEN, text):
+            raise ContactError(
+                "lost contact with another process, which died or was killed"
+                f" ({_reason(text)}); its own lines say why. The same command goes on from the last"
+                " checkpoint"
+            ) from error
+        raise
+
+
+def _reason(text: str) -> str:
+    """What gloo or NCCL says, without the places in their sources."""
+    found = re.search(_BROKEN, text)
+    return found[0] if found else text.splitlines()[0][:200]

@@ -1,221 +1,340 @@
-"""Training: build the parts of a run, take its steps, finish it.
+"""Training: take the steps of a run, measure, save, stop, finish.
 
 Invariant: a step is a pure function of (config, data, weights, optimizer state, step number); the
-number of processes decides only where its micro-batches run. Progress is one integer.
+number of processes decides only where its micro-batches run, and neither rows nor validations nor
+checkpoints leave a trace in what follows. Progress is one integer.
 """
 
+import json
 import math
+import os
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from torch import nn
 
-from distvgg import metrics
-from distvgg.config import Config, match_run_folder, stamp_run_folder
-from distvgg.data import Dataset, load_dataset, train_val_indices
+from distvgg import metrics, preemption
+from distvgg.config import Config, RunError
 from distvgg.distributed import (
     BATCH_NORM_MOMENTUM,
+    Agreement,
     accumulation_momentum,
-    average_batch_norm,
-    batch_norm_layers,
-    distribute,
-    place,
+    lost_contact,
     set_batch_norm_momentum,
-    start,
-    summing,
 )
 from distvgg.evaluate import evaluate_over_ranks
-from distvgg.loader import DeviceLoader, EvalLoader, MicroBatch, Pixels
-from distvgg.metrics import Clock, TrainMeter
-from distvgg.model import VGG, build_vgg
-from distvgg.optim import build_optimizer, lr_at, set_lr
+from distvgg.loader import EvalLoader, MicroBatch, Pixels
+from distvgg.optim import lr_at, set_lr, skip_step_if
+from distvgg.preemption import Preempted
 from distvgg.result import Result, read_result, save_result, save_weights
-from distvgg.sampling import Plan, derive_seed
+from distvgg.run import Run, build, checkpoint_tensors
+from distvgg.run_folder import (
+    FAILURE_FILE,
+    STOP_FILE,
+    leave_run_folder,
+    match_run_folder,
+    write_whole,
+)
+from distvgg.sampling import Plan
 from distvgg.tracking import Tracking
-
-
-@dataclass
-class TrainState:
-    """How far a run has come: the number of optimizer steps taken."""
-
-    step: int = 0
-
-
-@dataclass(frozen=True)
-class Run:
-    """The parts of one training run. `vgg` is the bare network; `model` runs it with mixed
-    precision, gradient all-reduce and compilation as accelerate arranged them."""
-
-    config: Config
-    accelerator: Accelerator
-    dataset: Dataset
-    plan: Plan
-    steps: int
-    loader: DeviceLoader
-    val_loader: EvalLoader
-    vgg: VGG
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    batch_norms: list[nn.BatchNorm2d]
-    meter: TrainMeter
-    clock: Clock
-    state: TrainState
+from distvgg.watch import NonFiniteError
 
 
 def train(config: Config, run_dir: Path) -> Result:
-    """Trains a config into a run folder; a run that is finished already is only read.
+    """Trains a config in a run folder, from where the folder's newest sound checkpoint was; a run
+    that is finished already is only read.
 
     Raises:
         UserError: config, data, processes or run folder do not fit together.
+        RunError: the numbers ran away, another process died, or the result cannot be written.
+        Preempted: told to stop; what there was to save is saved.
     """
     config = match_run_folder(run_dir, config)
     if (earlier := read_result(run_dir)) is not None:
         return earlier
-    run = build(config, run_dir)
-    config, clock, meter, state = run.config, run.clock, run.meter, run.state
-    run.accelerator.print(summary(run, run_dir))
-    tracking = Tracking(run.accelerator, config, run_dir, run.steps)
+    preemption.look_for(run_dir / STOP_FILE)
+    with lost_contact():
+        run = build(config, run_dir)
+        run.accelerator.print(summary(run))
+        state = run.state
+        tracking = Tracking(
+            run.accelerator, run.config, run_dir, run.steps, state.step, state.metrics
+        )
+        try:
+            return fit(run, tracking)
+        except Preempted:
+            raise Preempted(stop_early(run, tracking)) from None
+        except NonFiniteError as failure:
+            raise RunError(explain(run, failure)) from None
+        finally:
+            if run.lock is not None:
+                os.close(run.lock)
 
+
+def fit(run: Run, tracking: Tracking) -> Result:
+    """Takes the steps that are left, with rows, validations and checkpoints when they are due."""
+    config, state = run.config, run.state
     warmup = warmup_steps(run)
-    val: metrics.Row = {}
-    while state.step < run.steps:
-        lr = lr_at(state.step, config.optim, run.steps, warmup)
-        with clock.waiting_for_data():
+    while True:
+        if validation_due(run):
+            validate(run, tracking)
+        if checkpoint_due(run):
+            save_checkpoint(run, tracking)
+        if state.step == run.steps:
+            return finish(run, tracking)
+        if run.watch.stop:
+            run.watch.drain()
+            raise Preempted
+
+        with run.clock.waiting_for_data():
             micro_batches = run.loader.micro_batches(state.step)
-        log_now = due(state.step + 1, config.track.every_steps, run.steps)
-        grad_norm = train_step(run, micro_batches, lr, want_norm=log_now)
+        lr = lr_at(state.step, config.optim, run.steps, warmup)
+        train_step(run, micro_batches, lr)
         state.step += 1
-        clock.step_done()
+        run.clock.step_done()
         tracking.step_done()
-
-        where: metrics.Row = {metrics.STEP: state.step, metrics.EPOCH: run.plan.epoch(state.step)}
-        if log_now:
-            row = where | meter.read() | {metrics.TRAIN_LR: lr}
-            row[metrics.TRAIN_GRAD_NORM] = float(grad_norm)
-            tracking.log(row | clock.read())
-        if evaluation_due(state.step, config.eval.every_epochs, run.plan, run.steps):
-            with clock.paused():
-                val = measure(run, run.val_loader)
-                tracking.log(where | prefixed("val", val))
-
-    result = finish(run, run_dir, val, tracking)
-    run.accelerator.end_training()
-    return result
+        run.watch.look()
+        if due(state.step, config.track.every_steps, run.steps):
+            run.watch.drain()
+            tracking.log(train_row(run, lr))
+        if run.checkpoints and (failure := run.checkpoints.failure()):
+            tracking.say(failure)
 
 
-def train_step(
-    run: Run, micro_batches: list[MicroBatch], lr: float, *, want_norm: bool = False
-) -> torch.Tensor | float:
+def train_step(run: Run, micro_batches: list[MicroBatch], lr: float) -> None:
     """One optimizer step over this rank's micro-batches; gradients are summed over ranks.
 
-    Returns:
-        The global gradient norm before clipping if `want_norm` or clipping asks for it, else nan:
-        it costs a pass over the gradients.
+    A step whose loss or gradient is not finite changes no weight, nor does any later one; the host
+    learns of it from `run.watch`.
     """
-    optim, world_size = run.config.optim, run.accelerator.num_processes
     for a, batch in enumerate(micro_batches, start=1):
-        set_batch_norm_momentum(
-            run.batch_norms,
-            accumulation_momentum(BATCH_NORM_MOMENTUM, a, len(micro_batches)),
-        )
+        momentum = accumulation_momentum(BATCH_NORM_MOMENTUM, a, len(micro_batches))
+        set_batch_norm_momentum(run.batch_norms, momentum)
         last = a == len(micro_batches)
         # All-reduce once a step: with the last micro-batch's backward, overlapping it.
         with nullcontext() if last else run.accelerator.no_sync(run.model):
             torch.manual_seed(batch.dropout_seed)
             logits = run.model(batch.images)
-            loss = F.cross_entropy(
-                logits,
-                batch.labels,
-                reduction="sum",
-                label_smoothing=run.config.train.label_smoothing,
-            )
+            loss = summed_loss(run, logits, batch.labels)
+            run.sums.add(batch.k, loss, logits, batch.labels)
+            if last:
+                run.sums.start(preemption.requested())
             # A sum over G: accumulation and ranks need no second correction, but DDP averages.
-            run.accelerator.backward(loss * (world_size / run.plan.global_batch_size))
-        run.meter.add(loss, logits, batch.labels)
-    norm: torch.Tensor | float = math.nan
-    if want_norm or optim.clip_norm is not None:
-        limit = math.inf if optim.clip_norm is None else optim.clip_norm
-        norm = run.accelerator.clip_grad_norm_(run.model.parameters(), limit)
+            scale = run.accelerator.num_processes / run.plan.global_batch_size
+            run.accelerator.backward(loss * scale)
+    losses, hits, stop = run.sums.finish()
+    run.meter.add(losses.sum(), hits.sum(), run.plan.global_batch_size)
+    norm = clipped_grad_norm(run)
+    run.watch.put(run.state.step, losses, norm, stop)
+    if run.accelerator.scaler is None:  # which would skip the step by itself
+        run.failed.copy_(run.failed.bool() | ~torch.isfinite(losses.sum() + norm))
+        skip_step_if(run.optimizer, run.failed)
     set_lr(run.optimizer, lr)
     run.optimizer.step()
     run.optimizer.zero_grad()
+
+
+def summed_loss(run: Run, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy summed over a micro-batch."""
+    smoothing = run.config.train.label_smoothing
+    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+
+
+def clipped_grad_norm(run: Run) -> torch.Tensor:
+    """The global gradient norm, before the clipping that the config asks for."""
+    run.accelerator.unscale_gradients()
+    parameters = list(run.model.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if run.config.optim.clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, run.config.optim.clip_norm, norm)
     return norm
 
 
+def train_row(run: Run, lr: float) -> metrics.Row:
+    """The row of training metrics since the last."""
+    row = where(run) | run.meter.read()
+    row |= {metrics.TRAIN_LR: lr, metrics.TRAIN_GRAD_NORM: run.watch.grad_norm}
+    if run.accelerator.scaler is not None:
+        row[metrics.TRAIN_SKIPPED] = run.watch.skipped
+    return row | run.clock.read()
+
+
+def validate(run: Run, tracking: Tracking) -> None:
+    """Measures the validation split, and notes whether it is the best so far."""
+    with run.clock.paused():
+        val = measure(run, run.val_loader)
+        tracking.log(where(run) | prefixed("val", val))
+    state = run.state
+    state.validated, state.val = state.step, val
+    if state.best_step is None or val[metrics.TOP1] > state.best_top1:
+        state.best_step, state.best_top1 = state.step, val[metrics.TOP1]
+
+
 def measure(run: Run, loader: EvalLoader) -> metrics.Row:
-    """Evaluates the network as it is now, over all ranks."""
-    average_batch_norm(run.batch_norms, run.accelerator, run.state.step * run.plan.micro_batches)
-    return evaluate_over_ranks(run.accelerator, run.vgg, loader, run.dataset.superclass_of)
+    """Evaluates the network as it is now, over all ranks.
+
+    Raises:
+        Preempted: some rank was told to stop; all raise it.
+    """
+    run.watch.drain()
+    agreement = Agreement(run.accelerator)
+
+    def leave_if_asked() -> None:
+        if agreement.asked(preemption.requested()):
+            raise Preempted
+
+    superclass_of = run.dataset.superclass_of
+    return evaluate_over_ranks(run.accelerator, run.vgg, loader, superclass_of, leave_if_asked)
 
 
-def build(config: Config, run_dir: Path) -> Run:
-    """Joins the process group, takes the run folder, and makes every part of the run."""
-    accelerator = start(config, run_dir)
-    device = accelerator.device
-    config = config.replace(train__precision=accelerator.mixed_precision)
-    if accelerator.is_main_process:
-        stamp_run_folder(run_dir, config)
-    dataset = load_dataset(config.data)
-    train_rows, val_rows = train_val_indices(dataset.train.labels, config.data)
-    plan = Plan(
-        len(train_rows),
-        config.train.global_batch_size,
-        config.train.micro_batch_size,
-        accelerator.num_processes,
-    )
-    steps = plan.steps(config.train.epochs)
-    torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
-    vgg = build_vgg(config.model, dataset.num_classes, derive_seed(config.seed, "weights"))
-    place(vgg, accelerator, config)
-    optimizer = build_optimizer(vgg, config.optim, fused=device.type in ("cpu", "cuda"))
-    model, optimizer = distribute(accelerator, vgg, optimizer)
-    model.train()
-    pixels = Pixels(dataset, dataset.train, config.model.image_size, device)
-    return Run(
-        config=config,
-        accelerator=accelerator,
-        dataset=dataset,
-        plan=plan,
-        steps=steps,
-        loader=DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index),
-        val_loader=EvalLoader(pixels, val_rows, config.eval.batch_size),
-        vgg=vgg,
-        model=model,
-        optimizer=optimizer,
-        batch_norms=batch_norm_layers(vgg),
-        meter=TrainMeter(device, summing(accelerator)),
-        clock=Clock(plan.global_batch_size),
-        state=TrainState(),
-    )
+def save_checkpoint(run: Run, tracking: Tracking) -> None:
+    """Starts to save the run as it is after the last step: the main process, in the background."""
+    run.watch.drain()  # on all ranks alike: what is not finite is not saved
+    state, scaler = run.state, run.accelerator.scaler
+    state.saved, state.skipped, state.timed = state.step, run.watch.skipped, run.clock.totals()
+    state.scaler = scaler and scaler.state_dict()
+    if run.checkpoints is not None:
+        state.metrics = tracking.mark()
+        model, rest = checkpoint_tensors(run)
+        run.checkpoints.save(
+            state.step,
+            model,
+            rest,
+            state.model_dump(),
+            best=state.best_step,
+            flush=tracking.flush,
+        )
 
 
-def finish(run: Run, run_dir: Path, val: metrics.Row, tracking: Tracking) -> Result:
-    """Reads test once, then writes the weights and the result."""
+def stop_early(run: Run, tracking: Tracking) -> str:
+    """Saves, leaves the marker that there is more to do, and says so in a line.
+
+    Raises:
+        RunError: the checkpoint could not be written; there is no marker then.
+    """
+    state = run.state
+    if state.step > state.saved:
+        save_checkpoint(run, tracking)
+    at = f"{preemption.reason()}: stopped after step {state.step} of {run.steps}"
+    if run.checkpoints is not None:
+        run.checkpoints.wait()
+        if failure := run.checkpoints.failure():
+            raise RunError(f"{at}; {failure}")
+        leave_run_folder(run.folder, requeue=True)
+    run.accelerator.end_training()
+    return f"{at}, with a checkpoint: the same command goes on from there"
+
+
+def finish(run: Run, tracking: Tracking) -> Result:
+    """Reads test once, then writes the weights and the result.
+
+    Raises:
+        RunError: they cannot be written.
+        Preempted: told to stop.
+    """
     test: metrics.Row | None = None
     if run.dataset.test is not None:
         side, device = run.config.model.image_size, run.accelerator.device
         pixels = Pixels(run.dataset, run.dataset.test, side, device)
         test = measure(run, EvalLoader(pixels, None, run.config.eval.batch_size))
-        step = {metrics.STEP: run.state.step, metrics.EPOCH: run.plan.epoch(run.state.step)}
-        tracking.log(step | prefixed("test", test))
+        tracking.log(where(run) | prefixed("test", test))
     result = Result.of(
         run.config,
         run.dataset,
         run.plan,
         run.accelerator,
-        val=val,
+        val=run.state.val,
         test=test,
+        starts=run.state.starts,
         images_per_sec=run.clock.images_per_sec(),
         curves=tracking.curves,
     )
-    if run.accelerator.is_main_process:
-        save_weights(run.vgg, run_dir)
-        save_result(result, run_dir)
+    if run.checkpoints is not None:
+        run.checkpoints.wait()
+        if failure := run.checkpoints.failure():
+            tracking.say(failure)
+        try:
+            tracking.flush()
+            save_weights(checkpoint_tensors(run)[0], run.folder)
+            leave_run_folder(run.folder, requeue=False)
+            save_result(result, run.folder)
+        except OSError as error:
+            raise RunError(
+                f"the result cannot be written to {run.folder} ({error.strerror}): make room, and"
+                " the same command goes on from the last checkpoint"
+            ) from error
+    run.accelerator.end_training()
     return result
+
+
+def explain(run: Run, failure: NonFiniteError) -> str:
+    """Finds the micro-batch of a step that failed, writes `failure.json`, and says it in a line."""
+    what, k = (
+        ("loss", failure.micro_batch)
+        if failure.micro_batch is not None
+        else (
+            "gradient",
+            find_non_finite_gradient(run, failure.step),
+        )
+    )
+    plan, step = run.plan, failure.step + 1
+    samples = [] if k is None else run.loader.rows(failure.step, k).tolist()
+    facts = {
+        "step": step,
+        "epoch": plan.epoch(step),
+        "micro_batch": k,
+        "what": what,
+        "value": str(failure.value),
+        "samples": samples,
+        "lr": lr_at(failure.step, run.config.optim, run.steps, warmup_steps(run)),
+        "precision": run.accelerator.mixed_precision,
+        "num_processes": plan.world_size,
+    }
+    if run.checkpoints is not None:
+        run.checkpoints.wait()
+        write_whole(run.folder / FAILURE_FILE, json.dumps(facts, indent=2).encode() + b"\n")
+    place = "the sum over micro-batches" if k is None else f"micro-batch {k}"
+    return (
+        f"step {step}: the {what} of {place} is {failure.value} at learning rate"
+        f" {facts['lr']:.3g}. Lower optim.lr or set optim.clip_norm. Train samples:"
+        f" {' '.join(map(str, samples))} (also in {run.folder / FAILURE_FILE})"
+    )
+
+
+def find_non_finite_gradient(run: Run, step: int) -> int | None:
+    """The first micro-batch of a step whose gradient alone is not finite, by computing them again,
+    every rank its own. The weights are still those before the step. None: only their sum is."""
+    parameters = list(run.vgg.parameters())
+    scaler, found = run.accelerator.scaler, run.plan.micro_batches
+    for batch in reversed(run.loader.micro_batches(step)):
+        torch.manual_seed(batch.dropout_seed)
+        loss = summed_loss(run, run.vgg(batch.images), batch.labels)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        gradients = torch.autograd.grad(loss * scale, parameters)
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            found = batch.k
+    here = torch.tensor([found], device=run.accelerator.device)
+    first = int(run.accelerator.gather(here).min())
+    return first if first < run.plan.micro_batches else None
+
+
+def where(run: Run) -> metrics.Row:
+    """What every row begins with."""
+    return {metrics.STEP: run.state.step, metrics.EPOCH: run.plan.epoch(run.state.step)}
+
+
+def checkpoint_due(run: Run) -> bool:
+    """Whether to save now: at the cadence, at the end, and where validation was the best so far."""
+    state, every = run.state, run.config.checkpoint.every_steps
+    best = state.best_step == state.step
+    return state.step > state.saved and (best or due(state.step, every or run.steps, run.steps))
+
+
+def validation_due(run: Run) -> bool:
+    """Whether to validate now, also where that was cut short before."""
+    state, every = run.state, run.config.eval.every_epochs
+    return state.step > state.validated and evaluation_due(state.step, every, run.plan, run.steps)
 
 
 def due(step: int, every: int, total: int) -> bool:
@@ -245,7 +364,7 @@ def prefixed(split: str, row: metrics.Row) -> metrics.Row:
     return {f"{split}/{name}": value for name, value in row.items()}
 
 
-def summary(run: Run, run_dir: Path) -> str:
+def summary(run: Run) -> str:
     """What is about to run, in a line or two."""
     model, plan, accelerator = run.config.model, run.plan, run.accelerator
     size = sum(p.numel() for p in run.vgg.parameters()) / 1e6
@@ -255,5 +374,6 @@ def summary(run: Run, run_dir: Path) -> str:
         f" {plan.n_samples:,} train, {run.val_loader.n_samples:,} val images\n"
         f"{run.steps:,} steps of {plan.global_batch_size} = {accelerator.num_processes} process(es)"
         f" x {plan.accumulation} x {plan.micro_batch_size}, {accelerator.mixed_precision} on"
-        f" {accelerator.device.type}, into {run_dir}"
+        f" {accelerator.device.type}, into {run.folder}"
+        + (f"\nresumed after step {run.state.step:,}" if run.state.step else "")
     )

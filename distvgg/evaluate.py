@@ -17,12 +17,12 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from distvgg import metrics
-from distvgg.config import CONFIG_FILE, UserError, load
+from distvgg.config import UserError, load
 from distvgg.data import load_dataset, train_val_indices
 from distvgg.distributed import place, start, summing
 from distvgg.loader import EvalLoader, Pixels
 from distvgg.model import VGG
-from distvgg.result import WEIGHTS_FILE
+from distvgg.run_folder import CONFIG_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,6 +39,7 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
+    between: Callable[[], None] = lambda: None,
 ) -> metrics.Row:
     """Loss, top-1, top-5 and superclass top-1 of a model over all batches of a loader.
 
@@ -47,6 +48,7 @@ def evaluate(
 
     Args:
         superclass_of: [classes] int64, the superclass of each class; None leaves that metric out.
+        between: called before each batch, equally often on every rank; may raise to leave.
 
     Returns:
         The metrics' bare names with their means over the split, and `count`.
@@ -57,7 +59,12 @@ def evaluate(
     # One row a batch: each rank fills its own, the others' stay zero, and adding zero is exact.
     rows = torch.zeros(len(loader), 5, dtype=torch.float64, device=device)
     table = None if superclass_of is None else torch.from_numpy(superclass_of).to(device)
-    for i, images, labels in loader.batches(rank, world_size):
+    batches = loader.batches(rank, world_size)
+    for _ in range(-(-len(loader) // world_size)):
+        between()
+        if (batch := next(batches, None)) is None:
+            break  # the last round, in which this rank has none
+        i, images, labels = batch
         logits = model(images).to(torch.promote_types(torch.float32, images.dtype))
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]
@@ -86,6 +93,7 @@ def evaluate_over_ranks(
     model: nn.Module,
     loader: EvalLoader,
     superclass_of: np.ndarray | None,
+    between: Callable[[], None] = lambda: None,
 ) -> metrics.Row:
     """`evaluate`, its batches shared out among all processes."""
     return evaluate(
@@ -95,6 +103,7 @@ def evaluate_over_ranks(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         sum_over_ranks=summing(accelerator),
+        between=between,
     )
 
 

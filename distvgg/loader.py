@@ -114,6 +114,16 @@ class DeviceLoader:
             for a, k in enumerate(plan.rank_micro_batches(self._rank))
         ]
 
+    def rows(self, step: int, k: int) -> Tensor:
+        """The rows of the split in any micro-batch, also another rank's: [m] int64."""
+        m = self._plan.micro_batch_size
+        start = step * self._plan.global_batch_size + k * m
+        parts = [
+            self._epoch(epoch)[0][first:last]
+            for epoch, first, last in self._plan.spans(range(start, start + m))
+        ]
+        return torch.cat(parts)
+
     def _draw_epoch(self, epoch: int) -> tuple[Tensor, Draws]:
         """Rows and draws of one epoch in stream order, on the device."""
         seed, n, device = self._config.seed, self._plan.n_samples, self._pixels.device

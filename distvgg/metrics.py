@@ -5,7 +5,7 @@ only host synchronisation, at the cadence of the rows.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 STEP, EPOCH = "step", "epoch"
 TRAIN_LOSS, TRAIN_TOP1, TRAIN_LR = "train/loss", "train/top1", "train/lr"
 TRAIN_GRAD_NORM = "train/grad_norm"
+TRAIN_SKIPPED = "train/skipped_steps"  # fp16 only
 IMAGES_PER_SEC, STEP_MS, DATA_WAIT_MS = (
     "perf/images_per_sec",
     "perf/step_ms",
@@ -26,37 +27,40 @@ Row = dict[str, float | int]
 
 
 class TrainMeter:
-    """Loss and accuracy over the samples since the last reading.
+    """Loss and accuracy over the samples since the last reading, the same on every rank.
 
-    Sums are float64: a mean of thousands of float32 losses keeps its digits, in any order.
+    `sums` is [3] float64 (loss, hits, count): a mean of thousands of losses keeps its digits.
     """
 
-    def __init__(self, device: torch.device, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
-        self._sum_over_ranks = sum_over_ranks
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
-    def add(self, summed_loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Adds one micro-batch: its loss summed over samples, [m, classes] logits, [m] labels."""
-        self._sums[0] += summed_loss.detach()
-        self._sums[1] += (logits.detach().argmax(1) == labels).sum()
-        self._sums[2] += len(labels)
+    def add(self, summed_loss: Tensor, hits: Tensor, count: int) -> None:
+        """Adds one step over all ranks."""
+        self.sums[0] += summed_loss
+        self.sums[1] += hits
+        self.sums[2] += count
 
     def read(self) -> Row:
-        """The means over all ranks since the last reading. Every rank must call it."""
-        loss, correct, count = self._sum_over_ranks(self._sums).tolist()  # the one host sync
-        self._sums.zero_()
-        return {TRAIN_LOSS: loss / count, TRAIN_TOP1: correct / count}
+        """The means since the last reading."""
+        loss, hits, count = self.sums.tolist()  # a host sync
+        self.sums.zero_()
+        return {TRAIN_LOSS: loss / count, TRAIN_TOP1: hits / count}
 
 
 class Clock:
     """Wall time of training steps. The first step (allocation, compilation) and whatever runs
-    under `paused` (evaluation) do not count."""
+    under `paused` (evaluation) do not count.
 
-    def __init__(self, images_per_step: int) -> None:
+    Args:
+        steps, seconds: the totals of earlier starts of the run.
+    """
+
+    def __init__(self, images_per_step: int, steps: int = 0, seconds: float = 0.0) -> None:
         self._images_per_step = images_per_step
         self._started: float | None = None
-        self._steps = self._total_steps = 0
-        self._waited = self._total_seconds = 0.0
+        self._steps, self._total_steps = 0, steps
+        self._waited, self._total_seconds = 0.0, seconds
 
     def step_done(self) -> None:
         if self._started is None:
@@ -91,6 +95,10 @@ class Clock:
             STEP_MS: 1000 * seconds / steps,
             DATA_WAIT_MS: 1000 * waited / steps,
         }
+
+    def totals(self) -> tuple[int, float]:
+        """Steps and seconds over all readings."""
+        return self._total_steps, self._total_seconds
 
     def images_per_sec(self) -> float | None:
         """Over all readings; None before the first."""

@@ -5,9 +5,10 @@ to save or can be stepped once per process.
 """
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distvgg.config import OptimConfig
 
@@ -29,7 +30,7 @@ def lr_at(step: int, config: OptimConfig, steps: int, warmup_steps: int) -> floa
     return config.lr * decay[config.schedule]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """SGD or AdamW over two groups: matrices and filters, which decay, and vectors (BatchNorm
     weights, biases), which decay unless `decay_norm_and_bias` is off."""
     parameters = list(model.parameters())
@@ -44,13 +45,25 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> to
         },
     ]
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=fused)
-    return torch.optim.SGD(
-        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
+    sgd = torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
     )
+    if config.momentum:
+        for p in parameters:
+            # torch would take uninitialised memory here if the first step is skipped (fp16).
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Sets the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def skip_step_if(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:
+    """Lets the next step change nothing if a scalar on the device is 1, without asking the device:
+    the protocol between torch.amp.GradScaler and fused optimizers."""
+    bare: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper holds it
+    bare.found_inf, bare.grad_scale = flag, None

@@ -7,31 +7,32 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from distvgg import metrics
 from distvgg.config import Config
 from distvgg.data import Dataset
+from distvgg.run_folder import RESULT_FILE, WEIGHTS_FILE, write_whole
 from distvgg.sampling import Plan
 from distvgg.tracking import describe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-RESULT_FILE, WEIGHTS_FILE = "result.json", "model.safetensors"
 PACKAGES = ("distvgg", "torch", "torchvision", "accelerate", "datasets", "numpy")
 
 
 @dataclass(frozen=True)
 class Result:
     """Final numbers; `val` and `test` hold the metrics' bare names, `test` is None where the data
-    has no test split."""
+    has no test split; `starts` has (step, processes) of each start that the numbers came of."""
 
     seed: int
     steps: int
@@ -41,6 +42,7 @@ class Result:
     test: metrics.Row | None
     images_per_sec: float | None
     num_processes: int
+    starts: list[tuple[int, int]]
     precision: str
     hardware: str
     data_fingerprint: str
@@ -65,6 +67,7 @@ class Result:
         accelerator: "Accelerator",
         val: metrics.Row,
         test: metrics.Row | None,
+        starts: list[tuple[int, int]],
         images_per_sec: float | None,
         curves: list[str],
     ) -> "Result":
@@ -78,6 +81,7 @@ class Result:
             test=test,
             images_per_sec=images_per_sec,
             num_processes=plan.world_size,
+            starts=starts,
             precision=accelerator.mixed_precision,
             hardware=_hardware(accelerator.device),
             data_fingerprint=dataset.fingerprint,
@@ -95,24 +99,15 @@ def read_result(run_dir: Path) -> Result | None:
 
 def save_result(result: Result, run_dir: Path) -> None:
     """Writes `result.json`, whole or not at all."""
-    _write_whole(run_dir / RESULT_FILE, json.dumps(asdict(result), indent=2).encode() + b"\n")
+    write_whole(run_dir / RESULT_FILE, json.dumps(asdict(result), indent=2).encode() + b"\n")
 
 
-def save_weights(model: nn.Module, run_dir: Path) -> None:
+def save_weights(model: Mapping[str, Tensor], run_dir: Path) -> None:
     """Writes `model.safetensors`, keys and layout as torchvision's VGG has them."""
     from safetensors.torch import save
 
-    tensors = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
-    _write_whole(run_dir / WEIGHTS_FILE, save(tensors))
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    tensors = {k: v.cpu().contiguous() for k, v in model.items()}
+    write_whole(run_dir / WEIGHTS_FILE, save(tensors))
 
 
 def _hardware(device: torch.device) -> str:

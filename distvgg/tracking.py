@@ -5,40 +5,55 @@ written first, flushed row by row, by the main process only; no destination asks
 W&B, the one that lives elsewhere, cannot end a run or hold it up for long.
 """
 
-import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from accelerate.tracking import GeneralTracker
 
 from distvgg import metrics
 from distvgg.config import Config, UserError
+from distvgg.metrics_file import Mark, MetricsFile
+from distvgg.run_folder import METRICS_FILE
 from distvgg.wandb_tracker import WandB, wandb_mode
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from tqdm import tqdm
 
-METRICS_FILE = "metrics.jsonl"
 # Seconds between two lines of training progress where there is no terminal.
 CALM = 30.0
 
 
 class Tracking:
-    """All destinations of a run. Silent on every process but the main one."""
+    """All destinations of a run. Silent on every process but the main one.
+
+    Args:
+        steps: of the whole run.
+        done: steps that are done already.
+        mark: the end of metrics.jsonl then.
+    """
 
     def __init__(
-        self, accelerator: "Accelerator", config: Config, run_dir: Path, steps: int
+        self,
+        accelerator: "Accelerator",
+        config: Config,
+        run_dir: Path,
+        steps: int,
+        done: int = 0,
+        mark: Mark = Mark(),  # noqa: B008  frozen
     ) -> None:
         self._trackers: list[GeneralTracker] = []
         self._console: Console | None = None
+        self._file: MetricsFile | None = None
         self.curves = [str(run_dir / METRICS_FILE)]
         if not accelerator.is_main_process:
             return
-        self._console = Console(steps)
-        accelerator.log_with = [JsonLines(run_dir), self._console]
+        self._console = Console(steps, done)
+        self._file = MetricsFile(run_dir / METRICS_FILE, mark, self.say)
+        accelerator.log_with = [JsonLines(self._file), self._console]
         if config.track.tensorboard:
             accelerator.log_with.append(_tensorboard())
             self.curves.append(f"tensorboard --logdir {run_dir / 'tensorboard'}")
@@ -56,6 +71,20 @@ class Tracking:
         for tracker in self._trackers:
             tracker.log(row, step=int(row[metrics.STEP]))
 
+    def mark(self) -> Mark:
+        """The end of metrics.jsonl. For the main process."""
+        assert self._file is not None
+        return self._file.mark()
+
+    def flush(self) -> None:
+        """Brings metrics.jsonl to the disk. For the main process, from any thread.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        assert self._file is not None
+        self._file.flush()
+
     def step_done(self) -> None:
         """Moves the progress bar."""
         if self._console:
@@ -68,22 +97,21 @@ class Tracking:
 
 
 class JsonLines(GeneralTracker):
-    """metrics.jsonl: one JSON object a line, on disk before `log` returns."""
+    """metrics.jsonl as one of accelerate's trackers."""
 
     name = "jsonl"
     requires_logging_directory = False
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, file: MetricsFile) -> None:
         super().__init__()
-        self._file = (run_dir / METRICS_FILE).open("w")
+        self._file = file
 
     @property
-    def tracker(self) -> TextIO:
+    def tracker(self) -> MetricsFile:
         return self._file
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        self._file.append(values)
 
     def finish(self) -> None:
         self._file.close()
@@ -96,10 +124,11 @@ class Console(GeneralTracker):
     name = "console"
     requires_logging_directory = False
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, done: int = 0) -> None:
         super().__init__()
         self._steps = steps
-        self._done = 0
+        self._before = done
+        self._done = 0  # since then
         self._started = 0.0  # when the first step was done: what came before tells no speed
         self._last_line = -CALM
         self._bar: tqdm[Any] | None = None
@@ -112,15 +141,16 @@ class Console(GeneralTracker):
         self._done += 1
         if self._done == 1:
             self._started = time.monotonic()
-            self._bar = _progress_bar(self._steps) if sys.stderr.isatty() else None
+            self._bar = _progress_bar(self._steps, self._before) if sys.stderr.isatty() else None
         if self._bar is not None:
             self._bar.update()
 
     def say(self, line: str) -> None:
-        if self._bar is not None:
-            self._bar.write(line)
-        else:
-            print(line, flush=True)
+        with suppress(OSError):  # a log file on a full disk, a terminal that is gone
+            if self._bar is not None:
+                self._bar.write(line)
+            else:
+                print(line, flush=True)
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         assert step is not None
@@ -160,10 +190,10 @@ def describe(row: metrics.Row) -> str:
     return ", ".join(words)
 
 
-def _progress_bar(steps: int) -> "tqdm[Any]":
+def _progress_bar(steps: int, done: int) -> "tqdm[Any]":
     from tqdm import tqdm
 
-    return tqdm(total=steps, unit="step", dynamic_ncols=True, smoothing=0.1)
+    return tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1)
 
 
 def _duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from distvgg.config import Config, UserError, load, match_run_folder, recipe_names, stamp_run_folder
+from distvgg.config import Config, UserError, load, recipe_names
 from launch import ROOT
 
 
@@ -118,28 +118,3 @@ def test_broken_recipes_are_one_line(tmp_path: Path, content: str | bytes, reaso
 def test_missing_recipes_name_those_there_are() -> None:
     assert "did you mean quickstart?" in message("quikstart")
     assert "cannot read recipe nowhere.yaml" in message("nowhere.yaml")
-
-
-def test_a_run_folder_keeps_to_its_config(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    auto = load("quickstart")
-    assert match_run_folder(folder, auto) == auto
-    resolved = auto.replace(train__precision="bf16")
-    stamp_run_folder(folder, resolved)
-    assert match_run_folder(folder, auto) == resolved
-    assert match_run_folder(folder, resolved) == resolved
-    stamp_run_folder(folder, resolved)
-    with pytest.raises(UserError, match=r"optim\.lr is 0\.1 there, 0\.3 here") as error:
-        match_run_folder(folder, auto.replace(optim__lr=0.3))
-    assert "seed" not in str(error.value)
-    with pytest.raises(UserError, match=r"train\.precision is bf16 there, no here"):
-        match_run_folder(folder, auto.replace(train__precision="no"))
-
-
-def test_a_folder_of_other_things_is_not_taken(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match=r"holds files but no config\.yaml"):
-        stamp_run_folder(tmp_path, Config())
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write run folder"):
-        stamp_run_folder(tmp_path / "file" / "run", Config())

@@ -46,7 +46,7 @@ def test_a_run_of_nothing_but_warm_up_reaches_the_peak() -> None:
 def test_vectors_decay_only_when_asked(decay: bool) -> None:
     model = build_vgg(ModelConfig(depth=11, width=0.05), 10, seed=0)
     config = OptimConfig(weight_decay=0.5, decay_norm_and_bias=decay)
-    optimizer = build_optimizer(model, config, fused=True)
+    optimizer = build_optimizer(model, config)
     matrices, vectors = optimizer.param_groups
     assert matrices["weight_decay"] == 0.5
     assert vectors["weight_decay"] == (0.5 if decay else 0.0)
@@ -60,7 +60,7 @@ def test_a_step_equals_the_papers_update(name: str) -> None:
     config = OptimConfig(name=name, lr=0.1, momentum=0.9, weight_decay=0.01)
     layer = torch.nn.Linear(1, 1, bias=False)
     w = layer.weight.data.fill_(1.0).item()
-    optimizer = build_optimizer(layer, config, fused=False)
+    optimizer = build_optimizer(layer, config)
     m = v = 0.0
     for t, grad in enumerate([0.5, -0.25], start=1):
         set_lr(optimizer, 0.1)

@@ -1,0 +1,248 @@
+"""The parts of a run: made from a config and a run folder, taken from and kept in a checkpoint.
+
+Invariant: what `TrainState` and the tensors of a checkpoint hold is all that a run has come to; the
+rest is a function of config and data. It is the same on every rank after every step.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from distvgg import metrics, preemption
+from distvgg.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from distvgg.config import Config, UserError
+from distvgg.data import Dataset, load_dataset, train_val_indices
+from distvgg.distributed import (
+    StepSums,
+    any_rank,
+    batch_norm_layers,
+    distribute,
+    from_main,
+    place,
+    start,
+)
+from distvgg.loader import DeviceLoader, EvalLoader, Pixels
+from distvgg.metrics import Clock, TrainMeter
+from distvgg.metrics_file import Mark, holds
+from distvgg.model import VGG, build_vgg
+from distvgg.optim import build_optimizer
+from distvgg.preemption import Preempted
+from distvgg.run_folder import CHECKPOINTS, METRICS_FILE, leave_run_folder, take_run_folder
+from distvgg.sampling import Plan, derive_seed
+from distvgg.watch import Watch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+METER = "meter.sums"
+
+
+class TrainState(BaseModel, extra="forbid"):
+    """How far a run has come: what is kept of it beside tensors."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    saved: int = 0
+    """The step of the newest checkpoint."""
+    validated: int = 0
+    """The step of the newest validation, and its metrics by their bare names."""
+    val: metrics.Row = {}
+    best_step: int | None = None
+    """The step whose validation has the highest top-1 so far, the earliest of equals."""
+    best_top1: float = 0.0
+    skipped: int = 0
+    """Steps that fp16 skipped, and its loss scale."""
+    scaler: dict[str, float] | None = None
+    metrics: Mark = Mark()
+    """The end of metrics.jsonl."""
+    timed: tuple[int, float] = (0, 0.0)
+    """Steps and seconds that the clock has measured."""
+    starts: list[tuple[int, int]] = []
+    """(step, number of processes) of every start that a checkpoint came of."""
+    data: str = ""
+    """Digest of the data."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of one training run. `vgg` is the bare network; `model` runs it with mixed
+    precision, gradient all-reduce and compilation as accelerate arranged them. `failed` is 1 on the
+    device from the first non-finite step on. `checkpoints` and `lock` are the main process's."""
+
+    config: Config
+    folder: Path
+    accelerator: "Accelerator"
+    dataset: Dataset
+    plan: Plan
+    steps: int
+    loader: DeviceLoader
+    val_loader: EvalLoader
+    vgg: VGG
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batch_norms: list[nn.BatchNorm2d]
+    sums: StepSums
+    failed: Tensor
+    meter: TrainMeter
+    clock: Clock
+    watch: Watch
+    state: TrainState
+    checkpoints: Checkpoints | None
+    lock: int | None
+
+
+def build(config: Config, folder: Path) -> Run:
+    """Joins the process group, takes the run folder, makes every part of the run, and brings it to
+    where the newest sound checkpoint was.
+
+    Raises:
+        UserError: config, data, processes or run folder do not fit together.
+        Preempted: told to stop meanwhile.
+    """
+    accelerator = start(config, folder)
+    device = accelerator.device
+    config = config.replace(train__precision=accelerator.mixed_precision)
+    locks: list[int] = []  # taken by the main process alone
+    from_main(accelerator, lambda: locks.append(take_run_folder(folder, config)))
+    dataset = _load_dataset(config, accelerator, folder)
+    train_rows, val_rows = train_val_indices(dataset.train.labels, config.data)
+    plan = Plan(
+        len(train_rows),
+        config.train.global_batch_size,
+        config.train.micro_batch_size,
+        accelerator.num_processes,
+    )
+    torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
+    vgg = build_vgg(config.model, dataset.num_classes, derive_seed(config.seed, "weights"))
+    place(vgg, accelerator, config)
+    optimizer = build_optimizer(vgg, config.optim)
+    meter = TrainMeter(device)
+
+    checkpoints = Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep) if locks else None
+    found = from_main(accelerator, lambda: _newest(checkpoints, folder))
+    state = TrainState(data=_digest(dataset))
+    if found is not None:
+        state = _restore(found, state, vgg, optimizer, meter, accelerator)
+    state.starts.append((state.step, accelerator.num_processes))
+
+    model, optimizer = distribute(accelerator, vgg, optimizer)
+    model.train()
+    norms = batch_norm_layers(vgg)
+    fp16 = accelerator.scaler is not None
+    pixels = Pixels(dataset, dataset.train, config.model.image_size, device)
+    return Run(
+        config=config,
+        folder=folder,
+        accelerator=accelerator,
+        dataset=dataset,
+        plan=plan,
+        steps=plan.steps(config.train.epochs),
+        loader=DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index),
+        val_loader=EvalLoader(pixels, val_rows, config.eval.batch_size),
+        vgg=vgg,
+        model=model,
+        optimizer=optimizer,
+        batch_norms=norms,
+        sums=StepSums(accelerator, plan, norms),
+        failed=torch.zeros((), device=device),
+        meter=meter,
+        clock=Clock(plan.global_batch_size, *state.timed),
+        watch=Watch(lag=int(device.type == "cuda"), fp16=fp16, skipped=state.skipped),
+        state=state,
+        checkpoints=checkpoints,
+        lock=locks[0] if locks else None,
+    )
+
+
+def checkpoint_tensors(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the network, and those of the optimizer with the sums of unwritten rows."""
+    seen = run.state.step * run.plan.micro_batches
+    model = {
+        # BatchNorm counts the micro-batches of one rank; the run's own count is that of all.
+        name: torch.full_like(value, seen) if name.endswith("num_batches_tracked") else value
+        for name, value in run.vgg.state_dict().items()
+    }
+    optimizer = optimizer_tensors(run.optimizer, _names(run.vgg))
+    return model, optimizer | {METER: run.meter.sums}
+
+
+def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> Dataset:
+    """Loads, unless told to stop. A rank that is takes the others along, once they are here."""
+    dataset = None
+    try:
+        with preemption.interruptible():
+            dataset = load_dataset(config.data)
+    except Preempted:
+        assert preemption.requested()
+    if any_rank(accelerator, preemption.requested()):
+        if accelerator.is_main_process:
+            leave_run_folder(folder, requeue=True)
+        raise Preempted(f"{preemption.reason()}: stopped before the first step; nothing to save")
+    assert dataset is not None
+    return dataset
+
+
+def _newest(checkpoints: Checkpoints | None, folder: Path) -> Checkpoint | None:
+    assert checkpoints is not None
+
+    def refuse(checkpoint: Checkpoint) -> str | None:
+        mark = TrainState.model_validate(checkpoint.progress).metrics
+        if holds(folder / METRICS_FILE, mark):
+            return None
+        return f"{METRICS_FILE} no longer has the rows that it counts on"
+
+    return checkpoints.newest(refuse, lambda line: print(line, flush=True))
+
+
+def _restore(
+    checkpoint: Checkpoint,
+    fresh: TrainState,
+    vgg: VGG,
+    optimizer: torch.optim.Optimizer,
+    meter: TrainMeter,
+    accelerator: "Accelerator",
+) -> TrainState:
+    state = TrainState.model_validate(checkpoint.progress)
+    if state.data != fresh.data:
+        raise UserError(
+            f"checkpoint {checkpoint.name} was trained on other data than is there now: bring the"
+            " data back, or start again with another --run-dir"
+        )
+    try:
+        vgg.load_state_dict(safetensors.torch.load(checkpoint.model))
+        tensors = safetensors.torch.load(checkpoint.state)
+        meter.sums.copy_(tensors.pop(METER))
+        load_optimizer_tensors(optimizer, _names(vgg), tensors)
+    except (RuntimeError, KeyError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"checkpoint {checkpoint.name} does not fit the config of its folder ({why}): start"
+            " again with another --run-dir"
+        ) from error
+    if state.scaler is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state.scaler)
+    return state
+
+
+def _names(vgg: VGG) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in vgg.named_parameters()}
+
+
+def _digest(dataset: Dataset) -> str:
+    """Of the labels, and of the pixels' exact moments, which hardly any change of them leaves."""
+    digest = hashlib.sha256(repr((dataset.mean, dataset.std, dataset.class_names)).encode())
+    for split in (dataset.train, dataset.test):
+        if split is not None:
+            digest.update(split.labels.tobytes())
+    return digest.hexdigest()
