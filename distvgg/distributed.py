@@ -245,7 +245,8 @@ class StepSums:
 
 class Agreement:
     """Whether any rank was told to stop, asked by all ranks equally often: an all-reduce that is
-    read at the next asking, when it is long done."""
+    read at the next asking, when it is long done. To be closed: one that is still under way when
+    the process exits aborts it."""
 
     def __init__(self, accelerator: "Accelerator") -> None:
         self._accelerator = accelerator
@@ -256,13 +257,18 @@ class Agreement:
         """The answer to the asking before this one; with one process, to this one."""
         if self._accelerator.num_processes == 1:
             return here
-        answer = False
-        if self._flag is not None and self._pending is not None:
-            self._pending.wait()
-            answer = bool(self._flag > 0)
+        self.close()
+        if self._flag is not None and self._flag > 0:
+            return True
         self._flag = torch.tensor(float(here), device=self._accelerator.device)
         self._pending = dist.all_reduce(self._flag, async_op=True)
-        return answer
+        return False
+
+    def close(self) -> None:
+        """Ends what is under way."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
 
 
 @contextmanager

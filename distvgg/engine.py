@@ -185,7 +185,9 @@ def measure(run: Run, loader: EvalLoader) -> metrics.Row:
             raise Preempted
 
     superclass_of = run.dataset.superclass_of
-    return evaluate_over_ranks(run.accelerator, run.vgg, loader, superclass_of, leave_if_asked)
+    row = evaluate_over_ranks(run.accelerator, run.vgg, loader, superclass_of, leave_if_asked)
+    agreement.close()
+    return row
 
 
 def save_checkpoint(run: Run, tracking: Tracking) -> None:

@@ -155,7 +155,7 @@ def build(config: Config, folder: Path) -> Run:
         optimizer=optimizer,
         batch_norms=norms,
         sums=StepSums(accelerator, plan, norms),
-        failed=torch.zeros((), device=device),
+        failed=torch.zeros((), dtype=torch.float32, device=device),
         meter=meter,
         clock=Clock(plan.global_batch_size, *state.timed),
         watch=Watch(lag=int(device.type == "cuda"), fp16=fp16, skipped=state.skipped),

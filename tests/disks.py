@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of a size such as "10m", mounted at a folder. Skips where that is not allowed."""
+    """A file system of its own, of a size such as "10m". Skips where mounting is not allowed."""
     folder.mkdir(exist_ok=True)
     _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder))
     try:
