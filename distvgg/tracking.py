@@ -30,8 +30,15 @@ class Tracking:
     """All destinations of a run. Silent on every process but the main one."""
 
     def __init__(
-        self, accelerator: "Accelerator", config: Config, run_dir: Path, steps: int
+        self,
+        accelerator: "Accelerator",
+        config: Config,
+        run_dir: Path,
+        steps: int,
+        *,
+        written: list[metrics.Row] | None = None,
     ) -> None:
+        """`written`: the rows of metrics.jsonl up to the checkpoint that a run resumes from."""
         self._trackers: list[GeneralTracker] = []
         self._console: Console | None = None
         self.curves = [str(run_dir / METRICS_FILE)]
@@ -44,7 +51,8 @@ class Tracking:
             self.curves.append(f"tensorboard --logdir {run_dir / 'tensorboard'}")
         mode, why = wandb_mode() if config.track.wandb else ("disabled", "")
         if mode != "disabled":
-            accelerator.log_with.append(wandb := WandB(config, run_dir, mode, why, self.say))
+            wandb = WandB(config, run_dir, mode, why, self.say, written or [])
+            accelerator.log_with.append(wandb)
         flat = {k: v if v is not None else "none" for k, v in config.flat().items()}
         accelerator.init_trackers(config.track.project, flat)
         self._trackers = accelerator.trackers

@@ -2,8 +2,11 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,14 @@ TINY = (
     *("--train.epochs", "1", "--train.global_batch_size", "64", "--train.micro_batch_size", "16"),
     *("--train.precision", "no", "--track.wandb", "false", "--track.every_steps", "1"),
 )
+
+# One thread: on busy cores, threads of tiny steps wait for each other most of the time.
+CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def tiny(run_dir: Path, *args: str, recipe: str = "quickstart") -> list[str]:
+    """The arguments of a tiny run."""
+    return ["train", recipe, "--run-dir", str(run_dir), *TINY, *args]
 
 
 def run(
@@ -42,8 +53,7 @@ def run(
         ]
     return subprocess.run(
         [*command, *args],
-        # One thread: on busy cores, threads of tiny steps wait for each other most of the time.
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | (env or {}),
+        env=os.environ | CPU | (env or {}),
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -54,7 +64,7 @@ def run(
 
 def train(run_dir: Path, *args: str, recipe: str = "quickstart", **how: Any) -> str:
     """Trains into a folder, must succeed; returns what was printed."""
-    done = run(["train", recipe, "--run-dir", str(run_dir), *TINY, *args], **how)
+    done = run(tiny(run_dir, *args, recipe=recipe), **how)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -62,3 +72,38 @@ def train(run_dir: Path, *args: str, recipe: str = "quickstart", **how: Any) -> 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def at_a_terminal(args: list[str]) -> str:
+    """What a terminal shows of `python -m distvgg ARGS`, which must succeed."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (50, 200))
+    with subprocess.Popen(
+        [sys.executable, "-m", "distvgg", *args],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | CPU | {"TQDM_MININTERVAL": "0"},
+        start_new_session=True,
+    ) as process:
+        os.close(theirs)
+        shown = _read_terminal(ours, process, within=120)
+    os.close(ours)
+    assert process.returncode == 0, shown
+    return shown
+
+
+def _read_terminal(ours: int, process: subprocess.Popen[bytes], within: float) -> str:
+    """All that a process shows; one that is still there at the end, waiting, is killed."""
+    os.set_blocking(ours, False)
+    shown, end = b"", time.monotonic() + within
+    while time.monotonic() < end:
+        try:
+            shown += os.read(ours, 65536)
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:  # the other side is closed
+            break
+    else:
+        process.kill()
+    return shown.decode()
