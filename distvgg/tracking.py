@@ -59,17 +59,24 @@ class Tracking:
             self.curves.append(f"tensorboard --logdir {run_dir / 'tensorboard'}")
         mode, why = wandb_mode() if config.track.wandb else ("disabled", "")
         if mode != "disabled":
-            accelerator.log_with.append(wandb := WandB(config, run_dir, mode, why, self.say))
+            wandb = WandB(config, run_dir, mode, why, self.say, self._file.rows)
+            accelerator.log_with.append(wandb)
         flat = {k: v if v is not None else "none" for k, v in config.flat().items()}
-        accelerator.init_trackers(config.track.project, flat)
+        # What TensorBoard has of steps after the checkpoint is hidden: they come again.
+        purge = {"tensorboard": {"purge_step": done + 1}}
+        accelerator.init_trackers(config.track.project, flat, purge)
         self._trackers = accelerator.trackers
         if mode != "disabled":
             self.curves.extend(wandb.curves())
 
     def log(self, row: metrics.Row) -> None:
         """Hands a row, with its `step`, to every destination."""
-        for tracker in self._trackers:
-            tracker.log(row, step=int(row[metrics.STEP]))
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(row, step=int(row[metrics.STEP]))
+            except OSError as error:  # TensorBoard's, as of a full disk; the others take it all
+                self._trackers.remove(tracker)
+                self.say(f"{tracker.name}: {error.strerror}; rows still go to {METRICS_FILE}")
 
     def mark(self) -> Mark:
         """The end of metrics.jsonl. For the main process."""

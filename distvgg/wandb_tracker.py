@@ -1,13 +1,19 @@
 """Weights & Biases, the one destination that lives elsewhere.
 
-Invariant: it asks no question, and neither ends a run nor holds it up for long.
+Invariants: it asks no question, never holds up a step, and neither ends a run nor holds up its
+start or end for long. Each row of metrics.jsonl becomes one item of the W&B run's history, over any
+number of restarts.
 """
 
+import atexit
+import contextlib
 import os
-import secrets
 import shlex
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from accelerate.tracking import WandBTracker
@@ -15,6 +21,7 @@ from pydantic import ValidationError
 
 from distvgg import metrics
 from distvgg.config import Config, UserError
+from distvgg.wandb_ledger import Ledger
 
 # W&B's settings where the environment has no others. Its own defaults wait 90 s for a server at
 # the start and for ever at the end; and its greeting costs a request, 5 s where nobody answers.
@@ -24,32 +31,62 @@ WANDB_DEFAULTS = {
     "WANDB_FINISH_TIMEOUT_RAISES": "true",
     "WANDB_CONSOLE": "off",
     "WANDB_SILENT": "true",
+    # Offline rows reach the disk that often (15 s else). Not a stable name: one that W&B does not
+    # know changes nothing.
+    "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "5",
 }
+# What the queue gets at the end of a run, beyond W&B's own time to upload.
+QUEUE_SECONDS = 5.0
 
 
 class WandB(WandBTracker):
     """A W&B run that nobody has to wait for: offline where the server is not reached, given up
-    where W&B itself fails, with a line that says so."""
+    where W&B itself fails, with a line that says so.
+
+    The client blocks while its process does not read (after some 500 rows), so what is asked of it
+    waits in a queue, for a thread of its own. The queue has no limit: a row costs less than 1 kB.
+    Whatever does not arrive, the next start sends: see `Ledger` for how it knows.
+    """
 
     def __init__(
-        self, config: Config, run_dir: Path, mode: str, why: str, say: Callable[[str], None]
+        self,
+        config: Config,
+        run_dir: Path,
+        mode: str,
+        why: str,
+        say: Callable[[str], None],
+        written: list[metrics.Row],
     ) -> None:
+        """`written`: the rows of metrics.jsonl so far. `log` gets those after them, in order."""
         name = config.track.name or run_dir.name
-        # One id for both attempts: what the first may have left on the server is this same run.
-        id = secrets.token_hex(4)
-        super().__init__(config.track.project, name=name, dir=str(run_dir), mode=mode, id=id)
+        # Offline, `resume` makes `wandb sync` append to what the server has, steps included.
+        super().__init__(config.track.project, name=name, dir=str(run_dir), resume="allow")
+        self._mode = mode
         self._why_offline = why
         self._say = say
-        self._failed = False
+        self._written = written
+        self._folder = run_dir / "wandb"
+        self._ledger = Ledger(run_dir, say)
+        self._skip = 0  # of the rows to come, those that W&B has already
+        self._rows = 0  # that W&B has, or was handed
+        self._queue: SimpleQueue[Callable[[], Any]] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="distvgg-wandb", daemon=True)
+        self._failing = threading.Lock()
+        self._failed = self._done = False
 
     def start(self) -> None:
         try:
-            self._start_online_or_offline()
+            have = self._start_online_or_offline()
         except _wandb_failures() as error:
             self._give_up(error)
             return
+        self._rows, self._skip = have, max(0, have - len(self._written))
         # W&B drops rows whose own step goes back, as it does after a resume: `step` is a value.
-        self._attempt(self.run.define_metric, "*", step_metric=metrics.STEP)
+        self._later(self.run.define_metric, "*", step_metric=metrics.STEP)
+        for row in self._written[have:]:  # what a kill lost on the way
+            self._send(row)
+        self._thread.start()
+        atexit.register(self._end, 1)  # a crash; W&B's own waits for ever where that hangs
         if self.run.offline:
             view = f"wandb leet {shlex.quote(self.run.settings.sync_dir)}"
             self._say(
@@ -65,47 +102,85 @@ class WandB(WandBTracker):
         return [self._upload() if self.run.offline else self.run.url]
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        self._attempt(super().store_init_configuration, values)
+        self._later(super().store_init_configuration, values)
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        self._attempt(super().log, values)
+        if self._skip:
+            self._skip -= 1
+        else:
+            self._send(values)
 
     def finish(self) -> None:
-        self._attempt(self._finish)
+        """Waits for what is queued and for the upload, `WANDB_FINISH_TIMEOUT` and a little more (0:
+        for ever). A run that was stopped early ends like any other; its next start goes on."""
+        self._end(0)
 
-    def _finish(self) -> None:
-        try:
-            super().finish()
-        except TimeoutError as error:
-            self._say(f"W&B: {_one_line(error)} To upload the rest: {self._upload()}")
+    def _end(self, exit_code: int) -> None:
+        atexit.unregister(self._end)
+        if self._failed or self._done:
+            return
+        limit = self.run.settings.finish_timeout
+        self._later(self._finish, exit_code)
+        self._thread.join(limit + QUEUE_SECONDS if limit > 0 else None)
+        if self._thread.is_alive():
+            self._give_up(TimeoutError(f"no answer in {limit + QUEUE_SECONDS:.0f} s"))
 
-    def _start_online_or_offline(self) -> None:
+    def _start_online_or_offline(self) -> int:
+        """Returns how many rows the W&B run has."""
         import wandb
 
-        try:
-            super().start()
-        except wandb.errors.Error as error:
-            if self.init_kwargs["mode"] == "offline":
-                raise
-            self._why_offline = _one_line(error)
-            self.init_kwargs["mode"] = "offline"
-            wandb.teardown()  # its process refuses a second run of the same id
-            super().start()
+        if self._mode == "online":
+            self._ledger.before_online()
+            self.init_kwargs |= {"mode": "online", "id": self._ledger.id}
+            try:
+                super().start()
+            except wandb.errors.Error as error:
+                self._why_offline = _one_line(error)
+                wandb.teardown()  # its process refuses a second run of the same id
+            else:
+                self._ledger.online()
+                return int(self.run.starting_step)
+        have = self._ledger.offline()
+        self.init_kwargs |= {"mode": "offline", "id": self._ledger.id}
+        super().start()
+        return have
 
-    def _attempt(self, do: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    def _send(self, row: metrics.Row) -> None:
+        self._rows += 1
+        self._later(self.run.log, row)
+
+    def _later(self, do: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Asks something of W&B, unless that failed before."""
         if not self._failed:
+            self._queue.put(partial(do, *args, **kwargs))
+
+    def _work(self) -> None:
+        while not (self._failed or self._done):
             try:
-                do(*args, **kwargs)
+                self._queue.get()()
             except _wandb_failures() as error:
                 self._give_up(error)
 
+    def _finish(self, exit_code: int) -> None:
+        self._done = True
+        try:
+            self.run.finish(exit_code)
+        except TimeoutError as error:
+            self._say(f"W&B: {_one_line(error)} Every row is in metrics.jsonl")
+        else:
+            if not self.run.offline:
+                self._ledger.finished_online(self._rows)
+
     def _give_up(self, error: Exception) -> None:
-        self._failed = True
+        with self._failing:
+            if self._failed:  # the end of its process makes what waits for that fail as well
+                return
+            self._failed = True
         self._say(f"W&B: failed ({_one_line(error)}); rows still go to metrics.jsonl")
+        _end_wandb()
 
     def _upload(self) -> str:
-        return f"wandb sync {shlex.quote(self.run.settings.sync_dir)}"
+        return f"wandb sync {shlex.quote(str(self._folder))}"  # every fragment, in order
 
 
 def wandb_mode() -> tuple[str, str]:
@@ -139,9 +214,25 @@ def wandb_mode() -> tuple[str, str]:
 def _wandb_failures() -> tuple[type[Exception], ...]:
     """What comes of a server or of W&B's own process that does not answer, or died."""
     from wandb.errors import Error
+    from wandb.sdk.lib.asyncio_manager import AlreadyJoinedError, RunCancelledError
     from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
-    return Error, OSError, HandleAbandonedError, MailboxClosedError
+    mailbox = HandleAbandonedError, MailboxClosedError
+    return Error, OSError, *mailbox, AlreadyJoinedError, RunCancelledError
+
+
+def _end_wandb() -> None:
+    """Ends W&B's process, for which the interpreter's exit would wait for ever if it hangs."""
+    import psutil
+    import wandb
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if child.name() == "wandb-core":
+                child.kill()
+    # Now, because at exit it prints a traceback. SystemExit: it hands on its process's exit code.
+    with contextlib.suppress(*_wandb_failures(), SystemExit):
+        wandb.teardown()
 
 
 def _one_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Fixtures that several test files share. Nothing here is imported by the package."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,17 @@ def cifar100() -> str:
     if not path:
         pytest.skip("set DISTVGG_CIFAR100 to a folder with CIFAR-100 as Parquet to run this")
     return path
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Makes these tests' processes those of a user whom W&B does not know, and who cannot reach it
+    but where a test says so."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.startswith(("WANDB_", "XDG_")) or name == "NETRC":
+                patch.delenv(name)
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("WANDB_ERROR_REPORTING", "false")
+        patch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
+        yield

@@ -2,9 +2,11 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +16,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parent.parent
+FLOAT64 = (str(ROOT / "tests" / "float64.py"),)
 # A run of seconds that still has BatchNorm, dropout, augmentation and several micro-batches a step.
 TINY = (
     *("--data.train_size", "600", "--data.val_size", "103", "--model.width", "0.05"),
@@ -25,18 +28,22 @@ TINY = (
 CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # see `command`
 
 
+def tiny(run_dir: Path, *args: str, recipe: str = "quickstart") -> list[str]:
+    """The arguments of a tiny run."""
+    return ["train", recipe, "--run-dir", str(run_dir), *TINY, *args]
+
+
 def command(
     args: list[str] | tuple[str, ...],
     processes: int = 1,
     *,
-    float64: bool = False,
+    program: tuple[str, ...] = ("-m", "distvgg"),
     launcher: tuple[str, ...] = (),
 ) -> list[str]:
     """`python -m distvgg ARGS`, or the same under `accelerate launch` on CPU processes.
 
     One thread each: on busy cores, threads of tiny steps wait for each other most of the time.
     """
-    program = [str(ROOT / "tests" / "float64.py")] if float64 else ["-m", "distvgg"]
     if processes == 1:
         return [sys.executable, *program, *args]
     return [
@@ -55,11 +62,11 @@ def run(
     env: dict[str, str] | None = None,
     cwd: Path | None = None,
     timeout: float = 120,
-    float64: bool = False,
+    program: tuple[str, ...] = ("-m", "distvgg"),
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command of distvgg's to its end."""
     return subprocess.run(
-        command(args, processes, float64=float64),
+        command(args, processes, program=program),
         env=os.environ | CPU | (env or {}),
         cwd=cwd,
         capture_output=True,
@@ -79,15 +86,16 @@ class Started:
         processes: int = 1,
         recipe: str = "quickstart",
         env: dict[str, str] | None = None,
-        float64: bool = False,
+        program: tuple[str, ...] = ("-m", "distvgg"),
         launcher: tuple[str, ...] = (),
+        log: Path | None = None,
     ) -> None:
         self.run_dir = run_dir
-        self._output = run_dir.with_name(f"{run_dir.name}.log")
-        words = ["train", recipe, "--run-dir", str(run_dir), *TINY, *args]
+        self._output = log or run_dir.with_name(f"{run_dir.name}.log")
+        words = tiny(run_dir, *args, recipe=recipe)
         with self._output.open("w") as output:
             self.process = subprocess.Popen(
-                command(words, processes, float64=float64, launcher=launcher),
+                command(words, processes, program=program, launcher=launcher),
                 env=os.environ | CPU | (env or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -98,7 +106,7 @@ class Started:
     def workers(self) -> list[psutil.Process]:
         """The processes that train, in order of rank."""
         me = psutil.Process(self.process.pid)
-        found = [p for p in (me, *me.children()) if "-m distvgg" in " ".join(_words(p))]
+        found = [p for p in (me, *me.children()) if "train" in _words(p)]
         return [p for p in found if "accelerate.commands.launch" not in _words(p)]
 
     def until(self, condition: Callable[[], bool], within: float = 60) -> None:
@@ -141,7 +149,7 @@ def _words(process: psutil.Process) -> list[str]:
 
 def train(run_dir: Path, *args: str, recipe: str = "quickstart", **how: Any) -> str:
     """Trains into a folder, must succeed; returns what was printed."""
-    done = run(["train", recipe, "--run-dir", str(run_dir), *TINY, *args], **how)
+    done = run(tiny(run_dir, *args, recipe=recipe), **how)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -163,3 +171,38 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert measured(one) == measured(other)
     weights = [(d / "model.safetensors").read_bytes() for d in (one, other)]
     assert weights[0] == weights[1]
+
+
+def at_a_terminal(args: list[str]) -> str:
+    """What a terminal shows of `python -m distvgg ARGS`, which must succeed."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (50, 200))
+    with subprocess.Popen(
+        [sys.executable, "-m", "distvgg", *args],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | CPU | {"TQDM_MININTERVAL": "0"},
+        start_new_session=True,
+    ) as process:
+        os.close(theirs)
+        shown = _read_terminal(ours, process, within=120)
+    os.close(ours)
+    assert process.returncode == 0, shown
+    return shown
+
+
+def _read_terminal(ours: int, process: subprocess.Popen[bytes], within: float) -> str:
+    """All that a process shows; one that is still there at the end, waiting, is killed."""
+    os.set_blocking(ours, False)
+    shown, end = b"", time.monotonic() + within
+    while time.monotonic() < end:
+        try:
+            shown += os.read(ours, 65536)
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:  # the other side is closed
+            break
+    else:
+        process.kill()
+    return shown.decode()

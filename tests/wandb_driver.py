@@ -1,0 +1,61 @@
+"""A training run that is nothing but its rows, for tests of W&B over restarts.
+
+    wandb_driver.py RUN_DIR WRITTEN TOTAL END
+
+Resumes from a checkpoint after WRITTEN rows and logs those after them, up to TOTAL. END: `finish`;
+`wait` to be killed; `crash`; `stop` W&B's process, log 5,000 rows more, say how long that took,
+and finish.
+"""
+
+import hashlib
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+from accelerate import Accelerator
+
+from distvgg import metrics
+from distvgg.config import load
+from distvgg.metrics_file import Mark
+from distvgg.tracking import Tracking
+
+
+def row(number: int) -> metrics.Row:
+    """Every fifth is an evaluation, of the same step as the row before it."""
+    if number % 5 == 4:
+        return {"step": number - number // 5, "epoch": 0.5, "val/top1": number / 100}
+    return {"step": number + 1 - number // 5, "epoch": 0.5, "train/loss": 1 / (1 + number)}
+
+
+def main(run_dir: Path, written: int, total: int, end: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    config = load("quickstart")
+    config = config.model_copy(
+        update={"track": config.track.model_copy(update={"wandb": True, "tensorboard": False})}
+    )
+    content = b"".join(json.dumps(row(n)).encode() + b"\n" for n in range(written))
+    (run_dir / "metrics.jsonl").write_bytes(content)
+    mark = Mark(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    tracking = Tracking(accelerator, config, run_dir, total, written, mark)
+    for n in range(written, total):
+        tracking.log(row(n))
+    if end == "wait":
+        print("logged", flush=True)
+        time.sleep(60)
+    if end == "crash":
+        raise SystemError("as asked")
+    if end == "stop":
+        (core,) = (c for c in psutil.Process().children() if c.name() == "wandb-core")
+        core.send_signal(signal.SIGSTOP)
+        started = time.perf_counter()
+        for n in range(total, total + 5000):
+            tracking.log(row(n))
+        print("seconds", time.perf_counter() - started, flush=True)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
