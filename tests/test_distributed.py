@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from distvgg.distributed import accumulation_momentum
-from launch import rows, train
+from launch import FLOAT64, rows, train
 
 TOLERANCE = 1e-12
 WORLD_SIZES = (1, 2, 4)
@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The same config on 1, 2 and 4 processes: run folders by the number of processes."""
     folders = {w: tmp_path_factory.mktemp(f"processes{w}") / "run" for w in WORLD_SIZES}
     for w, folder in folders.items():
-        train(folder, *ARGS, processes=w, float64=True)
+        train(folder, *ARGS, processes=w, program=FLOAT64)
     return folders
 
 
@@ -72,7 +72,7 @@ def test_every_evaluation_counts_each_image_once(runs: dict[int, Path]) -> None:
 
 def test_the_seed_changes_the_run(runs: dict[int, Path], tmp_path: Path) -> None:
     """Guards the tests above: they would also pass if nothing depended on anything."""
-    train(tmp_path / "other", *ARGS, "--seed", "1", "--train.epochs", "0.2", float64=True)
+    train(tmp_path / "other", *ARGS, "--seed", "1", "--train.epochs", "0.2", program=FLOAT64)
     other, first = rows(tmp_path / "other")[0], rows(runs[1])[0]
     assert not math.isclose(other["train/loss"], first["train/loss"], rel_tol=1e-4)
 

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_data import made_rows, write_parquet
 
-from launch import TINY, Started, assert_same_run, measured, run, train
+from launch import FLOAT64, TINY, Started, assert_same_run, measured, run, train
 
 # 113 steps, of 20 ms or so; steps straddle epochs, checkpoints fall between rows.
 ARGS = ("--train.epochs", "12", "--eval.every_epochs", "2", "--track.every_steps", "3")
@@ -216,15 +216,15 @@ def test_a_dead_process_ends_the_job_within_seconds(tmp_path: Path) -> None:
 def test_it_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     """Two processes killed, one told to stop, four finish: equal to one run up to rounding."""
     folders = [tmp_path / "whole", tmp_path / "run"]
-    train(folders[0], *ARGS, float64=True)
-    first = Started(folders[1], *ARGS, processes=2, float64=True)
+    train(folders[0], *ARGS, program=FLOAT64)
+    first = Started(folders[1], *ARGS, processes=2, program=FLOAT64)
     first.until_step(40)
     first.kill()
-    second = Started(folders[1], *ARGS, float64=True)
+    second = Started(folders[1], *ARGS, program=FLOAT64)
     second.until_step(75)
     touch_the_stop_file(second)
     assert second.end()[0] == 0, second.output()
-    code, output = Started(folders[1], *ARGS, processes=4, float64=True).end()
+    code, output = Started(folders[1], *ARGS, processes=4, program=FLOAT64).end()
     assert code == 0, output
 
     alone, together = map(measured, folders)

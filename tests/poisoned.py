@@ -1,0 +1,38 @@
+"""The distvgg command line with one micro-batch that goes wrong: in step 9 (counted from 1), the
+last but one. `POISON=loss` makes its images nan; `POISON=gradient` leaves its loss and spoils only
+what comes back."""
+
+import os
+import sys
+
+import torch
+
+from distvgg import engine, loader
+from distvgg.cli import main
+
+STEP, MICRO_BATCH = 9, 2
+_sound_batches, _sound_loss = loader.DeviceLoader.micro_batches, engine.summed_loss
+
+
+def micro_batches(self: loader.DeviceLoader, step: int) -> list[loader.MicroBatch]:
+    return [
+        b._replace(images=b.images * torch.nan) if (step + 1, b.k) == (STEP, MICRO_BATCH) else b
+        for b in _sound_batches(self, step)
+    ]
+
+
+def summed_loss(run: engine.Run, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    loss = _sound_loss(run, logits, labels)
+    rows = run.loader.rows(STEP - 1, MICRO_BATCH)
+    if torch.equal(labels, torch.from_numpy(run.dataset.train.labels)[rows]):
+        zero = logits.sum() * 0
+        loss = loss + torch.sqrt(zero)  # whose derivative at zero is infinite, times zero: nan
+    return loss
+
+
+if __name__ == "__main__":
+    if os.environ["POISON"] == "loss":
+        loader.DeviceLoader.micro_batches = micro_batches  # type: ignore[method-assign]
+    else:
+        engine.summed_loss = summed_loss
+    sys.exit(main())
