@@ -23,7 +23,7 @@ USAGE = """\
 usage: distvgg COMMAND ...
 
   train RECIPE [--run-dir DIR] [--section.field VALUE ...]   again: goes on, or shows the result
-  evaluate RUN_DIR [--split test|val]                        the weights of a finished run
+  evaluate RUN_DIR [--split test|val]                        its weights, or a checkpoint's
   config RECIPE [--section.field VALUE ...]                  the whole config as YAML
 
 Over several processes:
@@ -95,7 +95,9 @@ def _evaluate(words: list[str]) -> str:
         _help(evaluate)
     split = options.pop("split", "test")
     if len(positional) != 1 or options or split not in ("test", "val"):
-        raise UserError("give one run folder: distvgg evaluate RUN_DIR [--split test|val]")
+        raise UserError(
+            "give one run folder or checkpoint: distvgg evaluate RUN_DIR [--split test|val]"
+        )
     return evaluate(Path(positional[0]), "val" if split == "val" else "test")
 
 
@@ -120,10 +122,10 @@ def train(
 def evaluate(
     run_dir: Annotated[Path, tyro.conf.Positional], split: Literal["test", "val"] = "test"
 ) -> str:
-    """Measure the weights of a finished run.
+    """Measure the weights of a finished run, or of a checkpoint.
 
     Args:
-        run_dir: folder of the run.
+        run_dir: folder of the run, or one of its checkpoints/step_*.
         split: test, or the validation images that were held out of train.
     """
     from distvgg.evaluate import evaluate_run

@@ -235,7 +235,7 @@ def finish(run: Run, tracking: Tracking) -> Result:
         RunError: they cannot be written.
         Preempted: told to stop.
     """
-    test: metrics.Row | None = None
+    state, test = run.state, None
     if run.dataset.test is not None:
         side, device = run.config.model.image_size, run.accelerator.device
         pixels = Pixels(run.dataset, run.dataset.test, side, device)
@@ -246,9 +246,10 @@ def finish(run: Run, tracking: Tracking) -> Result:
         run.dataset,
         run.plan,
         run.accelerator,
-        val=run.state.val,
+        val=state.val,
+        best={metrics.STEP: state.best_step or 0, metrics.TOP1: state.best_top1},
         test=test,
-        starts=run.state.starts,
+        starts=state.starts,
         images_per_sec=run.clock.images_per_sec(),
         curves=tracking.curves,
     )

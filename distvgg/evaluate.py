@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from distvgg import metrics
+from distvgg.checkpoint import DamageError, read
 from distvgg.config import UserError, load
 from distvgg.data import load_dataset, train_val_indices
 from distvgg.distributed import place, start, summing
 from distvgg.loader import EvalLoader, Pixels
 from distvgg.model import VGG
-from distvgg.run_folder import CONFIG_FILE, WEIGHTS_FILE
+from distvgg.run_folder import CHECKPOINTS, CONFIG_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -107,16 +108,21 @@ def evaluate_over_ranks(
     )
 
 
-def evaluate_run(run_dir: Path, split: Literal["val", "test"]) -> metrics.Row:
-    """Measures a finished run's `model.safetensors` again: reads only the run folder and the data.
+def evaluate_run(path: Path, split: Literal["val", "test"]) -> metrics.Row:
+    """Measures the weights of a finished run, or of any of a run's checkpoints, again: reads only
+    the run folder and the data.
+
+    Args:
+        path: a run folder, or one of its `checkpoints/step_*`.
 
     Raises:
-        UserError: not a run folder, not finished, or no such split in its data.
+        UserError: neither of these, damaged, or no such split in its data.
     """
-    if not (run_dir / CONFIG_FILE).exists() or not (run_dir / WEIGHTS_FILE).exists():
+    run_dir = path.parent.parent if path.parent.name == CHECKPOINTS else path
+    if not (run_dir / CONFIG_FILE).exists() or not (path / WEIGHTS_FILE).exists():
         raise UserError(
-            f"{run_dir} is not the folder of a finished run: it needs {CONFIG_FILE} and"
-            f" {WEIGHTS_FILE}, which distvgg train leaves there"
+            f"{path} is not the folder of a finished run, nor a checkpoint: it needs {CONFIG_FILE}"
+            f" and {WEIGHTS_FILE}, which distvgg train leaves there"
         )
     config = load(str(run_dir / CONFIG_FILE))
     accelerator = start(config)
@@ -129,10 +135,11 @@ def evaluate_run(run_dir: Path, split: Literal["val", "test"]) -> metrics.Row:
         raise UserError(f"{config.data.path} has no test split: take --split val")
     model = VGG(config.model, dataset.num_classes)
     try:
-        load_model(model, run_dir / WEIGHTS_FILE)
-    except (SafetensorError, RuntimeError) as error:
+        content = (path / WEIGHTS_FILE).read_bytes() if path == run_dir else read(path).model
+        model.load_state_dict(safetensors.torch.load(content))
+    except (SafetensorError, RuntimeError, DamageError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{run_dir / WEIGHTS_FILE} cannot be loaded: {reason}") from error
+        raise UserError(f"{path / WEIGHTS_FILE} cannot be loaded: {reason}") from error
     place(model, accelerator, config)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     pixels = Pixels(dataset, data, config.model.image_size, accelerator.device)

@@ -32,13 +32,15 @@ PACKAGES = ("distvgg", "torch", "torchvision", "accelerate", "datasets", "numpy"
 @dataclass(frozen=True)
 class Result:
     """Final numbers; `val` and `test` hold the metrics' bare names, `test` is None where the data
-    has no test split; `starts` has (step, processes) of each start that the numbers came of."""
+    has no test split. `best` is the step of the checkpoint with the highest validation top-1;
+    `starts` has (step, processes) of each start that the numbers came of."""
 
     seed: int
     steps: int
     epochs: float
     train_size: int
     val: metrics.Row
+    best: dict[str, float]
     test: metrics.Row | None
     images_per_sec: float | None
     num_processes: int
@@ -57,6 +59,9 @@ class Result:
         for split, row in (("val", self.val), ("test", self.test)):
             if row is not None:
                 lines.append(f"  {split:<5} {describe(row)} of {row[metrics.COUNT]:,} images")
+        if self.best[metrics.STEP] != self.steps:
+            top1, step = 100 * self.best[metrics.TOP1], self.best[metrics.STEP]
+            lines.append(f"  best  val top1 {top1:.2f}% at step {step}, kept as a checkpoint")
         return "\n".join([*lines, f"  curves: {'; '.join(self.curves)}"])
 
     @staticmethod
@@ -66,6 +71,7 @@ class Result:
         plan: Plan,
         accelerator: "Accelerator",
         val: metrics.Row,
+        best: dict[str, float],
         test: metrics.Row | None,
         starts: list[tuple[int, int]],
         images_per_sec: float | None,
@@ -78,6 +84,7 @@ class Result:
             epochs=plan.epoch(steps),
             train_size=plan.n_samples,
             val=val,
+            best=best,
             test=test,
             images_per_sec=images_per_sec,
             num_processes=plan.world_size,

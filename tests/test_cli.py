@@ -138,6 +138,11 @@ def test_a_finished_run_is_shown_not_repeated_and_another_config_refused(tmp_pat
     )
     (folder / "model.safetensors").write_bytes(b"not weights")
     assert "cannot be loaded" in mistake("evaluate", str(folder))
+    # So does its checkpoint, which is verified first.
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    assert run(["evaluate", str(checkpoint)]).stdout == done.stdout
+    (checkpoint / "state.safetensors").write_bytes(b"")
+    assert "cannot be loaded: state.safetensors has 0 of" in mistake("evaluate", str(checkpoint))
 
 
 def test_the_default_run_folder_is_the_same_for_the_same_command(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from wandb_driver import row
 from wandb_server import ReceivedRun, WandbServer, serving
 
 from distvgg.wandb_ledger import Ledger, rows_in
-from launch import CPU, ROOT
+from launch import CPU, ROOT, Started, measured
 
 DRIVER = ROOT / "tests" / "wandb_driver.py"
 # What is logged is on its way at once, or never before a kill.
@@ -114,6 +114,23 @@ def test_online_each_row_arrives_once_over_kills(tmp_path: Path) -> None:
             assert "as asked" in process.communicate(timeout=90)[0]
         assert process.returncode == 1
         assert only_run(server, tmp_path, rows=50).exit_code == 1
+
+
+def test_a_killed_training_goes_on_as_the_same_run(tmp_path: Path) -> None:
+    """Two processes, the real program: killed between two checkpoints, online."""
+    args = ("--track.wandb=true", "--train.epochs", "12", "--checkpoint.every_steps", "20")
+    with serving() as server:
+        env = login(server) | PROMPT
+        first = Started(tmp_path / "run", *args, processes=2, env=env)
+        first.until(lambda: any(len(run.rows()) > 30 for run in server.runs.values()))
+        first.kill()
+        code, output = Started(tmp_path / "run", *args, processes=2, env=env).end()
+        assert code == 0, output
+        (received,) = server.runs.values()
+    expected = measured(tmp_path / "run")
+    got = [{k: v for k, v in own(r).items() if "perf/" not in k} for r in received.rows()]
+    assert got == expected
+    assert received.exit_code == 0
 
 
 def test_offline_fragments_hold_each_row_once_over_kills(tmp_path: Path) -> None:
