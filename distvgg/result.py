@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distvgg import metrics
-from distvgg.config import Config
+from distvgg.config import Config, UserError
 from distvgg.data import Dataset
 from distvgg.run_folder import RESULT_FILE, WEIGHTS_FILE, write_whole
 from distvgg.sampling import Plan
@@ -99,9 +99,18 @@ class Result:
 
 
 def read_result(run_dir: Path) -> Result | None:
-    """The result of a finished run, None for one that is not."""
+    """The result of a finished run, None for one that is not.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = run_dir / RESULT_FILE
-    return Result(**json.loads(path.read_text())) if path.exists() else None
+    try:
+        return Result(**json.loads(path.read_text())) if path.exists() else None
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged: delete it, and the same command goes on from the last checkpoint"
+        ) from error
 
 
 def save_result(result: Result, run_dir: Path) -> None:

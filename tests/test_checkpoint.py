@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +76,33 @@ def test_the_snapshot_is_of_the_moment(tmp_path: Path) -> None:
     from safetensors.torch import load
 
     assert load(found.model)["w"].tolist() == [1.0] * 10
+
+
+def test_a_second_save_waits_for_the_first_and_the_loop_for_none(tmp_path: Path) -> None:
+    checkpoints, released, order = Checkpoints(tmp_path, 2), threading.Event(), []
+
+    def slow() -> None:
+        released.wait(30)
+        order.append("first written")
+
+    checkpoints.save(1, {"w": torch.ones(1)}, {}, {}, best=None, flush=slow)
+    order.append("loop goes on")
+    threading.Timer(0.2, released.set).start()
+    checkpoints.save(*(2, {"w": torch.ones(1)}, {}, {}), best=None, flush=lambda: None)
+    order.append("second begun")
+    checkpoints.wait()
+    assert order == ["loop goes on", "first written", "second begun"]
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
+
+
+def test_the_exit_of_the_process_waits_for_a_save(tmp_path: Path) -> None:
+    program = (
+        "import time, torch; from pathlib import Path; from distvgg.checkpoint import Checkpoints\n"
+        f"Checkpoints(Path({str(tmp_path)!r}), 2).save(1, {{'w': torch.ones(1)}}, {{}}, {{}},"
+        " best=None, flush=lambda: time.sleep(0.5))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert read(tmp_path / "step_00000001").name == "step_00000001"
 
 
 def wait(checkpoints: Checkpoints) -> Checkpoints:

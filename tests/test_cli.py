@@ -138,6 +138,10 @@ def test_a_finished_run_is_shown_not_repeated_and_another_config_refused(tmp_pat
     )
     (folder / "model.safetensors").write_bytes(b"not weights")
     assert "cannot be loaded" in mistake("evaluate", str(folder))
+    (folder / "result.json").write_text("{")
+    assert "result.json is damaged: delete it" in mistake(
+        "train", str(folder / "config.yaml"), "--run-dir", str(folder)
+    )
     # So does its checkpoint, which is verified first.
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert run(["evaluate", str(checkpoint)]).stdout == done.stdout

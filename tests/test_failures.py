@@ -154,6 +154,23 @@ def test_a_disk_that_stays_full_is_said_at_the_end_and_the_run_goes_on_later(
         assert_same_run(whole, folder)
 
 
+def test_without_room_for_the_last_checkpoint_a_stopped_run_is_not_to_be_requeued(
+    tmp_path: Path,
+) -> None:
+    with small_disk(tmp_path / "disk", "3m") as disk:
+        folder = disk / "run"
+        started = Started(folder, *ARGS, "--train.epochs", "99", log=tmp_path / "log")
+        started.until_step(9)
+        fill(disk)
+        started.process.terminate()
+        code, output = started.end()
+        assert code == 1, output
+        *_, last = output.splitlines()
+        assert last.startswith("distvgg: error: SIGTERM: stopped after step")
+        assert last.endswith("failed: No space left on device; the one before it stands")
+        assert not (folder / "REQUEUE").exists()
+
+
 def fill(disk: Path) -> Path:
     """A file that leaves no byte of room."""
     hog = disk / "hog"

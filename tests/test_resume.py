@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_data import made_rows, write_parquet
 
-from launch import FLOAT64, TINY, Started, assert_same_run, measured, run, train
+from launch import FLOAT64, Started, assert_same_run, measured, run, tiny, train
 
 # 113 steps, of 20 ms or so; steps straddle epochs, checkpoints fall between rows.
 ARGS = ("--train.epochs", "12", "--eval.every_epochs", "2", "--track.every_steps", "3")
@@ -153,7 +153,8 @@ def test_told_to_stop_while_it_decodes_images_it_leaves_at_once(
 
 def test_told_to_stop_in_an_evaluation_it_does_that_again(tmp_path: Path) -> None:
     """Many small batches make an evaluation of seconds; the row of it comes once, and whole."""
-    slow = ("--data.val_size", "5000", "--eval.batch_size", "4", "--eval.every_epochs", "0.5")
+    slow = ("--data.val_size", "5000", "--eval.batch_size", "8", "--eval.every_epochs", "0.5")
+    slow += ("--train.epochs", "0.6")
     folders = [tmp_path / "whole", tmp_path / "run"]
     train(folders[0], *slow, processes=2)
     started = Started(folders[1], *slow, processes=2)
@@ -165,7 +166,7 @@ def test_told_to_stop_in_an_evaluation_it_does_that_again(tmp_path: Path) -> Non
     code, output = started.end()
     assert code == 0, output
     assert time.monotonic() - told < 5
-    assert "stopped after step 5 of 10" in output
+    assert "stopped after step 5 of 6" in output
     assert progress(folders[1], 5)["validated"] == 0
     assert Started(folders[1], *slow, processes=2).end()[0] == 0
     assert_same_run(*folders)
@@ -201,30 +202,39 @@ def test_a_dead_process_ends_the_others_and_max_restarts_brings_the_job_back(
     assert_same_run(whole, folder)
 
 
-def test_a_dead_process_ends_the_job_within_seconds(tmp_path: Path) -> None:
-    started = on_two(tmp_path / "run")
-    started.until_step(10)
+def test_a_run_under_way_is_not_started_twice_and_does_not_outlive_a_process(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run"
+    started = Started(folder, *ARGS, "--train.epochs", "99", processes=2)
+    started.until_step(3)
+    done = run(tiny(folder, *ARGS, "--train.epochs", "99"))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert re.fullmatch(r"distvgg: error: run folder .+ is in use by process \d+ on .+", line)
+
     killed = time.monotonic()
     os.kill(started.workers()[0].pid, signal.SIGKILL)
     code, output = started.end(20)
     assert code == 1
     assert time.monotonic() - killed < 10
     assert "distvgg: error on process 1: lost contact with another process" in output
-    assert not (tmp_path / "run" / "REQUEUE").exists()
+    assert not (folder / "REQUEUE").exists()
 
 
 def test_it_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     """Two processes killed, one told to stop, four finish: equal to one run up to rounding."""
     folders = [tmp_path / "whole", tmp_path / "run"]
-    train(folders[0], *ARGS, program=FLOAT64)
-    first = Started(folders[1], *ARGS, processes=2, program=FLOAT64)
-    first.until_step(40)
+    args = (*ARGS, "--train.epochs", "6")  # 57 steps
+    train(folders[0], *args, program=FLOAT64)
+    first = Started(folders[1], *args, processes=2, program=FLOAT64)
+    first.until_step(20)
     first.kill()
-    second = Started(folders[1], *ARGS, program=FLOAT64)
-    second.until_step(75)
+    second = Started(folders[1], *args, program=FLOAT64)
+    second.until_step(36)
     touch_the_stop_file(second)
     assert second.end()[0] == 0, second.output()
-    code, output = Started(folders[1], *ARGS, processes=4, program=FLOAT64).end()
+    code, output = Started(folders[1], *args, processes=4, program=FLOAT64).end()
     assert code == 0, output
 
     alone, together = map(measured, folders)
@@ -275,13 +285,3 @@ def test_other_data_is_refused_at_a_resume(tmp_path: Path) -> None:
     code, output = Started(tmp_path / "run", *ARGS, *data).end()
     assert code == 2
     assert re.search(r"^distvgg: error: checkpoint .+ was trained on other data", output, re.M)
-
-
-def test_a_run_that_is_under_way_is_not_started_twice(tmp_path: Path) -> None:
-    started = on_two(tmp_path / "run")
-    started.until_step(3)
-    done = run(["train", "quickstart", "--run-dir", str(tmp_path / "run"), *TINY, *ARGS])
-    started.kill()
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert re.fullmatch(r"distvgg: error: run folder .+ is in use by process \d+ on .+", line)

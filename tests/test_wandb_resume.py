@@ -117,14 +117,14 @@ def test_online_each_row_arrives_once_over_kills(tmp_path: Path) -> None:
 
 
 def test_a_killed_training_goes_on_as_the_same_run(tmp_path: Path) -> None:
-    """Two processes, the real program: killed between two checkpoints, online."""
+    """The real program: killed between two checkpoints, online."""
     args = ("--track.wandb=true", "--train.epochs", "12", "--checkpoint.every_steps", "20")
     with serving() as server:
         env = login(server) | PROMPT
-        first = Started(tmp_path / "run", *args, processes=2, env=env)
+        first = Started(tmp_path / "run", *args, env=env)
         first.until(lambda: any(len(run.rows()) > 30 for run in server.runs.values()))
         first.kill()
-        code, output = Started(tmp_path / "run", *args, processes=2, env=env).end()
+        code, output = Started(tmp_path / "run", *args, env=env).end()
         assert code == 0, output
         (received,) = server.runs.values()
     expected = measured(tmp_path / "run")
