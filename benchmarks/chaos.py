@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -88,8 +89,13 @@ class Training:
                 process.resume()
         if len(victims) == len(everyone):
             self._launcher.kill()
-        self._launcher.wait(timeout=60)
-        psutil.wait_procs(everyone, timeout=60)
+        self._launcher.wait(timeout=20)
+        psutil.wait_procs(everyone, timeout=20)
+        said = self.said()
+        if len(victims) < len(everyone) and not re.search(
+            "lost contact|another process died", said
+        ):
+            raise SystemExit(f"a process died, and the others did not say so:\n{said}")
         return doing
 
     def said(self) -> str:
@@ -130,7 +136,8 @@ def main() -> int:
             aims = aims or chaos.sample(AIMS, len(AIMS))
             training = Training(run, options)
             if not wait_for(aims.pop(), training, chaos):
-                break  # it came to its end first
+                training.finish()  # it came to its end first, which must be a good one
+                break
             everyone = training.workers()
             one = chaos.random() < 0.5
             doing = training.kill([chaos.choice(everyone)] if one and everyone else everyone)

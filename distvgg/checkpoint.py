@@ -4,7 +4,7 @@
                               state.safetensors   the optimizer's tensors and running sums
                               manifest.json       progress; sizes and SHA-256, its own too
 
-Invariant: a folder of that name exists whole and verified. Nothing in it is ever unpickled. It
+Invariant: a folder of that name appears whole and verified. Nothing in it is ever unpickled. It
 holds nothing of any one rank, so that any number of processes can go on from it.
 """
 
@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -50,13 +51,18 @@ class Checkpoints:
     Args:
         folder: `checkpoints/` of the run.
         keep: how many of the newest to keep, beside the best.
+
+    Attributes:
+        saved: the step of the newest that is known to be sound.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._failure: str | None = None
+        self._failures: SimpleQueue[str] = SimpleQueue()
+        self._best: int | None = None
+        self.saved = 0
         for leftover in folder.glob(".step_*"):  # of a kill
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -72,6 +78,7 @@ class Checkpoints:
             try:
                 checkpoint = read(path)
                 if (reason := refuse(checkpoint)) is None:
+                    self.saved = int(path.name.removeprefix("step_"))
                     return checkpoint
             except DamageError as error:
                 reason = str(error)
@@ -104,24 +111,31 @@ class Checkpoints:
             copied.record()
 
         def work() -> None:
-            if copied is not None:
-                copied.synchronize()
+            why: str | None = "see the traceback"  # of what nobody foresaw
             try:
+                if copied is not None:
+                    copied.synchronize()
                 flush()
                 self._write(step, snapshot, progress)
-                self._prune(step, best)
+                self.saved, why = step, None
             except (OSError, DamageError) as error:
-                why = error.strerror if isinstance(error, OSError) else str(error)
-                self._failure = f"checkpoint {_name(step)} failed: {why}; the one before it stands"
+                why = getattr(error, "strerror", None) or str(error)
+            finally:
+                if why:
+                    line = f"checkpoint {_name(step)} failed: {why}; the one before it stands"
+                    self._failures.put(line)
+            try:
+                self._prune(step, best)
+            except OSError as error:
+                self._failures.put(f"old checkpoints cannot be deleted: {error.strerror}")
 
         # Not a daemon: the interpreter waits for it at exit.
         self._thread = threading.Thread(target=work, name="checkpoint")
         self._thread.start()
 
     def failure(self) -> str | None:
-        """What went wrong in the background since the last call, if anything."""
-        failure, self._failure = self._failure, None
-        return failure
+        """The next thing that went wrong in the background and was not told yet, if any."""
+        return None if self._failures.empty() else self._failures.get()
 
     def wait(self) -> None:
         """Returns when nothing is being written."""
@@ -169,9 +183,16 @@ class Checkpoints:
             raise
 
     def _prune(self, step: int, best: int | None) -> None:
-        """Deletes what is older than the newest `keep`, and what lies ahead: it was refused."""
+        """Deletes what is older than the newest `keep`, but for the best that there is.
+
+        What lies ahead was refused, perhaps for a reason that goes away: it stays until the run
+        gets there.
+        """
         steps = [int(p.name.removeprefix("step_")) for p in _steps(self._folder)]
-        kept = {*[s for s in steps if s <= step][-self._keep :], best}
+        if best in steps:
+            self._best = best
+        steps = [s for s in steps if s <= step]
+        kept = {*steps[-self._keep :], self._best}
         for other in steps:
             if other not in kept:
                 self._remove(self._folder / _name(other))
@@ -195,21 +216,23 @@ def read(path: Path) -> Checkpoint:
     try:
         body = json.loads(manifest)["body"]
         sound = _manifest(body) == manifest
+        form, files, progress = body["format"], body["files"], dict(body["progress"])
+        expected = {name: (files[name]["size"], files[name]["sha256"]) for name in _FILES}
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
         raise DamageError(f"{MANIFEST_FILE} is damaged")
-    if body["format"] != FORMAT:
-        raise DamageError(f"its format is {body['format']}, this version reads {FORMAT}")
+    if form != FORMAT:
+        raise DamageError(f"its format is {form}, this version reads {FORMAT}")
     contents = {}
     for name in _FILES:
         contents[name] = content = _read_file(path / name)
-        if len(content) != body["files"][name]["size"]:
-            size = body["files"][name]["size"]
+        size, digest = expected[name]
+        if len(content) != size:
             raise DamageError(f"{name} has {len(content):,} of {size:,} bytes")
-        if _sha256(content) != body["files"][name]["sha256"]:
+        if _sha256(content) != digest:
             raise DamageError(f"{name} is damaged: its SHA-256 is not the manifest's")
-    return Checkpoint(path.name, contents[WEIGHTS_FILE], contents[STATE_FILE], body["progress"])
+    return Checkpoint(path.name, contents[WEIGHTS_FILE], contents[STATE_FILE], progress)
 
 
 def optimizer_tensors(

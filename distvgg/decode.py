@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
+from distvgg import preemption
 from distvgg.config import DataConfig, UserError
 from distvgg.source import Labels, Rows, read, reason
 
@@ -196,6 +197,7 @@ def _write_images(
 def _decoded(rows: Rows, resize: int | None) -> Iterator[Image.Image]:
     """The images as RGB, resized to a square where asked."""
     for i, encoded in enumerate(rows.images()):
+        preemption.check()
         try:
             image = _rgb(_bytes_of(encoded))
         except Exception as error:  # of any type: damaged bytes take Pillow anywhere

@@ -28,7 +28,10 @@ T = TypeVar("T")
 
 BATCH_NORM_MOMENTUM = 0.1  # torch's and torchvision's default
 # How gloo says that the other end of a connection is gone.
-_BROKEN = r"Connection (closed|reset) by peer|Broken pipe|[Cc]onnection refused|Socket closed"
+_BROKEN = (
+    r"Connection (closed|reset) by peer|Broken pipe|[Cc]onnection refused|Socket closed"
+    r"|Timed out waiting"
+)
 
 
 def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
@@ -102,6 +105,20 @@ def distribute(
             # Buffers are averaged (StepSums), never broadcast from rank 0.
             module.broadcast_buffers = False
     return wrapped, optimizer
+
+
+def settle_gradient_buckets(accelerator: "Accelerator", model: nn.Module, images: Tensor) -> None:
+    """Takes one backward for nothing, after which DDP lays its buckets in the order in which
+    gradients arrive. It does so once, after the first backward of a process: without this, the
+    first step after a resume would add up gradients in another order than the same step of a run
+    that was never stopped, which shows in the last bit from three processes on (torch 2.14)."""
+    if accelerator.num_processes == 1:
+        return
+    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(images).sum().backward()
+    model.zero_grad()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(statistics[name])
 
 
 def resolve_precision(precision: str, device: torch.device, launched: str | None = None) -> str:
@@ -243,6 +260,25 @@ class StepSums:
         return totals
 
 
+class HostCopy:
+    """A tensor on its way to the host, which waits for it only when it reads: for what the device
+    was given before, not for what it was given since."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._copied = values, None
+        if values.is_cuda:
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values = host.copy_(values, non_blocking=True)
+            self._copied = torch.Event(values.device)
+            self._copied.record()
+
+    def read(self) -> Any:
+        """The values as Python numbers."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
+
+
 class Agreement:
     """Whether any rank was told to stop, asked by all ranks equally often: an all-reduce that is
     read at the next asking, when it is long done. To be closed: one that is still under way when
@@ -250,7 +286,7 @@ class Agreement:
 
     def __init__(self, accelerator: "Accelerator") -> None:
         self._accelerator = accelerator
-        self._flag: Tensor | None = None
+        self._flag: HostCopy | None = None
         self._pending: dist.Work | None = None
 
     def asked(self, here: bool) -> bool:
@@ -258,10 +294,13 @@ class Agreement:
         if self._accelerator.num_processes == 1:
             return here
         self.close()
-        if self._flag is not None and self._flag > 0:
+        if self._flag is not None and self._flag.read() > 0:
             return True
-        self._flag = torch.tensor(float(here), device=self._accelerator.device)
-        self._pending = dist.all_reduce(self._flag, async_op=True)
+        flag = torch.tensor(float(here), device=self._accelerator.device)
+        self._pending = dist.all_reduce(flag, async_op=True)
+        if flag.is_cuda:
+            self.close()  # for the stream, not the host: the copy must not wait for what comes next
+        self._flag = HostCopy(flag)
         return False
 
     def close(self) -> None:

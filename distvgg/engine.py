@@ -8,7 +8,7 @@ checkpoints leave a trace in what follows. Progress is one integer.
 import json
 import math
 import os
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -68,7 +68,8 @@ def train(config: Config, run_dir: Path) -> Result:
         except NonFiniteError as failure:
             raise RunError(explain(run, failure)) from None
         finally:
-            if run.lock is not None:
+            if run.checkpoints is not None and run.lock is not None:
+                run.checkpoints.wait()  # whoever takes the folder next must find it still
                 os.close(run.lock)
 
 
@@ -105,8 +106,8 @@ def fit(run: Run, tracking: Tracking) -> Result:
 def train_step(run: Run, micro_batches: list[MicroBatch], lr: float) -> None:
     """One optimizer step over this rank's micro-batches; gradients are summed over ranks.
 
-    A step whose loss or gradient is not finite changes no weight, nor does any later one; the host
-    learns of it from `run.watch`.
+    A step whose loss or gradient is not finite changes no weight, nor does any later one (in fp16,
+    which skips such steps by itself, a later one may); the host learns of it from `run.watch`.
     """
     for a, batch in enumerate(micro_batches, start=1):
         momentum = accumulation_momentum(BATCH_NORM_MOMENTUM, a, len(micro_batches))
@@ -215,14 +216,19 @@ def stop_early(run: Run, tracking: Tracking) -> str:
     Raises:
         RunError: the checkpoint could not be written; there is no marker then.
     """
-    state = run.state
-    if state.step > state.saved:
-        save_checkpoint(run, tracking)
+    preemption.ignore()  # nothing waits for another rank from here on, and some leave before others
+    state, checkpoints = run.state, run.checkpoints
     at = f"{preemption.reason()}: stopped after step {state.step} of {run.steps}"
-    if run.checkpoints is not None:
-        run.checkpoints.wait()
-        if failure := run.checkpoints.failure():
-            raise RunError(f"{at}; {failure}")
+    if checkpoints is not None:
+        checkpoints.wait()
+        if checkpoints.saved < state.step:
+            save_checkpoint(run, tracking)
+            checkpoints.wait()
+        failures = list(iter(checkpoints.failure, None))
+        if checkpoints.saved < state.step:
+            raise RunError(f"{at}; {failures[-1]}")
+        for failure in failures:
+            tracking.say(failure)
         leave_run_folder(run.folder, requeue=True)
     run.accelerator.end_training()
     return f"{at}, with a checkpoint: the same command goes on from there"
@@ -241,6 +247,7 @@ def finish(run: Run, tracking: Tracking) -> Result:
         pixels = Pixels(run.dataset, run.dataset.test, side, device)
         test = measure(run, EvalLoader(pixels, None, run.config.eval.batch_size))
         tracking.log(where(run) | prefixed("test", test))
+    preemption.ignore()  # nothing waits for another rank from here on, and some leave before others
     result = Result.of(
         run.config,
         run.dataset,
@@ -255,7 +262,7 @@ def finish(run: Run, tracking: Tracking) -> Result:
     )
     if run.checkpoints is not None:
         run.checkpoints.wait()
-        if failure := run.checkpoints.failure():
+        for failure in iter(run.checkpoints.failure, None):
             tracking.say(failure)
         try:
             tracking.flush()
@@ -273,14 +280,9 @@ def finish(run: Run, tracking: Tracking) -> Result:
 
 def explain(run: Run, failure: NonFiniteError) -> str:
     """Finds the micro-batch of a step that failed, writes `failure.json`, and says it in a line."""
-    what, k = (
-        ("loss", failure.micro_batch)
-        if failure.micro_batch is not None
-        else (
-            "gradient",
-            find_non_finite_gradient(run, failure.step),
-        )
-    )
+    what, k = "loss", failure.micro_batch
+    if k is None:
+        what, k = "gradient", find_non_finite_gradient(run, failure.step)
     plan, step = run.plan, failure.step + 1
     samples = [] if k is None else run.loader.rows(failure.step, k).tolist()
     facts = {
@@ -295,8 +297,8 @@ def explain(run: Run, failure: NonFiniteError) -> str:
         "num_processes": plan.world_size,
     }
     if run.checkpoints is not None:
-        run.checkpoints.wait()
-        write_whole(run.folder / FAILURE_FILE, json.dumps(facts, indent=2).encode() + b"\n")
+        with suppress(OSError):  # a full disk: the line has it all as well
+            write_whole(run.folder / FAILURE_FILE, json.dumps(facts, indent=2).encode() + b"\n")
     place = "the sum over micro-batches" if k is None else f"micro-batch {k}"
     return (
         f"step {step}: the {what} of {place} is {failure.value} at learning rate"

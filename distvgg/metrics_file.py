@@ -94,6 +94,6 @@ def holds(path: Path, mark: Mark) -> bool:
     try:
         with path.open("rb") as file:
             head = file.read(mark.bytes)
-    except FileNotFoundError:
+    except OSError:
         head = b""
     return len(head) == mark.bytes and hashlib.sha256(head).hexdigest() == mark.sha256

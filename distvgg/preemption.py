@@ -20,6 +20,8 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 # Seconds between two looks for the stop file: on a network file system each is a request.
 LOOK_EVERY = 0.5
+# Seconds for the main thread to notice by itself that another process died.
+SECONDS_TO_NOTICE = 3.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -31,9 +33,6 @@ class Preempted(BaseException):
         super().__init__(message)
         self.by_user = _wish == "SIGINT"
 
-
-# Seconds for the main thread to notice by itself that another process died.
-PATIENCE = 3.0
 
 # A process has one set of signal handlers, and so one wish.
 _installed = False
@@ -81,7 +80,7 @@ def requested() -> bool:
     now = time.monotonic()
     if _wish is None and _stop_file is not None and now - _looked >= LOOK_EVERY:
         _looked = now
-        if _stop_file.exists():
+        if os.path.exists(_stop_file):  # unlike Path's, false on a network file system's hiccup
             _wish = _stop_file.name
     return _wish is not None
 
@@ -152,7 +151,7 @@ def _leave_the_dead(signals: int) -> None:
     """
     while number := os.read(signals, 1):
         if number[0] == signal.SIGTERM and _workers() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-            time.sleep(PATIENCE)
+            time.sleep(SECONDS_TO_NOTICE)
             rank = os.environ.get("RANK")
             print(f"distvgg: error on process {rank}: another process died", file=sys.stderr)
             sys.stderr.flush()

@@ -9,7 +9,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,7 @@ class Result:
                 lines.append(f"  {split:<5} {describe(row)} of {row[metrics.COUNT]:,} images")
         if self.best[metrics.STEP] != self.steps:
             top1, step = 100 * self.best[metrics.TOP1], self.best[metrics.STEP]
-            lines.append(f"  best  val top1 {top1:.2f}% at step {step}, kept as a checkpoint")
+            lines.append(f"  best  val top1 {top1:.2f}%, at step {step}")
         return "\n".join([*lines, f"  curves: {'; '.join(self.curves)}"])
 
     @staticmethod
@@ -92,7 +92,7 @@ class Result:
             precision=accelerator.mixed_precision,
             hardware=_hardware(accelerator.device),
             data_fingerprint=dataset.fingerprint,
-            versions={"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+            versions={"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
             commit=_commit(),
             curves=curves,
         )
@@ -124,6 +124,13 @@ def save_weights(model: Mapping[str, Tensor], run_dir: Path) -> None:
 
     tensors = {k: v.cpu().contiguous() for k, v in model.items()}
     write_whole(run_dir / WEIGHTS_FILE, save(tensors))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "not installed"
 
 
 def _hardware(device: torch.device) -> str:

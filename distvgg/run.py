@@ -5,13 +5,15 @@ rest is a function of config and data. It is the same on every rank after every 
 """
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from distvgg import metrics, preemption
@@ -30,6 +32,7 @@ from distvgg.distributed import (
     distribute,
     from_main,
     place,
+    settle_gradient_buckets,
     start,
 )
 from distvgg.loader import DeviceLoader, EvalLoader, Pixels
@@ -38,7 +41,13 @@ from distvgg.metrics_file import Mark, holds
 from distvgg.model import VGG, build_vgg
 from distvgg.optim import build_optimizer
 from distvgg.preemption import Preempted
-from distvgg.run_folder import CHECKPOINTS, METRICS_FILE, leave_run_folder, take_run_folder
+from distvgg.run_folder import (
+    CHECKPOINTS,
+    METRICS_FILE,
+    STOP_FILE,
+    leave_run_folder,
+    take_run_folder,
+)
 from distvgg.sampling import Plan, derive_seed
 from distvgg.watch import Watch
 
@@ -63,7 +72,7 @@ class TrainState(BaseModel, extra="forbid"):
     best_top1: float = 0.0
     skipped: int = 0
     """Steps that fp16 skipped, and its loss scale."""
-    scaler: dict[str, float] | None = None
+    scaler: dict[str, int | float] | None = None
     metrics: Mark = Mark()
     """The end of metrics.jsonl."""
     timed: tuple[int, float] = (0, 0.0)
@@ -141,6 +150,8 @@ def build(config: Config, folder: Path) -> Run:
     norms = batch_norm_layers(vgg)
     fp16 = accelerator.scaler is not None
     pixels = Pixels(dataset, dataset.train, config.model.image_size, device)
+    loader = DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index)
+    settle_gradient_buckets(accelerator, model, loader.micro_batches(state.step)[0].images)
     return Run(
         config=config,
         folder=folder,
@@ -148,7 +159,7 @@ def build(config: Config, folder: Path) -> Run:
         dataset=dataset,
         plan=plan,
         steps=plan.steps(config.train.epochs),
-        loader=DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index),
+        loader=loader,
         val_loader=EvalLoader(pixels, val_rows, config.eval.batch_size),
         vgg=vgg,
         model=model,
@@ -184,10 +195,12 @@ def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> D
         with preemption.interruptible():
             dataset = load_dataset(config.data)
     except Preempted:
-        assert preemption.requested()
+        with suppress(OSError):  # the others may decode for long yet, and look for this file
+            (folder / STOP_FILE).touch()
     if any_rank(accelerator, preemption.requested()):
         if accelerator.is_main_process:
             leave_run_folder(folder, requeue=True)
+        accelerator.end_training()  # gloo aborts a process that exits with its group still up
         raise Preempted(f"{preemption.reason()}: stopped before the first step; nothing to save")
     assert dataset is not None
     return dataset
@@ -197,7 +210,10 @@ def _newest(checkpoints: Checkpoints | None, folder: Path) -> Checkpoint | None:
     assert checkpoints is not None
 
     def refuse(checkpoint: Checkpoint) -> str | None:
-        mark = TrainState.model_validate(checkpoint.progress).metrics
+        try:
+            mark = TrainState.model_validate(checkpoint.progress).metrics
+        except ValidationError:
+            return "its progress is not what this version notes"
         if holds(folder / METRICS_FILE, mark):
             return None
         return f"{METRICS_FILE} no longer has the rows that it counts on"
@@ -224,7 +240,7 @@ def _restore(
         tensors = safetensors.torch.load(checkpoint.state)
         meter.sums.copy_(tensors.pop(METER))
         load_optimizer_tensors(optimizer, _names(vgg), tensors)
-    except (RuntimeError, KeyError) as error:
+    except (SafetensorError, RuntimeError, KeyError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(
             f"checkpoint {checkpoint.name} does not fit the config of its folder ({why}): start"

@@ -1,6 +1,6 @@
 """What a run folder is: the names of its files, whose it is, who may write to it, how.
 
-Invariant: a folder belongs to one config, and to one living process at a time. Whatever is written
+Invariant: a folder belongs to one config, and to one living run at a time. Whatever is written
 here is on disk whole, or not there: a kill at any instant leaves a folder that the same command can
 take up.
 """
@@ -11,7 +11,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from distvgg.config import Config, UserError, load
+from distvgg.config import Config, RunError, UserError, load
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -74,6 +74,7 @@ def take_run_folder(run_dir: Path, config: Config) -> int:
         lock = _locked(run_dir)
         if not path.exists():
             write_whole(path, config.to_yaml().encode())
+        match_run_folder(run_dir, config)  # of two that found it new, one came first
         (run_dir / REQUEUE_FILE).unlink(missing_ok=True)
         (run_dir / FAILURE_FILE).unlink(missing_ok=True)
     except OSError as error:
@@ -84,10 +85,20 @@ def take_run_folder(run_dir: Path, config: Config) -> int:
 
 
 def leave_run_folder(run_dir: Path, *, requeue: bool) -> None:
-    """Consumes the stop file, and marks a run that stopped early as one to be started again."""
-    (run_dir / STOP_FILE).unlink(missing_ok=True)
-    if requeue:
-        write_whole(run_dir / REQUEUE_FILE, b"stopped early: the same command goes on\n")
+    """Marks a run that stopped early as one to be started again, then consumes the stop file.
+
+    Raises:
+        RunError: the marker cannot be written.
+    """
+    try:
+        if requeue:
+            write_whole(run_dir / REQUEUE_FILE, b"stopped early: the same command goes on\n")
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"{run_dir / REQUEUE_FILE} cannot be written ({error.strerror}): the run stopped early,"
+            " and the same command goes on"
+        ) from error
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distvgg.config import RunError
+from distvgg.distributed import HostCopy
 
 # fp16 skips steps whose scaled gradients overflow, and halves the scale each time. After this many
 # in a row the scale is 2^-9 of one: it is not the scale.
@@ -32,8 +33,7 @@ class NonFiniteError(RunError):
 
 class _Record(NamedTuple):
     step: int
-    values: Tensor
-    copied: torch.Event | None
+    values: HostCopy
 
 
 class Watch:
@@ -55,13 +55,7 @@ class Watch:
     def put(self, step: int, losses: Tensor, grad_norm: Tensor, stop: Tensor) -> None:
         """Hands over a step's outcome as it is on the device: [G/m] losses, scalars."""
         values = torch.cat([losses, grad_norm.reshape(1).to(losses), stop.reshape(1)])
-        copied = None
-        if values.is_cuda:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            values = host.copy_(values, non_blocking=True)
-            copied = torch.Event(losses.device)
-            copied.record()
-        self._records.append(_Record(step, values, copied))
+        self._records.append(_Record(step, HostCopy(values)))
 
     def look(self) -> None:
         """Reads what is old enough.
@@ -82,9 +76,7 @@ class Watch:
             self._read(self._records.popleft())
 
     def _read(self, record: _Record) -> None:
-        if record.copied is not None:
-            record.copied.synchronize()
-        *losses, self.grad_norm, stop = record.values.tolist()
+        *losses, self.grad_norm, stop = record.values.read()
         self.stop = self.stop or stop > 0
         for k, loss in enumerate(losses):
             if not math.isfinite(loss):

@@ -5,6 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("distvgg", deadline=None)
+settings.load_profile("distvgg")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,7 +15,7 @@ def random_images(n: int, height: int, width: int) -> torch.Tensor:
     return torch.from_numpy(rng.integers(0, 256, (n, height, width, 3), dtype=np.uint8))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     height=st.integers(6, 20),
     width=st.integers(6, 20),

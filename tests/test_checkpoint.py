@@ -115,6 +115,37 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_00000002", "step_00000004", "step_00000005"]
 
 
+def test_the_best_is_kept_until_a_better_one_is_really_there(tmp_path: Path) -> None:
+    checkpoints = save(tmp_path, 1, best=1)
+    keys = {"w": torch.ones(10)}, {"m": torch.ones(3, dtype=torch.float64)}, {}
+
+    def disk_is_full() -> None:
+        raise OSError(28, "No space left on device")
+
+    checkpoints.save(2, *keys, best=2, flush=disk_is_full)
+    for step in (3, 4, 5):
+        checkpoints.save(step, *keys, best=2, flush=lambda: None)
+    checkpoints.wait()
+    assert checkpoints.saved == 5
+    assert names(tmp_path) == ["step_00000001", "step_00000004", "step_00000005"]
+
+
+def test_what_nobody_foresaw_is_not_taken_for_a_saved_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, tracebacks = save(tmp_path, 1), []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+
+    def fails() -> None:
+        raise MemoryError
+
+    checkpoints.save(2, {"w": torch.ones(10)}, {}, {}, best=None, flush=fails)
+    checkpoints.wait()
+    assert checkpoints.saved == 1
+    assert len(tracebacks) == 1
+    assert str(checkpoints.failure()).startswith("checkpoint step_00000002 failed")
+
+
 def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
     """Every bit of the manifest; a thousand of each other file."""
     save(tmp_path, 3)
@@ -168,10 +199,13 @@ def test_damaged_ones_are_refused_by_name_and_the_newest_sound_one_taken(tmp_pat
         "checkpoint step_00000004 refused: model.safetensors is missing",
         "checkpoint step_00000003 refused: manifest.json is missing",
     ]
-    # The first save after that takes the place of what was refused, and of nothing sound.
-    save(tmp_path, 3, keep=9)
-    assert names(tmp_path) == ["step_00000001", "step_00000002", "step_00000003"]
-    assert newest(Checkpoints(tmp_path, 9)) == read(tmp_path / "step_00000003")
+    # What was refused is kept until the run gets there again, and does not count for `keep`.
+    save(tmp_path, 3, keep=2)
+    assert names(tmp_path) == ["step_00000002", "step_00000003", "step_00000004"]
+    assert newest(Checkpoints(tmp_path, 2)) == read(tmp_path / "step_00000003")
+    save(tmp_path, 4, keep=2)
+    assert names(tmp_path) == ["step_00000003", "step_00000004"]
+    assert newest(Checkpoints(tmp_path, 2)) == read(tmp_path / "step_00000004")
 
 
 def test_a_manifest_of_a_later_format_is_refused(

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -225,7 +225,6 @@ def labels_and_sizes(draw: st.DrawFn) -> tuple[np.ndarray, int, int]:
 
 
 @given(labels_and_sizes(), st.integers(0, 99))
-@settings(deadline=None)
 def test_a_split_is_stratified_disjoint_exhaustive_and_seeded(
     drawn: tuple[np.ndarray, int, int], seed: int
 ) -> None:
@@ -527,7 +526,6 @@ def test_cifar100_is_not_taken_from_a_set_of_ten_classes(cold: Path, tmp_path: P
 
 
 @given(st.integers(0, 2**16))
-@settings(deadline=None)
 def test_a_flipped_bit_changes_no_pixel_unnoticed(bit: int) -> None:
     # Of flat areas, where Pillow alone lets many pass.
     image = np.repeat(noise(1, 0, side=4)[0], 8, axis=0).repeat(8, axis=1)

@@ -12,6 +12,7 @@ from disks import small_disk
 from distvgg.checkpoint import read
 from distvgg.config import load
 from distvgg.data import load_dataset, train_val_indices
+from distvgg.run import TrainState
 from distvgg.sampling import Plan, epoch_permutation
 from distvgg.watch import PATIENCE, NonFiniteError, Watch
 from launch import ROOT, Started, assert_same_run, measured, rows, train
@@ -114,6 +115,22 @@ def test_fp16_counts_the_steps_that_it_skips_and_gives_up_when_all_are() -> None
     with pytest.raises(NonFiniteError):
         watch_steps(watch, [inf] * PATIENCE)
     assert watch.skipped == 8 + PATIENCE - 1
+
+
+def test_fp16s_loss_scale_goes_on_from_a_checkpoint() -> None:
+    scaler, again = torch.amp.GradScaler("cpu"), torch.amp.GradScaler("cpu")
+    weight = torch.nn.Parameter(torch.ones(1))
+    for scale in (scaler, again):
+        optimizer = torch.optim.SGD([weight], lr=0.1, fused=True)
+        scale.scale(weight.sum() * (torch.inf if scale is scaler else 1)).backward()
+        scale.step(optimizer)
+        scale.update()
+        if scale is scaler:
+            kept = TrainState(scaler=scaler.state_dict()).model_dump_json()
+            again.load_state_dict(TrainState.model_validate_json(kept).scaler or {})
+            assert again.state_dict() == scaler.state_dict()
+        weight.grad = None
+    assert again.get_scale() == 2.0**15  # halved by the overflow, then kept
 
 
 def test_a_full_disk_stops_nothing_and_loses_no_row(whole: Path, tmp_path: Path) -> None:

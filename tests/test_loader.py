@@ -35,7 +35,7 @@ def equal(a: MicroBatch, b: MicroBatch) -> bool:
     )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(n=st.integers(5, 90), step=st.integers(0, 40))
 def test_micro_batches_do_not_depend_on_ranks(n: int, step: int) -> None:
     """n below 24: a step takes more than one epoch."""
@@ -80,7 +80,6 @@ def test_the_order_is_no_function_of_the_augmentation() -> None:
     assert not torch.equal(a.images, b.images)
 
 
-@settings(deadline=None)
 @given(n=st.integers(1, 60), batch_size=st.integers(1, 70), world_size=st.integers(1, 9))
 def test_evaluation_takes_every_image_once(n: int, batch_size: int, world_size: int) -> None:
     data = dataset(n, side=4)

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -135,19 +136,21 @@ def test_told_to_stop_during_the_imports_it_leaves_with_the_marker(tmp_path: Pat
     assert (folder / "REQUEUE").exists()
 
 
+@pytest.mark.parametrize("stop", [signal_the_launcher, signal_one_worker, touch_the_stop_file])
 def test_told_to_stop_while_it_decodes_images_it_leaves_at_once(
-    cifar100: str, tmp_path: Path
+    cifar100: str, tmp_path: Path, stop: Callable[[Started], None]
 ) -> None:
     folder, cache = tmp_path / "run", tmp_path / "cache"
     data = ("--data.name", "cifar100", "--data.path", cifar100)
     started = Started(folder, *data, processes=2, env={"DISTVGG_CACHE": str(cache)})
     started.until(lambda: any(cache.glob("*.building/train_images.npy")))
     told = time.monotonic()
-    signal_the_launcher(started)
+    stop(started)
     _, output = started.end(20)
     assert time.monotonic() - told < 5
-    assert "SIGTERM: stopped before the first step" in output
+    assert "stopped before the first step; nothing to save" in output
     assert (folder / "REQUEUE").exists()
+    assert not (folder / "STOP").exists()
     assert not any(cache.glob("*.building"))
 
 
@@ -220,6 +223,20 @@ def test_a_run_under_way_is_not_started_twice_and_does_not_outlive_a_process(
     assert time.monotonic() - killed < 10
     assert "distvgg: error on process 1: lost contact with another process" in output
     assert not (folder / "REQUEUE").exists()
+
+
+def test_four_processes_go_on_to_the_same_bits_too(tmp_path: Path) -> None:
+    """With more than two, the order in which gradients are summed shows in the last bit."""
+    args = (*ARGS, "--train.epochs", "2")  # 19 steps
+    folders = [tmp_path / "whole", tmp_path / "run"]
+    train(folders[0], *args, processes=4)
+    started = Started(folders[1], *args, processes=4)
+    started.until_step(9)
+    started.kill()
+    code, output = Started(folders[1], *args, processes=4).end()
+    assert code == 0, output
+    assert resumed(output) == 7
+    assert_same_run(*folders)
 
 
 def test_it_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
