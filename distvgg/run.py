@@ -126,12 +126,8 @@ def build(config: Config, folder: Path) -> Run:
     from_main(accelerator, lambda: locks.append(take_run_folder(folder, config)))
     dataset = _load_dataset(config, accelerator, folder)
     train_rows, val_rows = train_val_indices(dataset.train.labels, config.data)
-    plan = Plan(
-        len(train_rows),
-        config.train.global_batch_size,
-        config.train.micro_batch_size,
-        accelerator.num_processes,
-    )
+    n, batch, world_size = len(train_rows), config.train, accelerator.num_processes
+    plan = Plan(n, batch.global_batch_size, batch.micro_batch_size, world_size)
     torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
     vgg = build_vgg(config.model, dataset.num_classes, derive_seed(config.seed, "weights"))
     place(vgg, accelerator, config)

@@ -5,13 +5,14 @@ restart has to know; where nobody can tell it, the folder goes on as a new W&B r
 """
 
 import json
-import os
 import secrets
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from distvgg.run_folder import write_whole
 
 LEDGER_FILE = "run.json"  # under wandb/
 READER_SECONDS = 60
@@ -97,15 +98,9 @@ class Ledger:
         self._say(f"W&B: a new run, {self.id}, with every row ({why})")
 
     def _write(self) -> None:
-        """Whole or not at all, and on disk."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / LEDGER_FILE
-        aside = path.with_name(f".{path.name}.tmp")
-        with aside.open("w") as file:
-            json.dump({"id": self.id, "uploaded": self._uploaded}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        content = json.dumps({"id": self.id, "uploaded": self._uploaded})
+        write_whole(self._folder / LEDGER_FILE, content.encode())
 
 
 def _parse(content: bytes) -> tuple[str, int | None]:
