@@ -91,11 +91,10 @@ class Training:
             self._launcher.kill()
         self._launcher.wait(timeout=20)
         psutil.wait_procs(everyone, timeout=20)
-        said = self.said()
-        if len(victims) < len(everyone) and not re.search(
-            "lost contact|another process died", said
-        ):
-            raise SystemExit(f"a process died, and the others did not say so:\n{said}")
+        # Outside training a process may have nothing left to hear from the others.
+        survived = len(victims) < len(everyone) and doing == "training"
+        if survived and not re.search("lost contact|another process died", self.said()):
+            raise SystemExit(f"a process died, and no other said so:\n{self.said()}")
         return doing
 
     def said(self) -> str:
@@ -107,6 +106,8 @@ class Training:
             return "checkpoint"
         if evaluating(rows(self.folder), self._options):
             return "evaluation"
+        if any("test/loss" in row for row in rows(self.folder)[-1:]):
+            return "end"
         return "training" if len(rows(self.folder)) > self.before else "start"
 
 
@@ -205,12 +206,14 @@ def wait_for(aim: str, training: Training, chaos: random.Random) -> bool:
 
 def evaluating(found: list[dict[str, Any]], options: argparse.Namespace) -> bool:
     """Whether the last row is followed by an evaluation's."""
-    if not found or "train/loss" not in found[-1]:
+    if not found or "test/loss" in found[-1]:
         return False
     config = load("quickstart").replace(train__epochs=options.epochs)
     plan = Plan(TRAIN_SIZE, config.train.global_batch_size, config.train.micro_batch_size)
-    steps = plan.steps(config.train.epochs)
-    return evaluation_due(found[-1]["step"], config.eval.every_epochs, plan, steps)
+    steps, last = plan.steps(config.train.epochs), found[-1]["step"]
+    if "val/loss" in found[-1]:
+        return bool(last == steps)  # test is next
+    return evaluation_due(last, config.eval.every_epochs, plan, steps)
 
 
 def damage_a_checkpoint(run: Path, chaos: random.Random) -> str | None:
