@@ -58,7 +58,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
-        self._host: dict[str, Tensor] = {}
+        self._host: dict[tuple[str, str], Tensor] = {}  # by file and key
         self._thread: threading.Thread | None = None
         self._failures: SimpleQueue[str] = SimpleQueue()
         self._best: int | None = None
@@ -103,8 +103,8 @@ class Checkpoints:
             flush: brings to disk what `progress` counts on; called before the manifest is written.
         """
         self.wait()
-        snapshot = self._to_host({f"{WEIGHTS_FILE}:{k}": v for k, v in model.items()})
-        snapshot |= self._to_host({f"{STATE_FILE}:{k}": v for k, v in state.items()})
+        parts = {WEIGHTS_FILE: model, STATE_FILE: state}
+        snapshot = {file: self._to_host(file, part) for file, part in parts.items()}
         copied = None
         if (device := next(iter(model.values())).device).type == "cuda":
             copied = torch.Event(device)
@@ -143,18 +143,20 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
 
-    def _to_host(self, tensors: Tensors) -> dict[str, Tensor]:
+    def _to_host(self, file: str, tensors: Tensors) -> dict[str, Tensor]:
         """Copies into host buffers made once; pinned, so that a GPU does not wait."""
-        for name, tensor in tensors.items():
-            if name not in self._host:
-                self._host[name] = torch.empty(
+        for key, tensor in tensors.items():
+            if (file, key) not in self._host:
+                self._host[file, key] = torch.empty(
                     tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
                 )
             source = tensor.contiguous() if tensor.is_cuda else tensor
-            self._host[name].copy_(source, non_blocking=True)
-        return {name: self._host[name] for name in tensors}
+            self._host[file, key].copy_(source, non_blocking=True)
+        return {key: self._host[file, key] for key in tensors}
 
-    def _write(self, step: int, snapshot: Tensors, progress: dict[str, Any]) -> None:
+    def _write(
+        self, step: int, snapshot: Mapping[str, dict[str, Tensor]], progress: dict[str, Any]
+    ) -> None:
         from safetensors.torch import save
 
         aside, final = self._folder / f".{_name(step)}.tmp", self._folder / _name(step)
@@ -162,12 +164,8 @@ class Checkpoints:
             self._remove(aside)
             aside.mkdir(parents=True)
             files = {}
-            for name in _FILES:
-                prefix = f"{name}:"
-                part = {
-                    k.removeprefix(prefix): v for k, v in snapshot.items() if k.startswith(prefix)
-                }
-                content = save(part)
+            for name, tensors in snapshot.items():
+                content = save(tensors)
                 write_flushed(aside / name, content)
                 files[name] = {"size": len(content), "sha256": _sha256(content)}
             body = {"format": FORMAT, "step": step, "files": files, "progress": progress}

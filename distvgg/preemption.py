@@ -1,9 +1,9 @@
 """A signal or a stop file -> the wish to stop, which the training loop grants at its next boundary.
 
 Invariant: a handler only sets a flag, and signals after the first are ignored, also while the
-interpreter exits. To save, and to
-agree with the other ranks, is the loop's business. Only where nothing can be lost (`interruptible`)
-does a signal raise. Imports nothing heavy, so that it is in place before all that does.
+interpreter exits. To save, and to agree with the other ranks, is the loop's business. Only where
+nothing can be lost (`interruptible`) does a signal raise. Imports nothing heavy, so that it is in
+place before all that does.
 """
 
 import ctypes
