@@ -69,15 +69,11 @@ def _train(words: list[str]) -> str:
     if "help" in options:
         # A recipe's own values are shown as the defaults.
         _help(functools.partial(train, config=load(positional[0]) if positional else Config()))
-    run_dir = options.pop("run_dir", None)
-    recipe = _recipe(positional)
-    return train(recipe, load(recipe, options), Path(run_dir) if run_dir else None)
+    return train(*resolve(words))
 
 
 def _config(words: list[str]) -> str:
-    positional, options = _split(words)
-    options.pop("run_dir", None)  # so that any command line of train can be checked with it
-    return load(_recipe(positional), options).to_yaml().rstrip()
+    return resolve(words)[1].to_yaml().rstrip()
 
 
 def _recipe(positional: list[str]) -> str:
@@ -132,6 +128,19 @@ def evaluate(
     from distvgg.tracking import describe
 
     return describe(evaluate_run(run_dir, split))
+
+
+def resolve(words: list[str]) -> tuple[str, Config, Path]:
+    """What a command line of `train` means: recipe, config and run folder.
+
+    Raises:
+        UserError: no recipe, an unknown key, a value out of range.
+    """
+    positional, options = _split(words)
+    run_dir = options.pop("run_dir", None)
+    recipe = _recipe(positional)
+    config = load(recipe, options)
+    return recipe, config, Path(run_dir) if run_dir else default_run_dir(recipe, config)
 
 
 def default_run_dir(recipe: str, config: Config) -> Path:

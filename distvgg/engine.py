@@ -56,7 +56,8 @@ def train(config: Config, run_dir: Path) -> Result:
     preemption.look_for(run_dir / STOP_FILE)
     with lost_contact():
         run = build(config, run_dir)
-        run.accelerator.print(summary(run))
+        if run.accelerator.is_main_process:  # accelerate's own print speaks once a node
+            print(summary(run), flush=True)
         state = run.state
         tracking = Tracking(
             run.accelerator, run.config, run_dir, run.steps, state.step, state.metrics

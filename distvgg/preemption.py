@@ -87,6 +87,8 @@ def requested() -> bool:
 
 def reason() -> str:
     """What told this process to stop: a signal's name, STOP, or another rank."""
+    if _wish is None and _stop_file is not None and os.path.exists(_stop_file):
+        return _stop_file.name  # another rank saw it first
     return _wish or "another process"
 
 

@@ -22,10 +22,11 @@ CHECKPOINTS = "checkpoints"
 STOP_FILE = "STOP"
 REQUEUE_FILE = "REQUEUE"
 LOCK_FILE = ".lock"
+LOGS = "logs"
 
 AUTO = "train.precision"  # the one field whose value a run resolves
 # What may lie in a folder that is not a run's yet: a start that was cut off, a user in a hurry.
-_BEFORE_CONFIG = {LOCK_FILE, STOP_FILE, REQUEUE_FILE, f".{CONFIG_FILE}.tmp"}
+_BEFORE_CONFIG = {LOCK_FILE, LOGS, STOP_FILE, REQUEUE_FILE, f".{CONFIG_FILE}.tmp"}
 
 
 def match_run_folder(run_dir: Path, config: Config) -> Config:

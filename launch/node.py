@@ -1,0 +1,266 @@
+"""One node's part of a run: counts its devices, divides its cores, and is its `accelerate launch`.
+
+    python launch/node.py [--nodes N --rank R --head HOST --port PORT --id ID ...] -- RECIPE ...
+
+The scripts beside this file end here, with one node or many. Invariants: a mistake is one line
+within seconds; the exit code is that of the worker that failed first (2: the user can mend it),
+where the bare launcher makes 1 of each, and a traceback. Knows of SLURM only what its options say.
+"""
+
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+# The checkout's own code, whatever else is installed: here, and in the workers.
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+import tyro  # noqa: E402
+
+from distvgg import cli  # noqa: E402
+from distvgg.config import UserError  # noqa: E402
+from distvgg.run_folder import REQUEUE_FILE  # noqa: E402
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+NVIDIA = "0x10de"  # as a vendor on the PCI bus
+DRIVER = Path("/dev/nvidiactl")
+NOWHERE = "192.0.2.1"  # RFC 5737. Asked for a route only: the default one
+# What ends the launcher and is handed on to the workers, which save. Its own list lacks the last
+# two: it would die of them, and the workers with it.
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node's part of a run."""
+
+    nodes: int = 1
+    """How many nodes take part."""
+    rank: int = 0
+    """0 on the head, where all meet; another elsewhere."""
+    head: str = ""
+    """The head's name, as every node can resolve it."""
+    port: int = 0
+    """A port that is free on the head. 0: any, which suits one node."""
+    id: str = "distvgg"
+    """Of this run: nodes of other runs that meet at the same port are strangers."""
+    peer: str = ""
+    """Any node but the head, from which the head learns its own address."""
+    processes: int = 0
+    """Processes on this node. 0: one a GPU."""
+    granted: int = 0
+    """GPUs that a scheduler granted on this node."""
+    uniform: bool = False
+    """Every node runs as many processes as this one."""
+    max_restarts: int = 0
+    """How often all workers start again after one died."""
+
+    def __post_init__(self) -> None:
+        if self.nodes > 1 and not (self.head and self.port):
+            raise UserError("--nodes needs --head and --port")
+
+
+def main(words: list[str]) -> int:
+    """Runs this node's workers to their end; returns the exit code."""
+    end = words.index("--") if "--" in words else len(words)
+    node = tyro.cli(Node, args=words[:end], description=__doc__)
+    train = words[end + 1 :]
+    if {"-h", "--help"} & set(train):
+        return cli.main(["train", *train])
+    try:
+        _, config, run_dir = cli.resolve(train)
+    except UserError as error:
+        return complain(node, error, everywhere=True)
+    try:
+        processes = count_processes(node)
+    except UserError as error:
+        return complain(node, error)
+    if node.nodes == 1 or node.uniform:
+        from distvgg.sampling import Plan
+
+        batch = config.train
+        try:
+            total = node.nodes * processes
+            Plan(1, batch.global_batch_size, batch.micro_batch_size, world_size=total)
+        except UserError as error:
+            return complain(node, error, everywhere=True)
+    # The launcher's own default is one thread a process.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
+    if node.nodes > 1:
+        find_the_others(node)
+    return launch(node, processes, train, run_dir)
+
+
+def complain(node: Node, error: UserError | str, *, everywhere: bool = False) -> int:
+    """Says a mistake in a line; one that every node finds alike, on the head only, while the others
+    wait to be ended."""
+    if everywhere and node.rank:
+        time.sleep(5)
+    else:
+        where = f"{socket.gethostname()}: " if node.nodes > 1 and not everywhere else ""
+        print(f"distvgg: error: {where}{error}", file=sys.stderr, flush=True)
+    return 2
+
+
+def count_processes(node: Node) -> int:
+    """How many processes this node runs: one a GPU that torch sees. On a machine without GPUs one
+    for each that a scheduler declared, else two as far as there are cores.
+
+    Raises:
+        UserError: the machine has GPUs, but torch does not see them, or not all.
+    """
+    with calm_launcher():
+        import torch
+    from accelerate.utils import parse_flag_from_env
+
+    on_cpu = node.processes or node.granted or min(2, cores())
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return on_cpu
+    seen = torch.cuda.device_count()
+    if seen == 0 and has_gpu():
+        raise UserError(
+            "this machine has GPUs but torch sees none: ask for them (SLURM: --gpus-per-node),"
+            " install a torch that is built for CUDA and this driver, or set"
+            " ACCELERATE_USE_CPU=true"
+        )
+    if seen == 0:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        print(f"{socket.gethostname()} has no GPU: {on_cpu} CPU process(es)", flush=True)
+        return on_cpu
+    wanted = node.processes or max(seen, node.granted)
+    if seen < wanted:
+        raise UserError(
+            f"{wanted} GPUs are wanted but torch sees {seen}: mind CUDA_VISIBLE_DEVICES, or leave"
+            " this machine out (SLURM: --exclude)"
+        )
+    return wanted
+
+
+@contextmanager
+def calm_launcher() -> Iterator[None]:
+    """Imports torch such that it does not print stack traces of its own when another node ends
+    first; the workers' torch, and a user who sets LOGLEVEL (INFO, say), get all of it."""
+    level = os.environ.setdefault("LOGLEVEL", "CRITICAL")
+    quiet = level == "CRITICAL" and "TORCH_CPP_LOG_LEVEL" not in os.environ
+    if quiet:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
+    yield
+    if quiet:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]
+    logging.getLogger("torch.distributed.elastic").setLevel(level)
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU, whether or not torch sees it."""
+    for device in Path("/sys/bus/pci/devices").glob("*"):
+        with suppress(OSError):
+            display = (device / "class").read_text().startswith("0x03")
+            if display and (device / "vendor").read_text().strip() == NVIDIA:
+                return True
+    return DRIVER.exists()
+
+
+def cores() -> int:
+    """Cores that this node's processes share; SLURM's grant counts also where it does not bind."""
+    bound = len(os.sched_getaffinity(0))
+    return min(bound, int(os.environ.get("SLURM_CPUS_ON_NODE") or bound))
+
+
+def find_the_others(node: Node) -> None:
+    """Makes the nodes meet under addresses that the others can reach. A host that takes its own
+    name for 127.0.1.1, as Debian's do, would hand out that one, and gloo listen there."""
+    address = own_address([node.head] if node.rank else [node.peer, NOWHERE])
+    if address is None:
+        return
+    os.environ.setdefault("PET_LOCAL_ADDR", address)
+    if interface := interface_of(address):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def own_address(others: list[str]) -> str | None:
+    """This node's IPv4 address on the way to another. Sends nothing."""
+    for other in filter(None, others):
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+            way.connect((other, 9))
+            address: str = way.getsockname()[0]
+            if not ipaddress.ip_address(address).is_loopback:
+                return address
+    return None
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an address."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == address for a in addresses):
+            return str(name)
+    return None
+
+
+def launch(node: Node, processes: int, train: list[str], run_dir: Path) -> int:
+    """`accelerate launch`, in this process; returns the exit code."""
+    words = [
+        *("--config_file", str(ROOT / "accelerate_config.yaml")),
+        *("--num_processes", str(node.nodes * processes)),
+        *("--main_process_port", str(node.port)),
+        *("--max_restarts", str(node.max_restarts)),
+    ]
+    if node.nodes > 1:
+        words += ["--num_machines", str(node.nodes), "--machine_rank", str(node.rank)]
+        words += ["--main_process_ip", node.head, "--rdzv_backend", "c10d"]
+        words += ["--rdzv_conf", f"is_host={int(node.rank == 0)}"]
+    # torchrun's options that accelerate does not hand on; PET_LOCAL_ADDR is another.
+    os.environ |= {"PET_RDZV_ID": node.id, "PET_SIGNALS_TO_HANDLE": SIGNALS}
+
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+
+    try:
+        parser = launch_command_parser()
+        launch_command(parser.parse_args([*words, "-m", "distvgg", "train", *train]))
+    except ChildFailedError as failed:
+        return explain(failed)
+    except SignalException as stopped:
+        # The workers have ended by now: stopped early, if they were told in time.
+        number = stopped.sigval
+        saved = number != signal.SIGINT and (run_dir / REQUEUE_FILE).exists()
+        return 0 if saved else 128 + number
+    except (RendezvousError, ConnectionError) as error:
+        why = " ".join(str(error).split())
+        complain(node, f"no rendezvous of the nodes at {node.head}:{node.port}, or no longer: {why}")
+        return 1
+    return 0
+
+
+def explain(failed: "ChildFailedError") -> int:
+    """The exit code of the worker that failed first; says so where the worker itself could not."""
+    rank, failure = failed.get_first_failure()
+    if failure.exitcode >= 0:
+        return failure.exitcode
+    name = signal.Signals(-failure.exitcode).name
+    print(
+        f"distvgg: error: process {rank} on {socket.gethostname()} was killed by {name}"
+        + (" (out of memory? see dmesg)" if name == "SIGKILL" else ""),
+        file=sys.stderr,
+        flush=True,
+    )
+    return 128 - failure.exitcode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
