@@ -75,7 +75,7 @@ class Cluster:
             self._daemon(CONTROLLER, "slurmctld", "-D")
             for node in self.nodes:
                 self.start_node(node)
-            self.until(lambda: self._states().count("idle") == len(self.nodes), 30)
+            self.until(lambda: self.states() == dict.fromkeys(self.nodes, "idle"), 30)
         except BaseException:
             self.stop()
             raise
@@ -110,6 +110,11 @@ class Cluster:
     def job(self, job: str) -> dict[str, str]:
         """The fields of `scontrol show job`."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", job)))
+
+    def states(self) -> dict[str, str]:
+        """Each node's state, as SLURM knows it."""
+        listed = self.client("sinfo", "--noheader", "--Node", "--format=%N %T").stdout
+        return dict(line.split() for line in listed.splitlines())
 
     def crash(self, node: str) -> None:
         """SIGKILL to all that runs on a node, its slurmd first."""
@@ -156,10 +161,6 @@ class Cluster:
     @property
     def _conf(self) -> Path:
         return self.folder / "slurm.conf"
-
-    def _states(self) -> list[str]:
-        listed = self.client("sinfo", "-h", "-N", "-o", "%T")
-        return listed.stdout.split()
 
     def _configure(self) -> None:
         d = self.folder
