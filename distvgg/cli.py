@@ -129,7 +129,7 @@ def evaluate(
         split: test, or the validation images that were held out of train.
     """
     from distvgg.evaluate import evaluate_run
-    from distvgg.tracking import describe
+    from distvgg.metrics import describe
 
     return describe(evaluate_run(run_dir, split))
 
