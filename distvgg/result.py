@@ -54,6 +54,11 @@ class Result:
     commit: str | None
     curves: list[str]
 
+    def __post_init__(self) -> None:
+        named = [r for r in (self.val, self.test, self.best) if r is not None]
+        if metrics.STEP not in self.best or any(metrics.TOP1 not in r for r in named):
+            raise ValueError("a metric that every run has is missing")
+
     def text(self) -> str:
         """The result for a reader: throughput, accuracies, where the curves are."""
         speed = f" at {self.images_per_sec:,.0f} images/s" if self.images_per_sec else ""
