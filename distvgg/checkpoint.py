@@ -11,7 +11,6 @@ holds nothing of any one rank, so that any number of processes can go on from it
 import hashlib
 import json
 import os
-import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distvgg.run_folder import WEIGHTS_FILE, flush_folder, write_flushed
+from distvgg.run_folder import WEIGHTS_FILE, checkpoint_folders, flush_folder, write_flushed
 
 FORMAT = 1
 STATE_FILE, MANIFEST_FILE = "state.safetensors", "manifest.json"
@@ -74,7 +73,7 @@ class Checkpoints:
         Args:
             refuse: the reason why a sound one does not fit the rest of the folder, or None.
         """
-        for path in reversed(_steps(self._folder)):
+        for path in reversed(checkpoint_folders(self._folder)):
             try:
                 checkpoint = read(path)
                 if (reason := refuse(checkpoint)) is None:
@@ -186,7 +185,7 @@ class Checkpoints:
         What lies ahead was refused, perhaps for a reason that goes away: it stays until the run
         gets there.
         """
-        steps = [int(p.name.removeprefix("step_")) for p in _steps(self._folder)]
+        steps = [int(p.name.removeprefix("step_")) for p in checkpoint_folders(self._folder)]
         if best in steps:
             self._best = best
         steps = [s for s in steps if s <= step]
@@ -282,10 +281,6 @@ def _drop_from_memory(folder: Path) -> None:
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _steps(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name))
 
 
 def _name(step: int) -> str:

@@ -24,6 +24,7 @@ usage: distvgg COMMAND ...
 
   train RECIPE [--run-dir DIR] [--section.field VALUE ...]   again: goes on, or shows the result
   evaluate RUN_DIR [--split test|val]                        its weights, or a checkpoint's
+  compare RUN_DIR... [--out FILE]                            runs as one table, seeds averaged
   config RECIPE [--section.field VALUE ...]                  the whole config as YAML
 
 Over several processes:
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], str]] = {
         "train": _train,
         "evaluate": _evaluate,
+        "compare": _compare,
         "config": _config,
     }
     if words[0] == "train":
@@ -97,6 +99,16 @@ def _evaluate(words: list[str]) -> str:
     return evaluate(Path(positional[0]), "val" if split == "val" else "test")
 
 
+def _compare(words: list[str]) -> str:
+    positional, options = _split(words)
+    if "help" in options:
+        _help(compare)
+    out = options.pop("out", None)
+    if not positional or options or out == "":
+        raise UserError("give run folders: distvgg compare RUN_DIR... [--out FILE]")
+    return compare([Path(p) for p in positional], None if out is None else Path(out))
+
+
 def train(
     recipe: Annotated[str, tyro.conf.Positional],
     config: Annotated[Config, tyro.conf.arg(name="")],
@@ -125,9 +137,23 @@ def evaluate(
         split: test, or the validation images that were held out of train.
     """
     from distvgg.evaluate import evaluate_run
-    from distvgg.tracking import describe
+    from distvgg.metrics import describe
 
     return describe(evaluate_run(run_dir, split))
+
+
+def compare(run_dirs: Annotated[list[Path], tyro.conf.Positional], out: Path | None = None) -> str:
+    """Compare runs in one table: what their configs differ in, accuracies, throughput and state,
+    with mean and standard deviation where they differ only in their seed. Works at any time, also
+    while runs are under way.
+
+    Args:
+        run_dirs: folders of runs.
+        out: also write the table to this file.
+    """
+    from distvgg.compare import compare
+
+    return compare(run_dirs, out)
 
 
 def resolve(words: list[str]) -> tuple[str, Config, Path]:

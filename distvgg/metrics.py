@@ -1,15 +1,18 @@
 """What is measured: sums on the device, a clock without pauses, the names of all metrics.
 
 Invariant: metrics are sums and counts, reduced over ranks once and divided once. Reading is the
-only host synchronisation, at the cadence of the rows.
+only host synchronisation, at the cadence of the rows. Torch is imported only to measure: who reads
+the numbers of a run needs their names, and no torch.
 """
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 STEP, EPOCH = "step", "epoch"
 TRAIN_LOSS, TRAIN_TOP1, TRAIN_LR = "train/loss", "train/top1", "train/lr"
@@ -32,10 +35,12 @@ class TrainMeter:
     `sums` is [3] float64 (loss, hits, count): a mean of thousands of losses keeps its digits.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: "torch.device") -> None:
+        import torch
+
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
-    def add(self, summed_loss: Tensor, hits: Tensor, count: int) -> None:
+    def add(self, summed_loss: "Tensor", hits: "Tensor", count: int) -> None:
         """Adds one step over all ranks."""
         self.sums[0] += summed_loss
         self.sums[1] += hits
@@ -105,3 +110,18 @@ class Clock:
         if not self._total_steps:
             return None
         return self._total_steps * self._images_per_step / self._total_seconds
+
+
+def describe(row: Row) -> str:
+    """A row's losses, accuracies and throughput in words."""
+    words = []
+    for name, value in row.items():
+        split, _, metric = name.rpartition("/")
+        label = f"{split} {metric}" if split in ("val", "test") else metric
+        if metric == LOSS:
+            words.append(f"{label} {value:.3f}")
+        elif metric in (TOP1, TOP5, SUPERCLASS_TOP1):
+            words.append(f"{label} {100 * value:.2f}%")
+        elif name == IMAGES_PER_SEC:
+            words.append(f"{value:,.0f} images/s")
+    return ", ".join(words)

@@ -1,6 +1,7 @@
 """What a finished run leaves: its weights, and its final numbers with their provenance.
 
 Invariant: `result.json` is written last and whole, so that it exists exactly when the run is done.
+Reading one imports no torch.
 """
 
 import json
@@ -13,18 +14,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from pydantic import TypeAdapter
 
 from distvgg import metrics
 from distvgg.config import Config, UserError
-from distvgg.data import Dataset
 from distvgg.run_folder import RESULT_FILE, WEIGHTS_FILE, write_whole
 from distvgg.sampling import Plan
-from distvgg.tracking import describe
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
+    from torch import Tensor
+
+    from distvgg.data import Dataset
 
 PACKAGES = ("distvgg", "torch", "torchvision", "accelerate", "datasets", "numpy")
 
@@ -40,7 +42,7 @@ class Result:
     epochs: float
     train_size: int
     val: metrics.Row
-    best: dict[str, float]
+    best: metrics.Row
     test: metrics.Row | None
     images_per_sec: float | None
     num_processes: int
@@ -52,13 +54,19 @@ class Result:
     commit: str | None
     curves: list[str]
 
+    def __post_init__(self) -> None:
+        named = [r for r in (self.val, self.test, self.best) if r is not None]
+        if metrics.STEP not in self.best or any(metrics.TOP1 not in r for r in named):
+            raise ValueError("a metric that every run has is missing")
+
     def text(self) -> str:
         """The result for a reader: throughput, accuracies, where the curves are."""
         speed = f" at {self.images_per_sec:,.0f} images/s" if self.images_per_sec else ""
         lines = [f"done: {self.steps:,} steps, {self.epochs:.2f} epochs{speed}"]
         for split, row in (("val", self.val), ("test", self.test)):
             if row is not None:
-                lines.append(f"  {split:<5} {describe(row)} of {row[metrics.COUNT]:,} images")
+                measured = f"{metrics.describe(row)} of {row[metrics.COUNT]:,} images"
+                lines.append(f"  {split:<5} {measured}")
         if self.best[metrics.STEP] != self.steps:
             top1, step = 100 * self.best[metrics.TOP1], self.best[metrics.STEP]
             lines.append(f"  best  val top1 {top1:.2f}%, at step {step}")
@@ -67,11 +75,11 @@ class Result:
     @staticmethod
     def of(
         config: Config,
-        dataset: Dataset,
+        dataset: "Dataset",
         plan: Plan,
         accelerator: "Accelerator",
         val: metrics.Row,
-        best: dict[str, float],
+        best: metrics.Row,
         test: metrics.Row | None,
         starts: list[tuple[int, int]],
         images_per_sec: float | None,
@@ -106,8 +114,10 @@ def read_result(run_dir: Path) -> Result | None:
     """
     path = run_dir / RESULT_FILE
     try:
-        return Result(**json.loads(path.read_text())) if path.exists() else None
-    except (ValueError, TypeError) as error:
+        return TypeAdapter(Result).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
         raise UserError(
             f"{path} is damaged: delete it, and the same command goes on from the last checkpoint"
         ) from error
@@ -118,7 +128,7 @@ def save_result(result: Result, run_dir: Path) -> None:
     write_whole(run_dir / RESULT_FILE, json.dumps(asdict(result), indent=2).encode() + b"\n")
 
 
-def save_weights(model: Mapping[str, Tensor], run_dir: Path) -> None:
+def save_weights(model: Mapping[str, "Tensor"], run_dir: Path) -> None:
     """Writes `model.safetensors`, keys and layout as torchvision's VGG has them."""
     from safetensors.torch import save
 
@@ -133,7 +143,9 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _hardware(device: torch.device) -> str:
+def _hardware(device: "torch.device") -> str:
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name: Any = torch.cpu.get_capabilities().get("cpu_name", platform.processor())

@@ -7,6 +7,7 @@ take up.
 
 import fcntl
 import os
+import re
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -102,13 +103,22 @@ def leave_run_folder(run_dir: Path, *, requeue: bool) -> None:
         ) from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints in `checkpoints/`, oldest first; not those that a kill left unfinished."""
+    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name))
+
+
+def write_whole(path: Path, content: bytes, *, writer: str = "") -> None:
     """Writes a file so that it has the old content or the new, whatever happens meanwhile.
+
+    Args:
+        writer: tells apart those that may write the file at the same time. Files in a run folder
+            have one writer, whose next attempt then takes away what a kill left of the last.
 
     Raises:
         OSError: as of a full disk; the old content stands, and nothing is left beside it.
     """
-    aside = path.with_name(f".{path.name}.tmp")
+    aside = path.with_name(f".{path.name}.{writer}tmp")
     try:
         write_flushed(aside, content)
         os.replace(aside, path)

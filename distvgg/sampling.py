@@ -3,18 +3,21 @@
 Training consumes one infinite sequence of samples: epoch permutations joined end to end. Step `s`
 takes positions `[s*G, (s+1)*G)` of it (`G` the global batch), micro-batch `k` of that step the `m`
 positions from `s*G + k*m` on. Invariant: what a micro-batch holds is a pure function of
-`(seed, s, k)`; the number of processes decides only where it runs. There is no sampler state.
+`(seed, s, k)`; the number of processes decides only where it runs. There is no sampler state. Torch
+is imported only to draw: how many steps an epoch has is asked also by who draws nothing.
 """
 
 import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from distvgg.config import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def derive_seed(seed: int, purpose: str, *counters: int) -> int:
@@ -24,13 +27,17 @@ def derive_seed(seed: int, purpose: str, *counters: int) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1
 
 
-def generator(seed: int, purpose: str, *counters: int) -> torch.Generator:
+def generator(seed: int, purpose: str, *counters: int) -> "torch.Generator":
     """A CPU generator on its own stream. On the CPU always: CUDA's streams differ."""
+    import torch
+
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *counters))
 
 
-def epoch_permutation(seed: int, epoch: int, n_samples: int) -> Tensor:
+def epoch_permutation(seed: int, epoch: int, n_samples: int) -> "Tensor":
     """The order of the samples in one epoch: [n_samples] int64, each of 0..n_samples-1 once."""
+    import torch
+
     return torch.randperm(n_samples, generator=generator(seed, "order", epoch))
 
 

@@ -162,16 +162,16 @@ class Console(GeneralTracker):
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         assert step is not None
         if metrics.TRAIN_LOSS not in values:
-            self.say(f"{self._where(values)}  {describe(values)}")
+            self.say(f"{self._where(values)}  {metrics.describe(values)}")
         elif self._bar is not None:
-            self._bar.set_postfix_str(describe(values))
+            self._bar.set_postfix_str(metrics.describe(values))
         elif time.monotonic() - self._last_line >= CALM:
             self._last_line = time.monotonic()
             left = ""
             if self._done > 1:
                 seconds = (self._last_line - self._started) / (self._done - 1)
                 left = f", {_duration(seconds * (self._steps - step))} left"
-            self.say(f"{self._where(values)}  {describe(values)}{left}")
+            self.say(f"{self._where(values)}  {metrics.describe(values)}{left}")
 
     def finish(self) -> None:
         if self._bar is not None:
@@ -180,21 +180,6 @@ class Console(GeneralTracker):
     def _where(self, row: metrics.Row) -> str:
         step = f"{row[metrics.STEP]:>{len(str(self._steps))}}/{self._steps}"
         return f"step {step}  epoch {row[metrics.EPOCH]:.2f}"
-
-
-def describe(row: metrics.Row) -> str:
-    """A row's losses, accuracies and throughput in words."""
-    words = []
-    for name, value in row.items():
-        split, _, metric = name.rpartition("/")
-        label = f"{split} {metric}" if split in ("val", "test") else metric
-        if metric == metrics.LOSS:
-            words.append(f"{label} {value:.3f}")
-        elif metric in (metrics.TOP1, metrics.TOP5, metrics.SUPERCLASS_TOP1):
-            words.append(f"{label} {100 * value:.2f}%")
-        elif name == metrics.IMAGES_PER_SEC:
-            words.append(f"{value:,.0f} images/s")
-    return ", ".join(words)
 
 
 def _progress_bar(steps: int, done: int) -> "tqdm[Any]":

@@ -241,8 +241,8 @@ def launch(node: Node, processes: int, train: list[str], run_dir: Path) -> int:
         saved = number != signal.SIGINT and (run_dir / REQUEUE_FILE).exists()
         return 0 if saved else 128 + number
     except (RendezvousError, ConnectionError) as error:
-        why = " ".join(str(error).split())
-        complain(node, f"no rendezvous of the nodes at {node.head}:{node.port}, or no longer: {why}")
+        where, why = f"{node.head}:{node.port}", " ".join(str(error).split())
+        complain(node, f"no rendezvous of the nodes at {where}, or no longer: {why}")
         return 1
     return 0
 

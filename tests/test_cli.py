@@ -58,7 +58,7 @@ def test_usage(args: list[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["trian"], "no command 'trian': give one of train, evaluate, config"),
+        (["trian"], "no command 'trian': give one of train, evaluate, compare, config"),
         (["train"], "give one recipe, not none: one of fast, quickstart"),
         (["train", "fast", "more"], "give one recipe, not fast more"),
         (["train", "quikstart"], "did you mean quickstart?"),
@@ -72,6 +72,10 @@ def test_usage(args: list[str]) -> None:
         (["evaluate"], "give one run folder"),
         (["evaluate", "/nowhere"], "is not the folder of a finished run"),
         (["evaluate", "x", "--split", "train"], "--split test|val"),
+        (["compare"], "give run folders: distvgg compare RUN_DIR... [--out FILE]"),
+        (["compare", "x", "--sort", "test"], "give run folders"),
+        (["compare", "x", "--out="], "give run folders"),
+        (["compare", "/nowhere"], "run folder /nowhere does not exist"),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else " ".join(value[:3]),
 )

@@ -1,7 +1,7 @@
 """A real SLURM cluster on one machine: munged, slurmctld and a slurmd for each node.
 
 Each host (the controller, where clients run, and the nodes) has a network, mount and UTS namespace
-of its own, on a bridge that no real interface joins: `localhost` of one node is not that of another,
+of its own, on a bridge that no real interface joins: `localhost` of one node is not another's,
 `hostname` says the node's name, and a node takes its own name for 127.0.1.1, as Debian's do. The
 file system is shared. Nothing under /etc, /run or /var is written. Invariant: `stop` leaves no
 process, no namespace and no cgroup behind, whatever died before.
@@ -84,7 +84,9 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def run(self, *words: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+    def run(
+        self, *words: str, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> str:
         """What a client (sbatch, squeue, scontrol, ...) prints, which must succeed."""
         done = self.client(*words, env=env, cwd=cwd)
         assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
@@ -109,7 +111,9 @@ class Cluster:
 
     def job(self, job: str) -> dict[str, str]:
         """The fields of `scontrol show job`."""
-        return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", job)))
+        return dict(
+            re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", job))
+        )
 
     def states(self) -> dict[str, str]:
         """Each node's state, as SLURM knows it."""
