@@ -12,7 +12,6 @@ from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -20,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distvgg.config import UserError
+from distvgg.network import within
 
 # What sets call these columns.
 IMAGE_COLUMNS = ("img", "image")
@@ -199,19 +199,14 @@ def _hub_answers() -> bool:
     """Whether the hub answers within seconds, by the client's own way through proxies."""
     import huggingface_hub
 
-    answered = Event()
-
-    def probe() -> None:
+    def ask() -> bool:
         with suppress(Exception):  # of any type: the client changes its HTTP library
             url = huggingface_hub.constants.ENDPOINT
             huggingface_hub.get_session().head(url, timeout=PROBE_SECONDS)
-            answered.set()
+            return True
+        return False
 
-    # In a thread, for name resolution heeds no timeout.
-    thread = Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return answered.is_set()
+    return within(PROBE_SECONDS, ask)
 
 
 def _damaged_parquet(folder: Path) -> str | None:
