@@ -25,6 +25,7 @@ usage: distvgg COMMAND ...
   train RECIPE [--run-dir DIR] [--section.field VALUE ...]   again: goes on, or shows the result
   evaluate RUN_DIR [--split test|val]                        its weights, or a checkpoint's
   config RECIPE [--section.field VALUE ...]                  the whole config as YAML
+  doctor [RECIPE] [--prepare] [as train]                     what works here, and what to fix
 
 Over several processes:
   accelerate launch --config_file accelerate_config.yaml --num_processes N -m distvgg train ...
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _train,
         "evaluate": _evaluate,
         "config": _config,
+        "doctor": _doctor,
     }
     if words[0] == "train":
         preemption.install()
@@ -78,6 +80,17 @@ def _config(words: list[str]) -> str:
     positional, options = _split(words)
     options.pop("run_dir", None)  # so that any command line of train can be checked with it
     return load(_recipe(positional), options).to_yaml().rstrip()
+
+
+def _doctor(words: list[str]) -> str:
+    positional, options = _split([w for w in words if w != "--prepare"])
+    if "help" in options:
+        _help(functools.partial(doctor, load(positional[0]) if positional else Config()))
+    run_dir, prepare = options.pop("run_dir", None), "--prepare" in words
+    alone = not (positional or options or prepare)
+    recipe = None if alone else _recipe(positional)
+    config = Config() if recipe is None else load(recipe, options)
+    return doctor(config, recipe, Path(run_dir) if run_dir else None, prepare)
 
 
 def _recipe(positional: list[str]) -> str:
@@ -132,6 +145,28 @@ def evaluate(
     from distvgg.tracking import describe
 
     return describe(evaluate_run(run_dir, split))
+
+
+def doctor(
+    config: Annotated[Config, tyro.conf.arg(name="")],
+    recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE]")] = None,
+    run_dir: Path | None = None,
+    prepare: Annotated[bool, tyro.conf.Suppress] = False,
+) -> str:
+    """Check this machine and, with a recipe, the run that `train` would make of the same words:
+    devices, precision, processes, data, disk, trackers. A line each: ok, note, or fix with what to
+    do; exit code 1 if there is something to fix. `--prepare` (without a value) decodes the recipe's
+    data into the cache as well, for machines without a network that see the same DISTVGG_CACHE.
+
+    Args:
+        run_dir: folder of the run, as of train.
+    """
+    if _rank():
+        return ""  # of several processes, the main one checks for all
+    from distvgg.doctor import examine
+
+    folder = run_dir or (Path("runs") if recipe is None else default_run_dir(recipe, config))
+    return examine(None if recipe is None else config, folder, prepare=prepare)
 
 
 def default_run_dir(recipe: str, config: Config) -> Path:
