@@ -26,6 +26,7 @@ usage: distvgg COMMAND ...
   evaluate RUN_DIR [--split test|val]                        its weights, or a checkpoint's
   compare RUN_DIR... [--out FILE]                            runs as one table, seeds averaged
   config RECIPE [--section.field VALUE ...]                  the whole config as YAML
+  doctor [RECIPE] [--prepare] [as train]                     what works here, and what to fix
 
 Over several processes:
   accelerate launch --config_file accelerate_config.yaml --num_processes N -m distvgg train ...
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": _evaluate,
         "compare": _compare,
         "config": _config,
+        "doctor": _doctor,
     }
     if words[0] == "train":
         preemption.install()
@@ -76,6 +78,17 @@ def _train(words: list[str]) -> str:
 
 def _config(words: list[str]) -> str:
     return resolve(words)[1].to_yaml().rstrip()
+
+
+def _doctor(words: list[str]) -> str:
+    positional, options = _split([w for w in words if w != "--prepare"])
+    if "help" in options:
+        _help(functools.partial(doctor, load(positional[0]) if positional else Config()))
+    run_dir, prepare = options.pop("run_dir", None), "--prepare" in words
+    alone = not (positional or options or prepare)
+    recipe = None if alone else _recipe(positional)
+    config = Config() if recipe is None else load(recipe, options)
+    return doctor(config, recipe, Path(run_dir) if run_dir else None, prepare)
 
 
 def _recipe(positional: list[str]) -> str:
@@ -154,6 +167,28 @@ def compare(run_dirs: Annotated[list[Path], tyro.conf.Positional], out: Path | N
     from distvgg.compare import compare
 
     return compare(run_dirs, out)
+
+
+def doctor(
+    config: Annotated[Config, tyro.conf.arg(name="")],
+    recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE]")] = None,
+    run_dir: Path | None = None,
+    prepare: Annotated[bool, tyro.conf.Suppress] = False,
+) -> str:
+    """Check this machine and, with a recipe, the run that `train` would make of the same words:
+    devices, precision, processes, data, disk, trackers. A line each: ok, note, or fix with what to
+    do; exit code 1 if there is something to fix. `--prepare` (without a value) decodes the recipe's
+    data into the cache as well, for machines without a network that see the same DISTVGG_CACHE.
+
+    Args:
+        run_dir: folder of the run, as of train.
+    """
+    if _rank():
+        return ""  # of several processes, the main one checks for all
+    from distvgg.doctor import examine
+
+    folder = run_dir or (Path("runs") if recipe is None else default_run_dir(recipe, config))
+    return examine(None if recipe is None else config, folder, prepare=prepare)
 
 
 def resolve(words: list[str]) -> tuple[str, Config, Path]:

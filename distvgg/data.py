@@ -70,20 +70,24 @@ def load_dataset(config: DataConfig) -> Dataset:
         UserError: no such folder, nothing in it, no network, a damaged or misshapen image, a label
             out of range; the message says which and what to change.
     """
-    fingerprint = _fingerprint(config)
-    entry = cache_dir() / f"{config.name}-{fingerprint}"
+    entry = cache_entry(config)
     try:
         # Looked at before locking too, so that a cache that others fill may be read-only.
-        if not _is_whole(entry):
+        if not is_whole(entry):
             with _locked(entry.with_suffix(".lock"), fcntl.LOCK_EX):
-                if not _is_whole(entry):
+                if not is_whole(entry):
                     _build(config, entry)
     except OSError as error:
         raise UserError(
             f"cannot write the data cache {entry.parent} ({error.strerror or error}): make room"
             " there, or set DISTVGG_CACHE to a writable folder"
         ) from error
-    return _open(entry, fingerprint)
+    return open_entry(entry)
+
+
+def cache_entry(config: DataConfig) -> Path:
+    """The folder in the cache where the decoded arrays of a config are, or will be."""
+    return cache_dir() / f"{config.name}-{_fingerprint(config)}"
 
 
 def cache_dir() -> Path:
@@ -149,7 +153,7 @@ def _stratified(
     return np.sort(by_class[taken]), np.sort(by_class[~taken])
 
 
-def _source(config: DataConfig) -> str | None:
+def source_of(config: DataConfig) -> str | None:
     """The folder or hub id that a config means; None for a set that is made in code."""
     source = config.path or HUB_IDS.get(config.name)
     return source and os.path.expanduser(source)
@@ -159,7 +163,7 @@ def _fingerprint(config: DataConfig) -> str:
     """Names a cache entry by all that its arrays depend on: for a folder the names, sizes and times
     of its files. A hub id counts by its name alone, so that a warm start asks no network."""
     facts: list[Any] = [FORMAT, config.name, config.resize]
-    source = _source(config)
+    source = source_of(config)
     if source is None:
         from distvgg import synthetic
 
@@ -186,7 +190,7 @@ def _build(config: DataConfig, entry: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        if source := _source(config):
+        if source := source_of(config):
             from distvgg import decode
 
             meta = decode.write(config, source, aside)
@@ -200,7 +204,7 @@ def _build(config: DataConfig, entry: Path) -> None:
         for file in aside.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        shutil.rmtree(entry, ignore_errors=True)  # what _is_whole refused
+        shutil.rmtree(entry, ignore_errors=True)  # what is_whole refused
         aside.rename(entry)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -213,7 +217,7 @@ def _remove_leftovers(cache: Path) -> None:
             shutil.rmtree(aside)
 
 
-def _is_whole(entry: Path) -> bool:
+def is_whole(entry: Path) -> bool:
     """Whether every file of an entry has the size that it was written with."""
     try:
         files = json.loads((entry / "meta.json").read_text())["files"]
@@ -222,7 +226,8 @@ def _is_whole(entry: Path) -> bool:
         return False
 
 
-def _open(entry: Path, fingerprint: str) -> Dataset:
+def open_entry(entry: Path) -> Dataset:
+    """The dataset in an entry that is whole."""
     meta = json.loads((entry / "meta.json").read_text())
     of = meta["superclass_of"]
     superclass_of = None if of is None else np.array(of, dtype=np.int64)
@@ -241,7 +246,7 @@ def _open(entry: Path, fingerprint: str) -> Dataset:
         superclass_of=superclass_of,
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
-        fingerprint=fingerprint,
+        fingerprint=entry.name.rpartition("-")[2],
     )
 
 

@@ -6,6 +6,7 @@ processes up to the order of floating-point sums.
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,17 @@ _BROKEN = (
     r"Connection (closed|reset) by peer|Broken pipe|[Cc]onnection refused|Socket closed"
     r"|Timed out waiting"
 )
+
+
+def device_here() -> torch.device:
+    """The device that accelerate takes for one process, found without joining a group."""
+    from accelerate.utils import parse_flag_from_env
+
+    with warnings.catch_warnings(action="ignore"):  # of a driver that is too old
+        found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.device("cpu")
+    return found
 
 
 def start(config: Config, run_dir: Path | None = None) -> "Accelerator":

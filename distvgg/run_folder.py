@@ -8,9 +8,11 @@ take up.
 import fcntl
 import os
 import re
+import shutil
 import socket
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from distvgg.config import Config, RunError, UserError, load
 
@@ -53,6 +55,21 @@ def match_run_folder(run_dir: Path, config: Config) -> Config:
     return kept
 
 
+def refuse_strangers(run_dir: Path) -> None:
+    """Checks that a folder is a run's, or empty.
+
+    Raises:
+        UserError: it holds something else.
+        OSError: it cannot be read.
+    """
+    strangers = {p.name for p in run_dir.iterdir()} - _BEFORE_CONFIG
+    if strangers and not (run_dir / CONFIG_FILE).exists():
+        raise UserError(
+            f"run folder {run_dir} holds files but no {CONFIG_FILE}: choose a new or empty folder"
+            " with --run-dir"
+        )
+
+
 def take_run_folder(run_dir: Path, config: Config) -> int:
     """Makes a folder a config's own and this process's alone; for the main process.
 
@@ -67,12 +84,7 @@ def take_run_folder(run_dir: Path, config: Config) -> int:
     path = run_dir / CONFIG_FILE
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        strangers = {p.name for p in run_dir.iterdir()} - _BEFORE_CONFIG
-        if strangers and not path.exists():
-            raise UserError(
-                f"run folder {run_dir} holds files but no {CONFIG_FILE}: choose a new or empty"
-                " folder with --run-dir"
-            )
+        refuse_strangers(run_dir)
         lock = _locked(run_dir)
         if not path.exists():
             write_whole(path, config.to_yaml().encode())
@@ -84,6 +96,20 @@ def take_run_folder(run_dir: Path, config: Config) -> int:
             f"cannot write run folder {run_dir} ({error.strerror}): choose another with --run-dir"
         ) from error
     return lock
+
+
+def free_room(folder: Path) -> int:
+    """The bytes that are free where a folder is or would be made. Leaves nothing there.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    while not os.path.lexists(folder):
+        folder = folder.absolute().parent
+    with TemporaryFile(dir=folder) as probe:
+        probe.write(bytes(4096))
+        probe.flush()
+    return shutil.disk_usage(folder).free
 
 
 def leave_run_folder(run_dir: Path, *, requeue: bool) -> None:

@@ -7,19 +7,19 @@ failure reads. Imported only when the cache is cold. Invariant: no file is in bo
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
-from threading import Event, Thread
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from distvgg.config import UserError
+from distvgg.network import within
 
 # What sets call these columns.
 IMAGE_COLUMNS = ("img", "image")
@@ -28,6 +28,8 @@ SUPERCLASS_COLUMN = "coarse_label"
 # Splits, and folders at the top, of these names; the first that there is becomes the test split.
 HELD_OUT = ("test", "validation", "valid", "val")
 PROBE_SECONDS = 5
+
+T = TypeVar("T")
 
 
 class Labels(NamedTuple):
@@ -94,16 +96,32 @@ def read(source: str, scratch: Path) -> dict[str, Rows]:
     return {"train": train, "test": test}
 
 
+def check_hub_id(source: str) -> None:
+    """Asks for what `read` would fetch, and fetches only its description.
+
+    Raises:
+        UserError: as `read`.
+    """
+    import datasets
+
+    _from_hub(source, datasets.load_dataset_builder)
+
+
 def _load_folder(source: str, scratch: Path) -> dict[str, Any]:
+    import datasets
+
     folder = Path(source).resolve()  # absolute: `csv` would otherwise name a reader of the library
     # Left to itself, the library takes any folder of a split's name for that split: it would put
     # test/train/, a class of CIFAR-100, into both.
     split_folders = {n: f"{n}/**" for n in ("train", *HELD_OUT) if _has_files(folder / n)}
     try:
-        return _load(
-            str(folder),
-            cache_dir=str(scratch),
-            data_files=split_folders if "train" in split_folders else None,
+        return dict(
+            _silently(
+                datasets.load_dataset,
+                str(folder),
+                cache_dir=str(scratch),
+                data_files=split_folders if "train" in split_folders else None,
+            )
         )
     except FileNotFoundError as error:
         raise UserError(
@@ -123,6 +141,12 @@ def _load_folder(source: str, scratch: Path) -> dict[str, Any]:
 
 def _load_hub_id(source: str) -> dict[str, Any]:
     import datasets
+
+    return dict(_from_hub(source, datasets.load_dataset))
+
+
+def _from_hub(source: str, load: Callable[..., T]) -> T:
+    import datasets
     import huggingface_hub
 
     if source.startswith((".", "/")) or source.count("/") != 1:
@@ -135,17 +159,19 @@ def _load_hub_id(source: str) -> dict[str, Any]:
         # own cache.
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
-        return _load(source)
+        return _silently(load, source)
     except Exception as error:  # of any type, as above
         raise UserError(
             f"no data set {source}: there is no such folder, and as a hub id it is neither cached"
-            f" nor to be had ({reason(error)}): give a local copy with --data.path FOLDER, point"
-            " HF_HOME at a cache that holds it, or take --data.name synthetic"
+            f" nor to be had ({reason(error)}): where there is a network, run distvgg doctor RECIPE"
+            " --prepare, with DISTVGG_CACHE a folder that this machine sees too; or give a local"
+            " copy with --data.path FOLDER, point HF_HOME at a cache that holds it, or take"
+            " --data.name synthetic"
         ) from error
 
 
-def _load(path: str, **arguments: Any) -> dict[str, Any]:
-    """`datasets.load_dataset`, silent."""
+def _silently(load: Callable[..., T], path: str, **arguments: Any) -> T:
+    """A function of `datasets`, without what it prints."""
     import datasets
     import huggingface_hub
 
@@ -153,7 +179,7 @@ def _load(path: str, **arguments: Any) -> dict[str, Any]:
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
     huggingface_hub.utils.logging.set_verbosity(logging.CRITICAL)
     with redirect_stderr(io.StringIO()):
-        return dict(datasets.load_dataset(path, **arguments))
+        return load(path, **arguments)
 
 
 def _rows(where: str, table: Any) -> Rows:
@@ -199,19 +225,14 @@ def _hub_answers() -> bool:
     """Whether the hub answers within seconds, by the client's own way through proxies."""
     import huggingface_hub
 
-    answered = Event()
-
-    def probe() -> None:
+    def ask() -> bool:
         with suppress(Exception):  # of any type: the client changes its HTTP library
             url = huggingface_hub.constants.ENDPOINT
             huggingface_hub.get_session().head(url, timeout=PROBE_SECONDS)
-            answered.set()
+            return True
+        return False
 
-    # In a thread, for name resolution heeds no timeout.
-    thread = Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return answered.is_set()
+    return within(PROBE_SECONDS, ask)
 
 
 def _damaged_parquet(folder: Path) -> str | None:

@@ -55,7 +55,7 @@ class Tracking:
         self._file = MetricsFile(run_dir / METRICS_FILE, mark, self.say)
         accelerator.log_with = [JsonLines(self._file), self._console]
         if config.track.tensorboard:
-            accelerator.log_with.append(_tensorboard())
+            accelerator.log_with.append(require_tensorboard())
             self.curves.append(f"tensorboard --logdir {run_dir / 'tensorboard'}")
         mode, why = wandb_mode() if config.track.wandb else ("disabled", "")
         if mode != "disabled":
@@ -194,7 +194,12 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _tensorboard() -> str:
+def require_tensorboard() -> str:
+    """Its name as a tracker of accelerate's.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import tensorboard  # noqa: F401
     except ModuleNotFoundError as error:

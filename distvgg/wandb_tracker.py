@@ -15,12 +15,14 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
+from urllib.parse import urlsplit
 
 from accelerate.tracking import WandBTracker
 from pydantic import ValidationError
 
 from distvgg import metrics
 from distvgg.config import Config, UserError
+from distvgg.network import behind_proxy, connects
 from distvgg.wandb_ledger import Ledger
 
 # W&B's settings where the environment has no others. Its own defaults wait 90 s for a server at
@@ -65,7 +67,7 @@ class WandB(WandBTracker):
         self._why_offline = why
         self._say = say
         self._written = written
-        self._folder = run_dir / "wandb"
+        self._run_dir = run_dir
         self._ledger = Ledger(run_dir, say)
         self._skip = 0  # of the rows to come, those that W&B has already
         self._rows = 0  # that W&B has, or was handed
@@ -89,9 +91,8 @@ class WandB(WandBTracker):
         atexit.register(self._end, 1)  # a crash; W&B's own waits for ever where that hangs
         if self.run.offline:
             view = f"wandb leet {shlex.quote(self.run.settings.sync_dir)}"
-            self._say(
-                f"W&B: offline ({self._why_offline}). To upload: {self._upload()}; to view: {view}"
-            )
+            upload = upload_command(self._run_dir)
+            self._say(f"W&B: offline ({self._why_offline}). To upload: {upload}; to view: {view}")
         else:
             self._say(f"W&B: {self.run.url}")
 
@@ -99,7 +100,7 @@ class WandB(WandBTracker):
         """Where the curves are, if anywhere: an address, or the command that puts them there."""
         if self._failed:
             return []
-        return [self._upload() if self.run.offline else self.run.url]
+        return [upload_command(self._run_dir) if self.run.offline else self.run.url]
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         self._later(super().store_init_configuration, values)
@@ -179,13 +180,16 @@ class WandB(WandBTracker):
         self._say(f"W&B: failed ({_one_line(error)}); rows still go to metrics.jsonl")
         _end_wandb()
 
-    def _upload(self) -> str:
-        return f"wandb sync {shlex.quote(str(self._folder))}"  # every fragment, in order
+
+def upload_command(run_dir: Path) -> str:
+    """What uploads the offline sessions of a run: every fragment, in order."""
+    return f"wandb sync {shlex.quote(str(run_dir / 'wandb'))}"
 
 
 def wandb_mode() -> tuple[str, str]:
     """online, offline or disabled, and why if offline: as W&B is set, else online where there is a
-    key. Never asks: W&B's own default waits for ever at a prompt on a terminal."""
+    key and a server that can be reached. Never asks: W&B's own default waits for ever at a prompt
+    on a terminal."""
     for name, value in WANDB_DEFAULTS.items():
         os.environ.setdefault(name, value)
     import wandb
@@ -193,14 +197,13 @@ def wandb_mode() -> tuple[str, str]:
 
     try:
         # wandb.setup() would start W&B's process as well, and hang where that does not start.
-        mode = wandb_setup.singleton().settings.mode
-        if mode == "disabled":
+        settings = wandb_setup.singleton().settings
+        if settings.mode == "disabled":
             return "disabled", ""
-        if mode in ("offline", "dryrun"):
+        if settings.mode in ("offline", "dryrun"):
             return "offline", "as set"
-        if wandb.login(prompt=False, verify=False):
-            return "online", ""
-        return "offline", "no API key, see wandb login"
+        if not wandb.login(prompt=False, verify=False):
+            return "offline", "no API key, see wandb login"
     except wandb.errors.AuthenticationError as error:  # a key of the wrong form
         return "offline", _one_line(error)
     except ValidationError as error:
@@ -209,6 +212,18 @@ def wandb_mode() -> tuple[str, str]:
             f"W&B's setting {setting}: {message}; mend WANDB_{str(setting).upper()}, or"
             " --track.wandb false"
         ) from error
+    why = _unreachable(wandb_setup.singleton().settings)
+    return ("offline", why) if why else ("online", "")
+
+
+def _unreachable(settings: Any) -> str:
+    """Why W&B's server cannot be reached, "" where it may be. Its client would find out for itself,
+    but in WANDB_INIT_TIMEOUT, at each start."""
+    url = urlsplit(settings.base_url)
+    if settings.http_proxy or settings.https_proxy or behind_proxy(url):
+        return ""
+    host, port = url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443)
+    return "" if connects(host, port) else f"no connection to {host}:{port}"
 
 
 def _wandb_failures() -> tuple[type[Exception], ...]:

@@ -224,6 +224,9 @@ def launch(node: Node, processes: int, train: list[str], run_dir: Path) -> int:
         words += ["--rdzv_conf", f"is_host={int(node.rank == 0)}"]
     # torchrun's options that accelerate does not hand on; PET_LOCAL_ADDR is another.
     os.environ |= {"PET_RDZV_ID": node.id, "PET_SIGNALS_TO_HANDLE": SIGNALS}
+    # The store that workers share with their launchers outlives a restart, and has the addresses of
+    # the dead (torch 2.14); this gives each round of workers a new one.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException

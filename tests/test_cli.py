@@ -69,6 +69,8 @@ def test_usage(args: list[str]) -> None:
         (["train", "fast", "--data.path", "/nowhere"], "/nowhere is not a folder"),
         (["train", "quickstart", "--train.precision", "fp16"], "fp16 needs a CUDA GPU"),
         (["train", "quickstart", "--data.val_size", "10000"], "data.val_size 10000 leaves nothing"),
+        (["doctor", "fast", "--train.epoch", "3"], "did you mean train.epochs?"),
+        (["doctor", "--prepare"], "give one recipe, not none"),
         (["evaluate"], "give one run folder"),
         (["evaluate", "/nowhere"], "is not the folder of a finished run"),
         (["evaluate", "x", "--split", "train"], "--split test|val"),
