@@ -31,6 +31,11 @@ use_environment() {
     wanted="$(cksum <setup.cfg) $(cksum <pyproject.toml)"
     stamp="$venv/.distvgg-installed${extra:+-$extra}"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        # Nodes that share this checkout may come here at the same time.
+        exec 9>"$venv.lock"
+        ! command -v flock >/dev/null || flock 9
+    fi
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         if [ ! -x "$venv/bin/python" ]; then
             base="$(find_python)" || exit 2
             echo "Making a virtual environment in $venv"
@@ -40,5 +45,6 @@ use_environment() {
         "$venv/bin/python" -m pip install --quiet --quiet --editable ".${extra:+[$extra]}"
         echo "$wanted" >"$stamp"
     fi
+    exec 9>&-
     PYTHON="$venv/bin/python"
 }
