@@ -43,7 +43,7 @@ use_environment() {
         fi
         echo "Installing distvgg${extra:+ with [$extra]}; a few minutes the first time"
         "$venv/bin/python" -m pip install --quiet --quiet --editable ".${extra:+[$extra]}"
-        echo "$wanted" >"$stamp"
+        echo "$wanted" | tee "$stamp" >"$venv/.distvgg-installed" # an extra comes with all the rest
     fi
     exec 9>&-
     PYTHON="$venv/bin/python"

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from disks import file_size_limit, small_disk
 
+from disks import file_size_limit, small_disk
 from distvgg.checkpoint import (
     Checkpoint,
     Checkpoints,

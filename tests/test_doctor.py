@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from disks import small_disk
 from PIL import Image
 
+from disks import small_disk
 from distvgg.config import UserError, load
 from launch import run, tiny
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from disks import small_disk
 
+from disks import small_disk
 from distvgg.checkpoint import read
 from distvgg.config import load
 from distvgg.data import load_dataset, train_val_indices
@@ -68,9 +68,9 @@ def test_the_micro_batch_that_went_wrong_is_named_and_nothing_is_spoilt(
 
 def test_a_step_that_failed_changes_no_weight_nor_does_any_later_one(tmp_path: Path) -> None:
     from accelerate.state import AcceleratorState
-    from test_engine import tiny
 
     from distvgg import engine
+    from test_engine import tiny
 
     run = engine.build(tiny(), tmp_path / "run")
     engine.train_step(run, run.loader.micro_batches(0), lr=0.1)

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_data import made_rows, write_parquet
 
 from launch import FLOAT64, Started, assert_same_run, measured, run, tiny, train
+from test_data import made_rows, write_parquet
 
 # 113 steps, of 20 ms or so; steps straddle epochs, checkpoints fall between rows.
 ARGS = ("--train.epochs", "12", "--eval.every_epochs", "2", "--track.every_steps", "3")

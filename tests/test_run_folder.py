@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from disks import file_size_limit, read_only
 
+from disks import file_size_limit, read_only
 from distvgg.config import Config, UserError, load
 from distvgg.run_folder import leave_run_folder, match_run_folder, take_run_folder, write_whole
 

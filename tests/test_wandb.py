@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wandb_client import client, login, own, read_offline
-from wandb_server import ENTITY, KEY, ReceivedRun, WandbServer, serving
 
 import launch
 from distvgg.config import load
 from launch import CPU, ROOT, rows, run, tiny
+from wandb_client import client, login, own, read_offline
+from wandb_server import ENTITY, KEY, ReceivedRun, WandbServer, serving
 
 pytestmark = pytest.mark.usefixtures("newcomer")
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wandb_client import client, login, own
-from wandb_driver import row
-from wandb_server import ReceivedRun, WandbServer, serving
 
 from distvgg.wandb_ledger import Ledger, rows_in
 from launch import CPU, ROOT, Started, measured
+from wandb_client import client, login, own
+from wandb_driver import row
+from wandb_server import ReceivedRun, WandbServer, serving
 
 DRIVER = ROOT / "tests" / "wandb_driver.py"
 # What is logged is on its way at once, or never before a kill.

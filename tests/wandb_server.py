@@ -87,9 +87,15 @@ class WandbServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, *, answers: bool = True, stops_answering_after: str | None = None) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+    def __init__(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        answers: bool = True,
+        stops_answering_after: str | None = None,
+    ) -> None:
+        super().__init__((host, 0), _Handler)
+        self.url = f"http://{host}:{self.server_address[1]}"
         self.answers = answers
         self.last_operation = stops_answering_after
         self.runs: dict[str, ReceivedRun] = {}

@@ -9,6 +9,7 @@ process, no namespace and no cgroup behind, whatever died before.
 Needs root, Debian's slurm-wlm and munge, iproute2 and util-linux.
 """
 
+import ctypes
 import os
 import re
 import shutil
@@ -24,6 +25,7 @@ NETWORK = "10.77.0"
 CONTROLLER = "ctl"
 FREEZER = Path("/sys/fs/cgroup/freezer")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "ip", "nsenter", "unshare")
+_CLONE_NEWNET = 0x40000000  # linux/sched.h
 CLIENT_TIMEOUT = 60  # seconds; a client that waits for a dead daemon would wait for long
 
 
@@ -61,14 +63,15 @@ class Cluster:
         self._settings = settings or {}
         self._partitions = partitions or {"main": ""}
         self._hosts: dict[str, subprocess.Popen[bytes]] = {}
-        self._addresses = {CONTROLLER: f"{NETWORK}.1"} | {
+        self._daemons: list[subprocess.Popen[bytes]] = []
+        self.addresses = {CONTROLLER: f"{NETWORK}.1"} | {
             node: f"{NETWORK}.{10 + i}" for i, node in enumerate(self.nodes, start=1)
         }
 
     def __enter__(self) -> "Cluster":
         try:
             self._configure()
-            for host in self._addresses:
+            for host in self.addresses:
                 self._make_host(host)
             self._connect()
             self._munge()
@@ -108,6 +111,12 @@ class Cluster:
         """The command that runs something on a host, outside of SLURM."""
         enter = ["nsenter", "--target", str(self._hosts[host].pid), "--net", "--mount", "--uts"]
         return [*enter, f"--wdns={cwd or Path.cwd()}", "--", *words]
+
+    def enter_network(self, host: str) -> None:
+        """Puts the calling thread on a host's network: sockets that it makes are there."""
+        with open(f"/proc/{self._hosts[host].pid}/ns/net") as namespace:
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), "setns")
 
     def job(self, job: str) -> dict[str, str]:
         """The fields of `scontrol show job`."""
@@ -158,6 +167,8 @@ class Cluster:
             for cgroup in self._cgroups(host):
                 with suppress(OSError):
                     cgroup.rmdir()
+        for daemon in self._daemons:
+            daemon.wait()
         with suppress(OSError):
             os.kill(int((self.folder / "munged.pid").read_text()), signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -170,7 +181,7 @@ class Cluster:
         d = self.folder
         settings = {
             "ClusterName": "sim",
-            "SlurmctldHost": f"{CONTROLLER}({self._addresses[CONTROLLER]})",
+            "SlurmctldHost": f"{CONTROLLER}({self.addresses[CONTROLLER]})",
             "CommunicationParameters": "NoCtldInAddrAny",
             "SlurmUser": "root",
             "AuthType": "auth/munge",
@@ -204,7 +215,7 @@ class Cluster:
         lines = [f"{name}={value}" for name, value in settings.items()]
         for node in self.nodes:
             gres = f" Gres=gpu:{self._gpus}" if self._gpus else ""
-            address = f"NodeName={node} NodeAddr={self._addresses[node]}"
+            address = f"NodeName={node} NodeAddr={self.addresses[node]}"
             lines.append(f"{address} CPUs={self._cpus} RealMemory=64000{gres}")
         for i, (name, words) in enumerate(self._partitions.items()):
             default = "NO" if i else "YES"
@@ -223,10 +234,10 @@ class Cluster:
     def _make_host(self, host: str) -> None:
         """A process that does nothing but hold a host's namespaces."""
         (self.folder / f"spool.{host}").mkdir()
-        own = {address: name for name, address in self._addresses.items() if name != host}
+        own = {address: name for name, address in self.addresses.items() if name != host}
         lines = ["127.0.0.1 localhost", f"127.0.1.1 {host}", *(f"{a} {n}" for a, n in own.items())]
         if host == CONTROLLER:
-            lines[1] = f"{self._addresses[host]} {host}"
+            lines[1] = f"{self.addresses[host]} {host}"
         (self.folder / f"hosts.{host}").write_text("\n".join(lines) + "\n")
         script = (
             f"mount --bind {self.folder}/hosts.{host} /etc/hosts &&"
@@ -240,7 +251,8 @@ class Cluster:
         )
         self._hosts[host] = holder
         assert holder.stdout is not None
-        assert holder.stdout.readline() == b"ready\n"
+        with holder.stdout as said:
+            assert said.readline() == b"ready\n"
 
     def _connect(self) -> None:
         """A bridge on the controller's host, a cable from it to each node."""
@@ -249,12 +261,12 @@ class Cluster:
             subprocess.run(self.on(CONTROLLER, "ip", *words.split()), check=True)
 
         ip("link add br0 type bridge")
-        ip(f"addr add {self._addresses[CONTROLLER]}/24 dev br0")
+        ip(f"addr add {self.addresses[CONTROLLER]}/24 dev br0")
         ip("link set br0 up")
         for i, node in enumerate(self.nodes):
             ip(f"link add v{i} type veth peer name eth0 netns {self._hosts[node].pid}")
             ip(f"link set v{i} master br0 up")
-            for words in (f"addr add {self._addresses[node]}/24 dev eth0", "link set eth0 up"):
+            for words in (f"addr add {self.addresses[node]}/24 dev eth0", "link set eth0 up"):
                 subprocess.run(self.on(node, "ip", *words.split()), check=True)
 
     def _munge(self) -> None:
@@ -274,7 +286,7 @@ class Cluster:
 
     def _daemon(self, host: str, *words: str) -> None:
         with (self.folder / f"{host}.out").open("a") as output:
-            subprocess.Popen(
+            daemon = subprocess.Popen(
                 self.on(host, *words, cwd=Path("/")),
                 env=os.environ | {"SLURM_CONF": str(self._conf)},
                 stdin=subprocess.DEVNULL,
@@ -282,6 +294,7 @@ class Cluster:
                 stderr=output,
                 start_new_session=True,
             )
+        self._daemons.append(daemon)
 
     def _cgroups(self, host: str) -> list[Path]:
         """The cgroups that a node's slurmd has made, the innermost first."""

@@ -1,0 +1,288 @@
+"""The job scripts, unmodified, on a real SLURM cluster of two nodes with two declared GPUs each.
+
+./launch/test.sh -m slurm -n 0      (root, and Debian's slurm-wlm, munge and iproute2)
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster import CONTROLLER, Cluster, missing
+from launch import ROOT, TINY, assert_same_run, measured, rows
+from wandb_server import KEY, WandbServer
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(bool(missing()), reason=f"a SLURM cluster needs {missing()}"),
+]
+
+JOB, ARRAY = ROOT / "launch" / "slurm.sbatch", ROOT / "launch" / "slurm_array.sbatch"
+# A low learning rate keeps the rounding of another order of sums small.
+WORDS = (
+    *("quickstart", *TINY, "--optim.lr", "0.002"),
+    *("--train.epochs", "10", "--eval.every_epochs", "2", "--checkpoint.every_steps", "10"),
+)
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+class Login:
+    """A user's shell on the login node: a folder to submit from, an environment that jobs get."""
+
+    def __init__(self, cluster: Cluster, folder: Path, env: Mapping[str, str]) -> None:
+        self.cluster, self.folder, self.env = cluster, folder, dict(env)
+
+    def submit(
+        self,
+        *options: str,
+        words: tuple[str, ...] = WORDS,
+        script: Path = JOB,
+        env: Mapping[str, str] | None = None,
+    ) -> str:
+        """sbatch; returns the job's id."""
+        command = ("sbatch", "--parsable", *options, str(script), *words)
+        return self.cluster.run(*command, env=self.env | dict(env or {}), cwd=self.folder)
+
+    def run_dir(self, job: str) -> Path:
+        return self.folder / "runs" / f"distvgg-{job}"
+
+    def log(self, job: str) -> str:
+        """All that the job's log has, with what is known of the job: for a test that failed too."""
+        path = self.folder / f"distvgg-{job}.log"
+        return path.read_text() if path.exists() else f"no log yet\n{self.cluster.describe()}"
+
+    def until_step(self, job: str, step: int) -> None:
+        """Waits for a row of this step or a later one."""
+        end = time.monotonic() + 60
+        while not any(row["step"] >= step for row in rows(self.run_dir(job))[-1:]):
+            assert time.monotonic() < end, self.log(job)
+            time.sleep(0.05)
+
+    def until_state(self, job: str, *states: str, within: float = 100) -> dict[str, str]:
+        """Waits for one of some states; returns what SLURM knows of the job then."""
+        end = time.monotonic() + within
+        while (known := self.cluster.job(job))["JobState"] not in states:
+            assert time.monotonic() < end, self.log(job)
+            time.sleep(0.3)
+        return known
+
+    def must_complete(self, job: str) -> dict[str, str]:
+        known = self.until_state(job, *FINAL)
+        assert known["JobState"] == "COMPLETED", self.log(job)
+        return known
+
+
+@pytest.fixture(scope="module")
+def login(newcomer: None, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Login]:
+    path = f"{sys.prefix}/bin:{os.environ['PATH']}"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"PATH": path}
+    if shutil.which("nvidia-smi"):  # the cluster's GPUs are declared, whatever this machine has
+        env["ACCELERATE_USE_CPU"] = "true"
+    with Cluster(gpus=4) as cluster:
+        yield Login(cluster, tmp_path_factory.mktemp("login"), env)
+
+
+@pytest.fixture(scope="module")
+def wandb(login: Login) -> Iterator[WandbServer]:
+    """A W&B server that the nodes reach, and know the key of."""
+
+    def serve() -> WandbServer:
+        login.cluster.enter_network(CONTROLLER)
+        return WandbServer(host=login.cluster.addresses[CONTROLLER])
+
+    with ThreadPoolExecutor(1) as pool, pool.submit(serve).result() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield server
+        server.closing.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def online(wandb: WandbServer) -> dict[str, str]:
+    return {"WANDB_BASE_URL": wandb.url, "WANDB_API_KEY": KEY}
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[str, ...]:
+    """The real images where they are there, else the synthetic ones."""
+    path = os.environ.get("DISTVGG_CIFAR100")
+    return ("--data.name", "cifar100", "--data.path", path) if path else ()
+
+
+TWO = ("--nodes=2", "--gpus-per-node=2")
+WANDB = ("--track.wandb", "true")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(login: Login, online: dict[str, str], data: tuple[str, ...]) -> str:
+    """A job over two nodes that nothing happened to."""
+    job = login.submit(*TWO, words=(*WORDS, *data, *WANDB), env=online)
+    login.must_complete(job)
+    return job
+
+
+def test_two_nodes_with_two_processes_each_train_one_run(
+    login: Login, undisturbed: str, wandb: WandbServer
+) -> None:
+    run_dir, log = login.run_dir(undisturbed), login.log(undisturbed)
+    assert "= 4 process(es) x 1 x 16" in log
+    assert log.count("4 process(es) x") == 1  # one process speaks for all
+    logs = {path.name for path in (run_dir / "logs").glob("*.log")}
+    assert logs == {f"{node}.log" for node in login.cluster.nodes}
+    assert [p.name for p in run_dir.parent.iterdir()] == [run_dir.name]
+    # One W&B run with every row, and each validation image counted once.
+    assert len(wandb.runs) == 1
+    (run,) = wandb.runs.values()
+    assert [row["step"] for row in run.rows()] == [row["step"] for row in rows(run_dir)]
+    assert {row["val/count"] for row in rows(run_dir) if "val/count" in row} <= {103}
+    assert re.search(r"val .* of 103 images", log)
+    assert not (run_dir / "REQUEUE").exists()
+
+
+def test_a_preempted_job_queues_itself_again_and_ends_with_the_same_numbers(
+    login: Login,
+    undisturbed: str,
+    wandb: WandbServer,
+    online: dict[str, str],
+    data: tuple[str, ...],
+) -> None:
+    before = set(wandb.runs)
+    job = login.submit(*TWO, words=(*WORDS, *data, *WANDB), env=online)
+    login.until_step(job, 25)
+    # What SLURM does --signal seconds before the time limit, which it looks at twice a minute.
+    login.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    known = login.must_complete(job)
+    assert known["Restarts"] == "1"
+    assert "STOP: stopped after step" in login.log(job)
+    assert_same_run(login.run_dir(job), login.run_dir(undisturbed))
+    (run,) = (wandb.runs[id] for id in set(wandb.runs) - before)
+    assert [r["step"] for r in run.rows()] == [r["step"] for r in rows(login.run_dir(job))]
+
+
+def test_a_job_survives_the_crash_of_a_node(
+    login: Login, undisturbed: str, data: tuple[str, ...]
+) -> None:
+    job = login.submit(*TWO, words=(*WORDS, *data))
+    login.until_step(job, 25)
+    victim = login.cluster.nodes[1]
+    login.cluster.crash(victim)
+    login.until_state(job, "PENDING", "COMPLETING")
+    login.cluster.start_node(victim)
+    assert login.must_complete(job)["Restarts"] == "1"
+    assert_same_run(login.run_dir(job), login.run_dir(undisturbed))
+
+
+def test_scancel_ends_for_good_with_a_checkpoint_that_one_node_takes_up(
+    login: Login, undisturbed: str, data: tuple[str, ...]
+) -> None:
+    words = (*WORDS, *data)
+    job = login.submit(*TWO, words=words)
+    login.until_step(job, 25)
+    login.cluster.run("scancel", job)
+    assert login.until_state(job, *FINAL)["JobState"] == "CANCELLED"
+    stopped = rows(login.run_dir(job))[-1]["step"]
+    saved = [p.name for p in (login.run_dir(job) / "checkpoints").iterdir()]
+    assert f"step_{stopped:08}" in saved
+
+    again = login.submit(
+        *("--nodes=1", "--gpus-per-node=2"),
+        words=(*words, "--run-dir", str(login.run_dir(job))),
+    )
+    login.must_complete(again)
+    assert login.cluster.job(job)["Restarts"] == "0"
+    one, two = measured(login.run_dir(job)), measured(login.run_dir(undisturbed))
+    assert len(one) == len(two)
+    for ours, theirs in zip(one, two, strict=True):
+        # Up to the order of sums: an image near the border of two classes may change sides.
+        loose = {k: pytest.approx(v, rel=1e-3, abs=0.03) for k, v in theirs.items()}
+        assert ours == loose
+
+
+def test_mistakes_are_one_line_within_seconds_and_not_queued_again(login: Login) -> None:
+    bare = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DISTVGG_VENV": "/nowhere"}
+    mistakes = {
+        login.submit(words=()): "give one recipe, not none",
+        login.submit(words=("quikstart",)): "did you mean quickstart?",
+        login.submit(words=(*WORDS, "--optim.lr", "-1")): "optim.lr must be greater than 0",
+        login.submit(words=(*WORDS, "--run-dir", "/proc/run")): "cannot write run folder /proc/run",
+        login.submit(env=bare): "no environment with distvgg's packages",
+        login.submit(*TWO, words=(*WORDS, "--train.global_batch_size", "32")): (
+            "4 processes do not divide the 2 micro-batches"
+        ),
+    }
+    for job, expected in mistakes.items():
+        known = login.until_state(job, *FINAL)
+        assert known["JobState"] == "FAILED", login.log(job)
+        assert known["Restarts"] == "0"
+        assert known["ExitCode"] == "2:0"
+        (line,) = re.findall(r"(?m)^distvgg: error: .*", login.log(job))
+        assert expected in line
+        minutes, seconds = known["RunTime"].split(":")[-2:]
+        assert int(minutes) * 60 + int(seconds) < 40  # all six at once, on two cores
+        assert "Traceback" not in login.log(job)
+
+
+def test_a_job_that_gets_no_further_stops_queueing_itself(login: Login) -> None:
+    job = login.submit("--hold")
+    logs = login.run_dir(job) / "logs"
+    logs.mkdir(parents=True)
+    (logs / "starts").write_text(f"{job} none\n" * 5)
+    login.cluster.run("scontrol", "release", job)
+    assert login.until_state(job, *FINAL)["JobState"] == "FAILED"
+    assert "6 starts of this job found the same newest checkpoint (none)" in login.log(job)
+
+
+def test_two_jobs_of_an_array_share_nodes_and_end_with_one_table(login: Login) -> None:
+    words = ("quickstart", *TINY, "--optim.lr", "0.002")
+    array = login.submit(
+        *("--array=0-1", "--nodes=2", "--gpus-per-node=1"), words=words, script=ARRAY
+    )
+    sweep = login.folder / "runs" / f"sweep-{array}"
+    for task in ("0", "1"):
+        login.until_state(f"{array}_{task}", "COMPLETED")
+    assert "2 of 2" in (sweep / "comparison.txt").read_text()
+    logs = [(login.folder / f"sweep-{array}_{task}.log").read_text() for task in (0, 1)]
+    assert all("= 2 process(es) x 2 x 16" in log for log in logs)
+    started = [re.findall(r"(?m)^distvgg: \S+ (\S+) job", log)[0] for log in logs]
+    ended = [re.findall(r"(?m)^distvgg: \S+ (\S+) ended", log)[0] for log in logs]
+    assert max(started) < min(ended)  # side by side
+    assert measured(sweep / "0") != measured(sweep / "1")  # seeds
+
+
+def test_nodes_without_slurm_start_again_after_a_worker_died(login: Login, tmp_path: Path) -> None:
+    head, other = login.cluster.nodes
+    env = login.env | {"HEAD": head, "NODES": "2", "PROCESSES_PER_NODE": "1"}
+    env |= {"DISTVGG_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+    script = (str(ROOT / "launch" / "multi_node.sh"), *WORDS, "--run-dir", str(tmp_path / "run"))
+    nodes = [
+        subprocess.Popen(
+            login.cluster.on(node, *script),
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in (head, other)
+    ]
+    while not any(row["step"] >= 25 for row in rows(tmp_path / "run")[-1:]):
+        assert all(node.poll() is None for node in nodes)
+        time.sleep(0.05)
+    workers = [
+        p for p in psutil.Process(nodes[1].pid).children(recursive=True) if "train" in p.cmdline()
+    ]
+    os.kill(workers[-1].pid, signal.SIGKILL)
+    said = [node.communicate(timeout=100)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert "resumed after step" in "".join(said)

@@ -1,0 +1,97 @@
+"""launch/node.py, which every launch script ends in: what the bare launcher of several loses."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch import CPU, ROOT, TINY, rows, run
+
+NODE = ("launch/node.py", "--processes", "2", "--")
+
+
+def start(run_dir: Path, *words: str) -> subprocess.Popen[str]:
+    """A training of two processes by the script, as launch/multi_gpu.sh starts it."""
+    return subprocess.Popen(
+        [sys.executable, *NODE, "quickstart", *TINY, "--run-dir", str(run_dir), *words],
+        env=os.environ | CPU,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def until_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    while not any(row["step"] >= step for row in rows(run_dir)[-1:]):
+        assert process.poll() is None, process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), "give one recipe, not none"),
+        (("quickstart", "--train.epoch", "1"), "did you mean train.epochs?"),
+        (
+            ("quickstart", "--train.global_batch_size", "64"),
+            "2 processes do not divide the 1 micro-batches",
+        ),
+        # Found by the workers, under the launcher.
+        (("quickstart", *TINY, "--run-dir", "/proc/run"), "cannot write run folder /proc/run"),
+    ],
+    ids=["no recipe", "typo", "processes", "run folder"],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words: tuple[str, ...], expected: str) -> None:
+    done = run(words, program=NODE, cwd=ROOT)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("distvgg: error: ")
+    assert expected in line
+
+
+def test_signals_to_the_launcher_save_and_exit_0(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", "--train.epochs", "100")
+    until_step(process, tmp_path / "run", 3)
+    process.send_signal(signal.SIGUSR1)  # the bare launcher dies of it
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (0, "")
+    assert (tmp_path / "run" / "REQUEUE").exists()
+
+
+def test_a_killed_worker_is_named_and_gives_the_exit_code(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", "--train.epochs", "100")
+    until_step(process, tmp_path / "run", 3)
+    workers = psutil.Process(process.pid).children()
+    os.kill(max(w.pid for w in workers if "train" in w.cmdline()), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert re.search(r"distvgg: error: process 1 on \S+ was killed by SIGKILL", stderr)
+    assert "Traceback" not in stderr
+
+
+def test_gpus_that_torch_does_not_see_are_an_error(tmp_path: Path) -> None:
+    """On a machine without GPUs, by a PCI bus that has one; nowhere else can it be hidden."""
+    if os.geteuid() != 0 or Path("/dev/nvidiactl").exists():
+        pytest.skip("needs root and no GPU")
+    card = tmp_path / "pci" / "0000:00:1e.0"
+    card.mkdir(parents=True)
+    (card / "class").write_text("0x030200\n")
+    (card / "vendor").write_text("0x10de\n")
+    script = f"mount --bind {card.parent} /sys/bus/pci/devices && exec {sys.executable} $0 $@"
+    words = ["unshare", "--mount", "bash", "-c", script, "launch/node.py", "--", "quickstart"]
+    done = subprocess.run(
+        [*words, *TINY, "--run-dir", str(tmp_path / "run")],
+        env={k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "this machine has GPUs but torch sees none" in done.stderr
+    assert not (tmp_path / "run").exists()
