@@ -133,6 +133,15 @@ def settle_gradient_buckets(accelerator: "Accelerator", model: nn.Module, images
         buffer.copy_(statistics[name])
 
 
+def has_nvidia_hardware(root: Path = Path("/")) -> bool:
+    """Whether this machine has an NVIDIA GPU, whatever the software knows of it (Linux)."""
+    for vendor in (root / "sys/bus/pci/devices").glob("*/vendor"):
+        is_display = vendor.with_name("class").read_text().startswith("0x03")
+        if is_display and vendor.read_text().strip() == "0x10de":
+            return True
+    return (root / "dev/nvidiactl").exists()
+
+
 def resolve_precision(precision: str, device: torch.device, launched: str | None = None) -> str:
     """What `auto` means on a device; anything else is checked and returned.
 

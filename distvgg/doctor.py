@@ -20,7 +20,7 @@ from accelerate.utils import parse_flag_from_env
 
 from distvgg import data
 from distvgg.config import Config, DataConfig, RunError, TrainConfig, UserError
-from distvgg.distributed import device_here, resolve_precision
+from distvgg.distributed import device_here, has_nvidia_hardware, resolve_precision
 from distvgg.model import VGG
 from distvgg.run_folder import CHECKPOINTS, free_room, match_run_folder, refuse_strangers
 from distvgg.sampling import Plan, world_sizes
@@ -92,15 +92,6 @@ def devices() -> Finding:
         " with CUDA (https://pytorch.org/get-started) and a driver with which nvidia-smi lists the"
         " GPU, or set ACCELERATE_USE_CPU=true to do without"
     )
-
-
-def has_nvidia_hardware(root: Path = Path("/")) -> bool:
-    """Whether there is an NVIDIA GPU, whatever the software knows of it (Linux)."""
-    for vendor in (root / "sys/bus/pci/devices").glob("*/vendor"):
-        is_display = vendor.with_name("class").read_text().startswith("0x03")
-        if is_display and vendor.read_text().strip() == "0x10de":
-            return True
-    return (root / "dev/nvidiactl").exists()
 
 
 def _gpu(number: int) -> str:

@@ -34,8 +34,6 @@ from distvgg.run_folder import REQUEUE_FILE  # noqa: E402
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-NVIDIA = "0x10de"  # as a vendor on the PCI bus
-DRIVER = Path("/dev/nvidiactl")
 NOWHERE = "192.0.2.1"  # RFC 5737. Asked for a route only: the default one
 # What ends the launcher and is handed on to the workers, which save. Its own list lacks the last
 # two: it would die of them, and the workers with it.
@@ -125,11 +123,13 @@ def count_processes(node: Node) -> int:
         import torch
     from accelerate.utils import parse_flag_from_env
 
+    from distvgg.distributed import has_nvidia_hardware
+
     on_cpu = node.processes or node.granted or min(2, cores())
     if parse_flag_from_env("ACCELERATE_USE_CPU"):
         return on_cpu
     seen = torch.cuda.device_count()
-    if seen == 0 and has_gpu():
+    if seen == 0 and has_nvidia_hardware():
         raise UserError(
             "this machine has GPUs but torch sees none: ask for them (SLURM: --gpus-per-node),"
             " install a torch that is built for CUDA and this driver, or set"
@@ -160,16 +160,6 @@ def calm_launcher() -> Iterator[None]:
     if quiet:
         del os.environ["TORCH_CPP_LOG_LEVEL"]
     logging.getLogger("torch.distributed.elastic").setLevel(level)
-
-
-def has_gpu() -> bool:
-    """Whether this machine has an NVIDIA GPU, whether or not torch sees it."""
-    for device in Path("/sys/bus/pci/devices").glob("*"):
-        with suppress(OSError):
-            display = (device / "class").read_text().startswith("0x03")
-            if display and (device / "vendor").read_text().strip() == NVIDIA:
-                return True
-    return DRIVER.exists()
 
 
 def cores() -> int:

@@ -200,10 +200,10 @@ def test_a_disk_without_room_for_the_checkpoints_is_to_fix(tmp_path: Path) -> No
 def test_an_nvidia_gpu_is_known_without_its_driver(
     tmp_path: Path, vendor: str, kind: str, expected: bool
 ) -> None:
-    from distvgg import doctor
+    from distvgg.distributed import has_nvidia_hardware
 
     device = tmp_path / "sys" / "bus" / "pci" / "devices" / "0000:01:00.0"
     device.mkdir(parents=True)
     (device / "vendor").write_text(f"{vendor}\n")
     (device / "class").write_text(f"{kind}\n")
-    assert doctor.has_nvidia_hardware(tmp_path) is expected
+    assert has_nvidia_hardware(tmp_path) is expected
