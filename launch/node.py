@@ -137,7 +137,8 @@ def count_processes(node: Node) -> int:
         )
     if seen == 0:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-        print(f"{socket.gethostname()} has no GPU: {on_cpu} CPU process(es)", flush=True)
+        if node.granted or node.nodes > 1:
+            print(f"{socket.gethostname()} has no GPU: {on_cpu} CPU process(es)", flush=True)
         return on_cpu
     wanted = node.processes or max(seen, node.granted)
     if seen < wanted:
