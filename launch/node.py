@@ -212,7 +212,8 @@ def launch(node: Node, processes: int, train: list[str], run_dir: Path) -> int:
     if node.nodes > 1:
         words += ["--num_machines", str(node.nodes), "--machine_rank", str(node.rank)]
         words += ["--main_process_ip", node.head, "--rdzv_backend", "c10d"]
-        words += ["--rdzv_conf", f"is_host={int(node.rank == 0)}"]
+        # A head that imports torch from a cold disk may come minutes later than the others.
+        words += ["--rdzv_conf", f"is_host={int(node.rank == 0)},read_timeout=600,join_timeout=600"]
     # torchrun's options that accelerate does not hand on; PET_LOCAL_ADDR is another.
     os.environ |= {"PET_RDZV_ID": node.id, "PET_SIGNALS_TO_HANDLE": SIGNALS}
     # The store that workers share with their launchers outlives a restart, and has the addresses of

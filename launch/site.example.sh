@@ -12,9 +12,10 @@
 # The environment: one line. Without one it is that of the shell which called sbatch, else .venv in the checkout.
 # module load python/3.11 cuda && source "$HOME/envs/distvgg/bin/activate"
 
-# Or a container, in two lines: the first once, on a machine that may build; the second here.
-# apptainer build distvgg.sif launch/apptainer.def
-# export DISTVGG_CONTAINER="apptainer exec --nv $HOME/distvgg.sif"
+# Or a container, in two lines: the first once, on a machine that may build; the second here. Home and the folder
+# you call sbatch in are seen inside; other places of data, cache and run folders need a --bind each.
+# apptainer build "$HOME/distvgg.sif" launch/apptainer.def
+# export DISTVGG_CONTAINER="apptainer exec --nv --bind /scratch $HOME/distvgg.sif"
 
 # Nodes without a network: distvgg doctor RECIPE --prepare on the login node, then these for the jobs.
 # export DISTVGG_CACHE="$HOME/distvgg-cache"   # on a file system that all nodes share

@@ -33,7 +33,17 @@ def missing() -> str:
     """What this machine lacks to run a cluster, or nothing."""
     if os.geteuid() != 0:
         return "root"
-    return ", ".join(name for name in PROGRAMS if shutil.which(name) is None)
+    if absent := [name for name in PROGRAMS if shutil.which(name) is None]:
+        return ", ".join(absent)
+    namespaces = ["unshare", "--net", "--mount", "--uts", "true"]  # not in a plain container
+    done = subprocess.run(namespaces, capture_output=True)
+    return "namespaces" if done.returncode else ""
+
+
+def default_proctrack() -> str:
+    """cgroup where a v1 freezer is there. Real clusters run it: a signal reaches a step's task and
+    not what that has started."""
+    return "cgroup" if os.access(FREEZER, os.W_OK) else "linuxproc"
 
 
 class Cluster:
@@ -57,15 +67,15 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="dvslurm", dir="/tmp"))
         # Two clusters' cgroups of one node name would be one.
         self.nodes = [f"dv{os.getpid()}n{i}" for i in range(1, nodes + 1)]
-        # Real clusters run cgroup: a signal reaches a step's task and not what it has started.
-        self.proctrack = "cgroup" if os.access(FREEZER, os.W_OK) else "linuxproc"
+        self.proctrack = default_proctrack()
         self._gpus, self._cpus = gpus, cpus
         self._settings = settings or {}
         self._partitions = partitions or {"main": ""}
         self._hosts: dict[str, subprocess.Popen[bytes]] = {}
         self._daemons: list[subprocess.Popen[bytes]] = []
+        # .9 and .10: torchrun sorts nodes by their address as text, so rank 0 is not on the first.
         self.addresses = {CONTROLLER: f"{NETWORK}.1"} | {
-            node: f"{NETWORK}.{10 + i}" for i, node in enumerate(self.nodes, start=1)
+            node: f"{NETWORK}.{8 + i}" for i, node in enumerate(self.nodes, start=1)
         }
 
     def __enter__(self) -> "Cluster":
@@ -145,6 +155,13 @@ class Cluster:
         """Starts a node's slurmd, as when it has booted."""
         self._daemon(node, "slurmd", "-D", "-N", node)
 
+    def restart_daemon(self, node: str) -> None:
+        """Ends a node's slurmd and starts it again; what runs there goes on."""
+        pid = int((self.folder / f"slurmd.{node}.pid").read_text())
+        os.kill(pid, signal.SIGTERM)
+        self.until(lambda: not _is_alive(pid), 10)
+        self.start_node(node)
+
     def until(self, condition: Callable[[], bool], within: float) -> None:
         """Waits for something that the cluster does."""
         end = time.monotonic() + within
@@ -204,6 +221,7 @@ class Cluster:
             "SelectTypeParameters": "CR_CPU",
             "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,sched_min_interval=0",
             "SlurmdParameters": "config_overrides",
+            "JobRequeue": "0",  # a job that may be requeued has to say so
             "ReturnToService": "2",
             "SlurmdTimeout": "10",
             "MessageTimeout": "10",
@@ -222,7 +240,8 @@ class Cluster:
             where = f"Nodes={','.join(self.nodes)} Default={default} MaxTime=INFINITE"
             lines.append(f"PartitionName={name} {where} {words}")
         self._conf.write_text("\n".join(lines) + "\n")
-        (d / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        if self.proctrack == "cgroup":
+            (d / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         gres = [f"NodeName={n} Name=gpu File={d}/gpu[0-{self._gpus - 1}]" for n in self.nodes]
         (d / "gres.conf").write_text("\n".join(gres if self._gpus else []) + "\n")
         for i in range(self._gpus):
@@ -300,6 +319,12 @@ class Cluster:
         """The cgroups that a node's slurmd has made, the innermost first."""
         top = FREEZER / f"slurm_{host}"
         return sorted((p for p in [top, *top.rglob("*")] if p.is_dir()), reverse=True)
+
+
+def _is_alive(pid: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def _processes_with(holder: int) -> list[int]:

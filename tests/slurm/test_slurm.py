@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import CONTROLLER, Cluster, missing
+from cluster import CONTROLLER, Cluster, default_proctrack, missing
 from launch import ROOT, TINY, assert_same_run, measured, rows
 from wandb_server import KEY, WandbServer
 
@@ -30,10 +30,16 @@ pytestmark = [
 JOB, ARRAY = ROOT / "launch" / "slurm.sbatch", ROOT / "launch" / "slurm_array.sbatch"
 # A low learning rate keeps the rounding of another order of sums small.
 WORDS = (
-    *("quickstart", *TINY, "--optim.lr", "0.002"),
-    *("--train.epochs", "10", "--eval.every_epochs", "2", "--checkpoint.every_steps", "10"),
+    *("quickstart", *TINY, "--optim.lr", "0.0003"),
+    *("--train.epochs", "15", "--eval.every_epochs", "4", "--checkpoint.every_steps", "10"),
 )
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+# SIGTERM comes to a step's task alone, as on real clusters, only there.
+TERM = pytest.mark.skipif(
+    default_proctrack() != "cgroup", reason="SIGTERM needs proctrack/cgroup, and that a v1 freezer"
+)
 
 
 class Login:
@@ -88,7 +94,9 @@ def login(newcomer: None, cache: Path, tmp_path_factory: pytest.TempPathFactory)
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"PATH": path}
     if shutil.which("nvidia-smi"):  # the cluster's GPUs are declared, whatever this machine has
         env["ACCELERATE_USE_CPU"] = "true"
-    with Cluster(gpus=4) as cluster:
+    settings = {"PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE"}
+    partitions = {"main": "PriorityTier=1", "urgent": "PriorityTier=2 PreemptMode=OFF"}
+    with Cluster(gpus=4, settings=settings, partitions=partitions) as cluster:
         yield Login(cluster, tmp_path_factory.mktemp("login"), env)
 
 
@@ -151,7 +159,8 @@ def test_two_nodes_with_two_processes_each_train_one_run(
     assert not (run_dir / "REQUEUE").exists()
 
 
-def test_a_preempted_job_queues_itself_again_and_ends_with_the_same_numbers(
+@TERM
+def test_a_preempted_job_starts_again_and_ends_with_the_same_numbers(
     login: Login,
     undisturbed: str,
     wandb: WandbServer,
@@ -161,29 +170,61 @@ def test_a_preempted_job_queues_itself_again_and_ends_with_the_same_numbers(
     before = set(wandb.runs)
     job = login.submit(*TWO, words=(*WORDS, *data, *WANDB), env=online)
     login.until_step(job, 25)
-    # What SLURM does --signal seconds before the time limit, which it looks at twice a minute.
-    login.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true", "--output=/dev/null")
+    login.cluster.run("sbatch", *urgent, env=login.env, cwd=login.folder)
     known = login.must_complete(job)
     assert known["Restarts"] == "1"
+    assert "TERM: asking the run to save and stop" in login.log(job)
     assert "STOP: stopped after step" in login.log(job)
     assert_same_run(login.run_dir(job), login.run_dir(undisturbed))
     (run,) = (wandb.runs[id] for id in set(wandb.runs) - before)
     assert [r["step"] for r in run.rows()] == [r["step"] for r in rows(login.run_dir(job))]
 
 
-def test_a_job_survives_the_crash_of_a_node(
+def test_a_job_near_its_time_limit_saves_and_queues_itself_again(login: Login) -> None:
+    """One process on one node, as a newcomer starts it. SLURM looks at limits twice a minute."""
+    job = login.submit("--gpus-per-node=1", words=(*WORDS, "--train.epochs", "100000"))
+    login.until_step(job, 1)
+    login.cluster.run("scontrol", "update", f"jobid={job}", "TimeLimit=2")
+    login.until_state(job, "PENDING", within=60)
+    assert login.cluster.job(job)["Restarts"] == "1"
+    assert "USR1: asking the run to save and stop" in login.log(job)
+    assert "stopped early, with a checkpoint: queued again" in login.log(job)
+    login.cluster.run("scancel", job)
+
+
+def test_a_job_survives_the_crash_of_either_node(
     login: Login, undisturbed: str, data: tuple[str, ...]
 ) -> None:
-    job = login.submit(*TWO, words=(*WORDS, *data))
+    job = login.submit(*TWO, words=(*WORDS, *data), env={"SLURM_WAIT": "5"})
+    first, second = login.cluster.nodes
     login.until_step(job, 25)
-    victim = login.cluster.nodes[1]
-    login.cluster.crash(victim)
+    # Back before SLURM has missed it, which then waits for its tasks for ever: the job notices.
+    login.cluster.crash(second)
+    login.cluster.start_node(second)
+    login.until_state(job, "PENDING")
+    assert "a node has died: queued again" in login.log(job)
+    # The node that the job's script runs on: SLURM notices, after 26 s if nobody tells it.
+    login.until_step(job, 60)
+    login.cluster.crash(first)
+    state = ("scontrol", "update", f"nodename={first}", "reason=crashed")
+    login.cluster.run(*state, "state=down")
     login.until_state(job, "PENDING", "COMPLETING")
-    login.cluster.start_node(victim)
-    assert login.must_complete(job)["Restarts"] == "1"
+    login.cluster.start_node(first)
+    login.cluster.run(*state, "state=resume")
+    assert login.must_complete(job)["Restarts"] == "2"
     assert_same_run(login.run_dir(job), login.run_dir(undisturbed))
 
 
+def test_a_finished_job_is_not_queued_again_for_a_slurmd_that_was_restarted(login: Login) -> None:
+    """As newer SLURM does at each `scontrol reconfigure`; running steps stay."""
+    job = login.submit("--gpus-per-node=1", words=("quickstart", *TINY))
+    login.until_state(job, "RUNNING")
+    login.cluster.restart_daemon(login.cluster.job(job)["BatchHost"])
+    assert login.must_complete(job)["Restarts"] == "0"
+
+
+@TERM
 def test_scancel_ends_for_good_with_a_checkpoint_that_one_node_takes_up(
     login: Login, undisturbed: str, data: tuple[str, ...]
 ) -> None:
@@ -245,7 +286,7 @@ def test_a_job_that_gets_no_further_stops_queueing_itself(login: Login) -> None:
 
 
 def test_two_jobs_of_an_array_share_nodes_and_end_with_one_table(login: Login) -> None:
-    words = ("quickstart", *TINY, "--optim.lr", "0.002")
+    words = ("quickstart", *TINY, "--optim.lr", "0.0003")
     array = login.submit(
         *("--array=0-1", "--nodes=2", "--gpus-per-node=1"), words=words, script=ARRAY
     )
