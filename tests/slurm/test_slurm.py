@@ -182,8 +182,11 @@ def test_a_preempted_job_starts_again_and_ends_with_the_same_numbers(
 
 
 def test_a_job_near_its_time_limit_saves_and_queues_itself_again(login: Login) -> None:
-    """One process on one node, as a newcomer starts it. SLURM looks at limits twice a minute."""
-    job = login.submit("--gpus-per-node=1", words=(*WORDS, "--train.epochs", "100000"))
+    """One process on one node, as a newcomer starts it, in what stands in for a container. SLURM
+    looks at limits twice a minute."""
+    container = {"DISTVGG_CONTAINER": "env STANDS_IN_FOR=apptainer"}
+    words = (*WORDS, "--train.epochs", "100000")
+    job = login.submit("--gpus-per-node=1", words=words, env=container)
     login.until_step(job, 1)
     login.cluster.run("scontrol", "update", f"jobid={job}", "TimeLimit=2")
     login.until_state(job, "PENDING", within=60)
