@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from distvgg.config import Config, ContactError, UserError
+from distvgg.config import Config, ContactError, RunError, UserError
 from distvgg.sampling import Plan
 
 if TYPE_CHECKING:
@@ -329,6 +329,18 @@ class Agreement:
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
+
+
+@contextmanager
+def left_in_order() -> Iterator[None]:
+    """Takes down the process group where all ranks give up alike, by a UserError or a RunError of
+    the run itself. gloo now and then aborts a process that exits with its group still up."""
+    try:
+        yield
+    except (UserError, RunError) as error:
+        if dist.is_initialized() and not isinstance(error, ContactError):
+            dist.destroy_process_group()
+        raise
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from distvgg.distributed import (
     BATCH_NORM_MOMENTUM,
     Agreement,
     accumulation_momentum,
+    left_in_order,
     lost_contact,
     set_batch_norm_momentum,
 )
@@ -54,7 +55,7 @@ def train(config: Config, run_dir: Path) -> Result:
     if (earlier := read_result(run_dir)) is not None:
         return earlier
     preemption.look_for(run_dir / STOP_FILE)
-    with lost_contact():
+    with left_in_order(), lost_contact():
         run = build(config, run_dir)
         if run.accelerator.is_main_process:  # accelerate's own print speaks once a node
             print(summary(run), flush=True)

@@ -20,7 +20,7 @@ from distvgg import metrics
 from distvgg.checkpoint import DamageError, read
 from distvgg.config import UserError, load
 from distvgg.data import load_dataset, train_val_indices
-from distvgg.distributed import place, start, summing
+from distvgg.distributed import left_in_order, place, start, summing
 from distvgg.loader import EvalLoader, Pixels
 from distvgg.model import VGG
 from distvgg.run_folder import CHECKPOINTS, CONFIG_FILE, WEIGHTS_FILE
@@ -108,6 +108,7 @@ def evaluate_over_ranks(
     )
 
 
+@left_in_order()
 def evaluate_run(path: Path, split: Literal["val", "test"]) -> metrics.Row:
     """Measures the weights of a finished run, or of any of a run's checkpoints, again: reads only
     the run folder and the data.
