@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -30,6 +31,7 @@ def start(run_dir: Path, *words: str) -> subprocess.Popen[str]:
 def until_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
     while not any(row["step"] >= step for row in rows(run_dir)[-1:]):
         assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
