@@ -23,6 +23,7 @@ IMAGES_PER_SEC, STEP_MS, DATA_WAIT_MS = (
     "perf/step_ms",
     "perf/data_wait_ms",
 )
+TFLOPS = "perf/tflops"  # achieved, over all processes
 # Under val/ and test/; superclass_top1 only where the data has superclasses.
 LOSS, TOP1, TOP5, SUPERCLASS_TOP1, COUNT = "loss", "top1", "top5", "superclass_top1", "count"
 
@@ -58,11 +59,14 @@ class Clock:
     under `paused` (evaluation) do not count.
 
     Args:
+        flops_per_image: of forward and backward.
         steps, seconds: the totals of earlier starts of the run.
     """
 
-    def __init__(self, images_per_step: int, steps: int = 0, seconds: float = 0.0) -> None:
-        self._images_per_step = images_per_step
+    def __init__(
+        self, images_per_step: int, flops_per_image: int, steps: int = 0, seconds: float = 0.0
+    ) -> None:
+        self._images_per_step, self._flops_per_image = images_per_step, flops_per_image
         self._started: float | None = None
         self._steps, self._total_steps = 0, steps
         self._waited, self._total_seconds = 0.0, seconds
@@ -95,8 +99,10 @@ class Clock:
         self._total_seconds += seconds
         self._total_steps += steps
         self._started, self._steps, self._waited = now, 0, 0.0
+        images_per_sec = steps * self._images_per_step / seconds
         return {
-            IMAGES_PER_SEC: steps * self._images_per_step / seconds,
+            IMAGES_PER_SEC: images_per_sec,
+            TFLOPS: images_per_sec * self._flops_per_image / 1e12,
             STEP_MS: 1000 * seconds / steps,
             DATA_WAIT_MS: 1000 * waited / steps,
         }

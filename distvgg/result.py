@@ -5,30 +5,24 @@ Reading one imports no torch.
 """
 
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
 from distvgg import metrics
 from distvgg.config import Config, UserError
+from distvgg.provenance import commit, hardware, versions
 from distvgg.run_folder import RESULT_FILE, WEIGHTS_FILE, write_whole
 from distvgg.sampling import Plan
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import Accelerator
     from torch import Tensor
 
     from distvgg.data import Dataset
-
-PACKAGES = ("distvgg", "torch", "torchvision", "accelerate", "datasets", "numpy")
 
 
 @dataclass(frozen=True)
@@ -98,10 +92,10 @@ class Result:
             num_processes=plan.world_size,
             starts=starts,
             precision=accelerator.mixed_precision,
-            hardware=_hardware(accelerator.device),
+            hardware=hardware(accelerator.device),
             data_fingerprint=dataset.fingerprint,
-            versions={"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
-            commit=_commit(),
+            versions=versions(),
+            commit=commit(),
             curves=curves,
         )
 
@@ -134,37 +128,3 @@ def save_weights(model: Mapping[str, "Tensor"], run_dir: Path) -> None:
 
     tensors = {k: v.cpu().contiguous() for k, v in model.items()}
     write_whole(run_dir / WEIGHTS_FILE, save(tensors))
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a checkout that is not installed
-        return "not installed"
-
-
-def _hardware(device: "torch.device") -> str:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name: Any = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) a process"
-
-
-def _commit() -> str | None:
-    """The commit of a checkout that the package runs from, `-dirty` where the package differs from
-    it; None for an installed package."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True
-        )
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", __file__)  # not some other project's checkout around us
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", ".") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -38,7 +38,7 @@ from distvgg.distributed import (
 from distvgg.loader import DeviceLoader, EvalLoader, Pixels
 from distvgg.metrics import Clock, TrainMeter
 from distvgg.metrics_file import Mark, holds
-from distvgg.model import VGG, build_vgg
+from distvgg.model import VGG, build_vgg, training_flops
 from distvgg.optim import build_optimizer
 from distvgg.preemption import Preempted
 from distvgg.run_folder import (
@@ -164,7 +164,11 @@ def build(config: Config, folder: Path) -> Run:
         sums=StepSums(accelerator, plan, norms),
         failed=torch.zeros((), dtype=torch.float32, device=device),
         meter=meter,
-        clock=Clock(plan.global_batch_size, *state.timed),
+        clock=Clock(
+            plan.global_batch_size,
+            training_flops(config.model, dataset.num_classes),
+            *state.timed,
+        ),
         watch=Watch(lag=int(device.type == "cuda"), fp16=fp16, skipped=state.skipped),
         state=state,
         checkpoints=checkpoints,

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torchvision
+from torch.utils.flop_counter import FlopCounterMode
 
 from distvgg.config import ModelConfig
-from distvgg.model import VGG, build_vgg
+from distvgg.model import VGG, build_vgg, training_flops
 
 PAPER = {"head_width": 4096, "pool_size": 7, "image_size": 64}
 
@@ -79,3 +80,12 @@ def test_initial_weights_are_a_function_of_the_seed_alone() -> None:
     for name, value in again.state_dict().items():
         assert torch.equal(value, first[name])
     assert not torch.equal(other.features[0].weight, first["features.0.weight"])
+
+
+@pytest.mark.parametrize("config", [{"width": 0.25}, {"depth": 11, **PAPER}, {"image_size": 16}])
+def test_flops_are_what_torch_counts(config: dict[str, float]) -> None:
+    model = ModelConfig(**config)
+    vgg = build_vgg(model, 100, seed=0)
+    with FlopCounterMode(display=False) as counter:
+        vgg(torch.randn(2, 3, model.image_size, model.image_size)).sum().backward()
+    assert 2 * training_flops(model, 100) == counter.get_total_flops()
