@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distvgg.config import ModelConfig
+from distvgg.convolution import Conv3x3
 
 # Output channels of the convolutions between max-pools (table 1 of the paper).
 STAGES: dict[int, tuple[tuple[int, ...], ...]] = {
@@ -42,7 +43,7 @@ class VGG(nn.Module):
         channels = 3
         for stage in STAGES[config.depth]:
             for out in map(scaled, stage):
-                layers.append(nn.Conv2d(channels, out, 3, padding=1))
+                layers.append(Conv3x3(channels, out))
                 if config.batch_norm:
                     layers.append(nn.BatchNorm2d(out))
                 layers.append(nn.ReLU(inplace=True))

@@ -1,0 +1,112 @@
+"""Convolutions on grids of a few pixels, where most taps of a 3x3 filter fall on padding.
+
+Owns what VGG's last two stages compute on a CPU at 32x32. Invariant: the results are those of
+`nn.Conv2d` up to the order of floating-point sums; only products with padding are left out. Of the
+products that the definition counts, 100 in 144 are real on a 4x4 grid and 16 in 36 on a 2x2 grid,
+and the library's kernels compute most of the others as well. Measured on two cores (Zen 4, bf16,
+512 channels, 64 images, one thread): forward and backward of a convolution take 58 -> 50 ms at 4x4
+and 25 -> 10 ms at 2x2, all of VGG-16's step an eighth less. At 8x8 there is nothing to gain.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DENSE_SIDE = 2
+"""Grids up to this side are computed as one matrix that holds every pair of pixels."""
+TAPS_SIDE = 4
+"""Grids up to this side have their weight gradient computed tap by tap."""
+
+
+class Conv3x3(nn.Conv2d):
+    """`nn.Conv2d` with 3x3 filters and one pixel of zero padding, which knows tiny grids."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, in, h, w] -> [n, out, h, w], in autocast's dtype where it is on."""
+        if not x.is_cpu or max(x.shape[-2:]) > TAPS_SIDE or torch.compiler.is_compiling():
+            return super().forward(x)
+        assert self.bias is not None
+        weight, bias = self.weight, self.bias
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+        y: Tensor = _TinyGrid.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _TinyGrid(torch.autograd.Function):
+    """The convolution and its gradients: [n, i, h, w], [o, i, 3, 3], [o] -> [n, o, h, w]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        n, h, w = len(x), *x.shape[-2:]
+        if max(h, w) > DENSE_SIDE:
+            ctx.save_for_backward(x, weight)
+            return torch.conv2d(x, weight, bias, padding=1)
+        matrix = dense_matrix(weight, h, w)
+        ctx.save_for_backward(x, matrix)
+        y = torch.addmm(bias.repeat(h * w), _pixels_last(x).reshape(n, -1), matrix.T)
+        return y.view(n, h, w, -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        (grad,) = gradients
+        x, weight = ctx.saved_tensors
+        n, h, w = len(x), *x.shape[-2:]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            if weight.ndim == 4:
+                grad_x = torch.nn.grad.conv2d_input(x.shape, weight, grad, padding=1)
+            else:
+                flat = _pixels_last(grad).reshape(n, -1) @ weight
+                grad_x = flat.view(n, h, w, -1).permute(0, 3, 1, 2)
+        return grad_x, weight_gradient(x, grad), grad.sum((0, 2, 3))
+
+
+def dense_matrix(weight: Tensor, height: int, width: int) -> Tensor:
+    """A 3x3 convolution on a grid of at most 2x2 pixels as a matrix from all its pixels to all its
+    pixels: [o, i, 3, 3] -> [height * width * o, height * width * i], channels running fastest."""
+    assert max(height, width) <= DENSE_SIDE  # else there are pairs of pixels without a tap
+    o, i = weight.shape[:2]
+    filters = _pixels_last(weight)
+    blocks = weight.new_empty(height, width, o, height, width, i)
+    for y in range(height):
+        for x in range(width):
+            blocks[y, x] = filters[:, 1 - y : 1 - y + height, 1 - x : 1 - x + width]
+    return blocks.view(height * width * o, height * width * i)
+
+
+def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of a 3x3 convolution's filters, from its input [n, i, h, w] and its output's
+    gradient [n, o, h, w]: one matrix product a tap, over the pixels where it met the image.
+
+    Returns:
+        [o, i, 3, 3], NHWC in memory, in the dtype of the arguments.
+    """
+    (i, h, w), o = x.shape[1:], grad.shape[1]
+    x, grad = _pixels_last(x), _pixels_last(grad)
+    gradient = x.new_empty(o, 3, 3, i)
+    for ky, rows_out, rows_in in _meetings(h):
+        for kx, columns_out, columns_in in _meetings(w):
+            there = grad[:, rows_out, columns_out].reshape(-1, o)
+            here = x[:, rows_in, columns_in].reshape(-1, i)
+            gradient[:, ky, kx] = there.T @ here
+    return gradient.permute(0, 3, 1, 2)
+
+
+def _meetings(side: int) -> Iterator[tuple[int, slice, slice]]:
+    """For each tap along one axis, the outputs that it contributes to and the inputs it reads."""
+    for tap in range(3):
+        shift = tap - 1
+        first, last = max(0, -shift), max(0, min(side, side - shift))
+        yield tap, slice(first, last), slice(first + shift, last + shift)
+
+
+def _pixels_last(x: Tensor) -> Tensor:
+    """[a, b, h, w] -> [a, h, w, b]: no copy where `x` is NHWC in memory."""
+    return x.permute(0, 2, 3, 1)
