@@ -38,10 +38,11 @@ def draw_epoch(config: AugmentConfig, seed: int, epoch: int, n_samples: int) -> 
 
 
 def view(images: Tensor, index: Tensor, draws: Draws, padding: int) -> Tensor:
-    """Takes images by index, pads them by reflection, crops at (top, left) and flips: one gather.
+    """Takes images by index, pads them by reflection, crops at (top, left) and flips: whole rows
+    first, which are runs of memory, then columns within them.
 
     Args:
-        images: [N, height, width, 3] uint8.
+        images: [N, height, width, 3] uint8, contiguous.
         index: [n] int64, which of them.
         draws: [n] each.
         padding: pixels of border, less than height and width.
@@ -49,19 +50,22 @@ def view(images: Tensor, index: Tensor, draws: Draws, padding: int) -> Tensor:
     Returns:
         [n, height, width, 3] uint8.
     """
-    height, width = images.shape[1:3]
+    height, width, channels = images.shape[1:]
     rows = _reflect(draws.top[:, None] - padding + _arange(height, images), height)
+    taken = images.view(-1, width * channels)[(index[:, None] * height + rows).flatten()]
     columns = _arange(width, images)
     columns = torch.where(draws.flip[:, None], width - 1 - columns, columns)
     columns = _reflect(draws.left[:, None] - padding + columns, width)
-    return images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+    values = (columns[:, :, None] * channels + _arange(channels, images)).flatten(1)
+    taken = taken.view(len(index), height, -1)
+    return taken.gather(2, values[:, None].expand_as(taken)).view(-1, height, width, channels)
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor, side: int) -> Tensor:
     """[n, height, width, 3] uint8 -> [n, 3, side, side], standardised per channel and resized where
     the size differs (bilinear, antialiased); NHWC in memory. `mean` and `std` are [3], in 0..1;
     their dtype is the result's."""
-    x = (images.to(mean.dtype) / 255 - mean) / std
+    x = torch.addcmul(-mean / std, images.to(mean.dtype), 1 / (255 * std))
     x = x.permute(0, 3, 1, 2)
     if x.shape[-2:] != (side, side):
         x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 DENSE_SIDE = 2
 """Grids up to this side are computed as one matrix that holds every pair of pixels."""
@@ -35,7 +36,7 @@ class Conv3x3(nn.Conv2d):
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-        y: Tensor = _TinyGrid.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        y: Tensor = _TinyGrid.apply(x, weight, bias)
         return y
 
 
@@ -44,24 +45,28 @@ class _TinyGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        n, h, w = len(x), *x.shape[-2:]
+        n, _, h, w = x.shape
         if max(h, w) > DENSE_SIDE:
             ctx.save_for_backward(x, weight)
             return torch.conv2d(x, weight, bias, padding=1)
         matrix = dense_matrix(weight, h, w)
         ctx.save_for_backward(x, matrix)
-        y = torch.addmm(bias.repeat(h * w), _pixels_last(x).reshape(n, -1), matrix.T)
-        return y.view(n, h, w, -1).permute(0, 3, 1, 2)
+        shape = (n, len(weight), h, w)
+        y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        # Into y itself: a view of something else could not be changed in place by the ReLU.
+        flat = _pixels_last(y).view(n, -1)
+        torch.addmm(bias.repeat(h * w), _pixels_last(x).reshape(n, -1), matrix.T, out=flat)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         (grad,) = gradients
         x, weight = ctx.saved_tensors
-        n, h, w = len(x), *x.shape[-2:]
+        n, _, h, w = x.shape
         grad_x = None
         if ctx.needs_input_grad[0]:
             if weight.ndim == 4:
-                grad_x = torch.nn.grad.conv2d_input(x.shape, weight, grad, padding=1)
+                grad_x = conv2d_input(x.shape, weight, grad, padding=1)  # type: ignore[no-untyped-call]
             else:
                 flat = _pixels_last(grad).reshape(n, -1) @ weight
                 grad_x = flat.view(n, h, w, -1).permute(0, 3, 1, 2)
@@ -88,7 +93,8 @@ def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     Returns:
         [o, i, 3, 3], NHWC in memory, in the dtype of the arguments.
     """
-    (i, h, w), o = x.shape[1:], grad.shape[1]
+    _, i, h, w = x.shape
+    o = grad.shape[1]
     x, grad = _pixels_last(x), _pixels_last(grad)
     gradient = x.new_empty(o, 3, 3, i)
     for ky, rows_out, rows_in in _meetings(h):

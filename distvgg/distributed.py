@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from distvgg.config import Config, ContactError, RunError, UserError
+from distvgg.memory import keep_freed_memory
 from distvgg.sampling import Plan
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
             " the same thing: set ACCELERATE_USE_CPU=true where there is no GPU, and start with"
             " accelerate launch"
         )
+    if state.device.type == "cpu":
+        keep_freed_memory()
     # Batch shapes never change; the run must be the same when it is run again.
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
@@ -208,63 +211,59 @@ def batch_norm_layers(model: nn.Module) -> list[nn.BatchNorm2d]:
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
-def accumulation_momentum(momentum: float, nth: int, of: int) -> float:
-    """The momentum for the `nth` (from 1) of `of` BatchNorm updates in a step.
-
-    A running average r <- (1-q) r + q x weighs later updates more. With q = (p/A) / (1 - (A-a) p/A)
-    for the a-th of A, all weigh p/A: the step equals one update of momentum p with the mean of the
-    micro-batches' statistics, which is what A ranks with one micro-batch each average to.
-    """
-    return (momentum / of) / (1 - (of - nth) * momentum / of)
-
-
-def set_batch_norm_momentum(layers: list[nn.BatchNorm2d], momentum: float) -> None:
-    """Sets the momentum of the next forward."""
-    for layer in layers:
-        layer.momentum = momentum
-
-
 class StepSums:
     """What all ranks must know of a step, in one small all-reduce that hides behind backward: the
-    loss and hits of each micro-batch, the wish to stop, and the running statistics of BatchNorm.
+    loss and hits of each micro-batch, the wish to stop, and the statistics that BatchNorm took.
 
-    Invariant: after `finish` every rank holds the same bits, whichever of them ran what. Running
-    statistics are exponential averages, linear in what was averaged: their mean over ranks equals
-    one rank's that saw all micro-batches (see accumulation_momentum). Averaged each step, not only
-    when read, they are a function of the step alone, and so is a checkpoint at any step.
+    Invariant: after `finish` every rank holds the same bits, whichever of them ran what. BatchNorm
+    takes one update a step, with the mean over all micro-batches: a function of the step alone, and
+    so is a checkpoint at any step. The layers' own momentum is 1, which leaves in their buffers
+    what a micro-batch measured; one that changed within a step would be compiled anew for each
+    value, and not at all from the ninth on (torch 2.14).
     """
 
     def __init__(
         self, accelerator: "Accelerator", plan: Plan, layers: list[nn.BatchNorm2d]
     ) -> None:
-        self._world_size = accelerator.num_processes
+        for layer in layers:
+            layer.momentum = 1.0
+        self._world_size, self._micro_batches = accelerator.num_processes, plan.micro_batches
         self._buffers = [
             b for m in layers for b in (m.running_mean, m.running_var) if b is not None
         ]
+        sizes = [b.numel() for b in self._buffers]
         # Another rank's micro-batches are zero here, and adding zero is exact.
         n = plan.micro_batches
-        sizes = [n, n, 1, sum(b.numel() for b in self._buffers)]
-        self._flat = torch.zeros(sum(sizes), dtype=torch.float64, device=accelerator.device)
-        self._losses, self._hits, self._stop, statistics = torch.split(self._flat, sizes)
-        self._statistics = torch.split(statistics, [b.numel() for b in self._buffers])
+        parts = [n, n, 1, sum(sizes)]
+        self._flat = torch.zeros(sum(parts), dtype=torch.float64, device=accelerator.device)
+        self._losses, self._hits, self._stop, self._statistics = torch.split(self._flat, parts)
+        self._running = self._joined()
+        self._running_parts = torch.split(self._running, sizes)
         self._pending: dist.Work | None = None
 
+    def _joined(self) -> Tensor:
+        return torch.cat(self._buffers) if self._buffers else torch.zeros(0)
+
+    @torch.no_grad()
     def add(self, k: int, summed_loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Adds a micro-batch: its loss summed over samples, [m, classes] logits, [m] labels."""
-        self._losses[k] = summed_loss.detach()
-        self._hits[k] = (logits.detach().argmax(1) == labels).sum()
+        """Adds a micro-batch after its forward: its loss summed over samples, [m, classes] logits,
+        [m] labels, and what BatchNorm measured."""
+        self._losses[k] = summed_loss
+        self._hits[k] = (logits.argmax(1) == labels).sum()
+        if self._buffers:
+            self._statistics += self._joined()
 
     @torch.no_grad()
     def start(self, stop: bool) -> None:
         """Begins the reduction; to be called by every rank after its last forward of a step."""
         self._stop.fill_(float(stop))
         if self._world_size > 1:
-            torch._foreach_copy_(self._statistics, self._buffers)
             self._pending = dist.all_reduce(self._flat, async_op=True)
 
     @torch.no_grad()
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ends the reduction, BatchNorm's buffers with it, and makes ready for the next step.
+        """Ends the reduction, updates BatchNorm's buffers, and makes ready for the next step. Not
+        before backward, which reads what the buffers were.
 
         Returns:
             float64 on the device: [G/m] losses and [G/m] hits by micro-batch, and how many ranks
@@ -273,9 +272,10 @@ class StepSums:
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
-            for statistic in self._statistics:
-                statistic.div_(self._world_size)
-            torch._foreach_copy_(self._buffers, self._statistics)
+        if self._buffers:
+            mean = (self._statistics / self._micro_batches).to(self._running.dtype)
+            self._running.lerp_(mean, BATCH_NORM_MOMENTUM)
+            torch._foreach_copy_(self._buffers, self._running_parts)
         totals = self._losses.clone(), self._hits.clone(), self._stop.clone()
         self._flat.zero_()
         return totals
@@ -317,7 +317,8 @@ class Agreement:
         self.close()
         if self._flag is not None and self._flag.read() > 0:
             return True
-        flag = torch.tensor(float(here), device=self._accelerator.device)
+        # Filled on the device: a number that comes from the host would wait for what it computes.
+        flag = torch.full((), float(here), device=self._accelerator.device)
         self._pending = dist.all_reduce(flag, async_op=True)
         if flag.is_cuda:
             self.close()  # for the stream, not the host: the copy must not wait for what comes next

@@ -17,12 +17,9 @@ import torch.nn.functional as F
 from distvgg import metrics, preemption
 from distvgg.config import Config, RunError
 from distvgg.distributed import (
-    BATCH_NORM_MOMENTUM,
     Agreement,
-    accumulation_momentum,
     left_in_order,
     lost_contact,
-    set_batch_norm_momentum,
 )
 from distvgg.evaluate import evaluate_over_ranks
 from distvgg.loader import EvalLoader, MicroBatch, Pixels
@@ -112,8 +109,6 @@ def train_step(run: Run, micro_batches: list[MicroBatch], lr: float) -> None:
     which skips such steps by itself, a later one may); the host learns of it from `run.watch`.
     """
     for a, batch in enumerate(micro_batches, start=1):
-        momentum = accumulation_momentum(BATCH_NORM_MOMENTUM, a, len(micro_batches))
-        set_batch_norm_momentum(run.batch_norms, momentum)
         last = a == len(micro_batches)
         # All-reduce once a step: with the last micro-batch's backward, overlapping it.
         with nullcontext() if last else run.accelerator.no_sync(run.model):

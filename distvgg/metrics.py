@@ -43,9 +43,9 @@ class TrainMeter:
 
     def add(self, summed_loss: "Tensor", hits: "Tensor", count: int) -> None:
         """Adds one step over all ranks."""
-        self.sums[0] += summed_loss
-        self.sums[1] += hits
-        self.sums[2] += count
+        self.sums[0].add_(summed_loss)  # `+=` would also copy the element onto itself
+        self.sums[1].add_(hits)
+        self.sums[2].add_(count)
 
     def read(self) -> Row:
         """The means since the last reading."""

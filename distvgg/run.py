@@ -100,7 +100,6 @@ class Run:
     vgg: VGG
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    batch_norms: list[nn.BatchNorm2d]
     sums: StepSums
     failed: Tensor
     meter: TrainMeter
@@ -143,7 +142,6 @@ def build(config: Config, folder: Path) -> Run:
 
     model, optimizer = distribute(accelerator, vgg, optimizer)
     model.train()
-    norms = batch_norm_layers(vgg)
     fp16 = accelerator.scaler is not None
     pixels = Pixels(dataset, dataset.train, config.model.image_size, device)
     loader = DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index)
@@ -160,8 +158,7 @@ def build(config: Config, folder: Path) -> Run:
         vgg=vgg,
         model=model,
         optimizer=optimizer,
-        batch_norms=norms,
-        sums=StepSums(accelerator, plan, norms),
+        sums=StepSums(accelerator, plan, batch_norm_layers(vgg)),
         failed=torch.zeros((), dtype=torch.float32, device=device),
         meter=meter,
         clock=Clock(

@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.numpy import load_file
 from torch import nn
 
-from distvgg.distributed import accumulation_momentum
+from distvgg.distributed import StepSums
+from distvgg.sampling import Plan
 from launch import FLOAT64, rows, train
 
 TOLERANCE = 1e-12
@@ -77,13 +79,21 @@ def test_the_seed_changes_the_run(runs: dict[int, Path], tmp_path: Path) -> None
     assert not math.isclose(other["train/loss"], first["train/loss"], rel_tol=1e-4)
 
 
-def test_accumulated_batchnorm_updates_equal_one_update_with_their_mean() -> None:
-    accumulated, once = nn.BatchNorm1d(3, dtype=torch.float64), nn.BatchNorm1d(3).double()
-    batches = torch.randn(5, 8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for a, batch in enumerate(batches, start=1):
-        accumulated.momentum = accumulation_momentum(0.1, a, len(batches))
-        accumulated(batch)
-    mean = batches.mean(1).mean(0)
-    torch.testing.assert_close(accumulated.running_mean, 0.9 * once.running_mean + 0.1 * mean)
-    variance = batches.var(1).mean(0)
-    torch.testing.assert_close(accumulated.running_var, 0.9 * once.running_var + 0.1 * variance)
+def test_batchnorm_takes_one_update_a_step_with_the_mean_of_its_micro_batches() -> None:
+    layer = nn.BatchNorm2d(3).double()
+    plan = Plan(n_samples=40, global_batch_size=40, micro_batch_size=8)
+    sums = StepSums(Accelerator(cpu=True), plan, [layer])
+    steps = torch.randn(2, 5, 8, 3, 4, 4, dtype=torch.float64)
+    mean, variance = torch.zeros(3).double(), torch.ones(3).double()
+    for step in steps:
+        for k, batch in enumerate(step):
+            labels = torch.arange(8)
+            sums.add(k, layer(batch).sum(), torch.eye(8) if k % 2 else torch.ones(8, 8), labels)
+        sums.start(stop=False)
+        losses, hits, stop = sums.finish()
+        assert hits.tolist() == [1, 8, 1, 8, 1]
+        assert (len(losses), stop) == (5, 0)
+        mean = 0.9 * mean + 0.1 * step.mean((1, 3, 4)).mean(0)
+        variance = 0.9 * variance + 0.1 * step.transpose(1, 2).flatten(2).var(2).mean(0)
+    torch.testing.assert_close(layer.running_mean, mean)
+    torch.testing.assert_close(layer.running_var, variance)
