@@ -100,10 +100,12 @@ def job_of(config: Config) -> Job:
     layers: list[Layer] = []
     side, statistics_ = config.model.image_size, 0
     for module in [*model.features, *model.classifier]:
-        gradients = tuple(p.numel() * p.element_size() for p in reversed(list(module.parameters())))
+        gradients = tuple(p.numel() * p.element_size() for p in module.parameters())
         if isinstance(module, nn.Conv2d | nn.Linear):
             pixels = side**2 if isinstance(module, nn.Conv2d) else 1
             forward = 2 * module.weight.numel() * pixels
+            if isinstance(module, nn.Linear):
+                gradients = gradients[::-1]  # the weight is transposed first: its bias is earlier
             # Nobody needs the gradient of the images.
             layers.append(Layer(gradients, forward, 2 * forward if layers else forward))
         elif isinstance(module, nn.BatchNorm2d):
@@ -115,17 +117,17 @@ def job_of(config: Config) -> Job:
     return Job(tuple(layers), config.train.micro_batch_size, statistics_)
 
 
-def measure(config: Config) -> Gpu:
-    """What the device here takes for a recipe's steps: some ten seconds of real ones."""
+def measure(config: Config, seconds: float = SECONDS) -> Gpu:
+    """What the device here takes for a recipe's steps, from about so many seconds of real ones."""
     from distvgg.run import build
 
     with TemporaryDirectory() as folder:
         run = build(rehearsal(config, ranks=1), Path(folder) / "run")
         step_times(run, rounds=1)  # allocation, compilation
         first = step_times(run, rounds=1)
-        seconds = sum(times[0] for times in first.values())
         block = max(1, round(BLOCK_SECONDS / first[FEW][0]))
-        rounds = min(40, max(5, round(SECONDS / (block * seconds))))
+        one_round = block * sum(times[0] for times in first.values())
+        rounds = min(40, max(5, round(seconds / one_round)))
         times = step_times(run, rounds, block)
         assert run.lock is not None
         os.close(run.lock)
@@ -144,13 +146,16 @@ def rehearsal(config: Config, ranks: int) -> Config:
     )
 
 
-def step_times(run: "Run", rounds: int, block: int = 1) -> Times:
-    """Times training steps of `FEW` and of `MANY` micro-batches a rank, in turns. They learn
-    nothing (their learning rate is 0), which takes as long.
+def step_times(
+    run: "Run", rounds: int, block: int = 1, lengths: Sequence[int] = (FEW, MANY)
+) -> Times:
+    """Times training steps in turns. They learn nothing (their learning rate is 0), which takes as
+    long.
 
     Args:
         run: of a `rehearsal`; every rank must call this alike.
         block: steps that are timed together.
+        lengths: of a step, in micro-batches of a rank; divisors of `MANY`.
 
     Returns:
         Seconds a step by micro-batches of a rank, [rounds].
@@ -164,14 +169,14 @@ def step_times(run: "Run", rounds: int, block: int = 1) -> Times:
     pixels = Pixels(run.dataset, run.dataset.train, config.model.image_size, device)
     rank = run.accelerator.process_index
     loaders = {}
-    for accumulation in (FEW, MANY):
+    for accumulation in lengths:
         # A rank of more: it runs fewer of the step's micro-batches.
         ranks = plan.micro_batches // accumulation
         share = Plan(plan.n_samples, plan.global_batch_size, plan.micro_batch_size, ranks)
         loaders[accumulation] = DeviceLoader(config, pixels, rows, share, rank)
-    times: Times = {FEW: [], MANY: []}
+    times: Times = {accumulation: [] for accumulation in lengths}
     for nth in range(rounds):
-        for accumulation in (FEW, MANY) if nth % 2 else (MANY, FEW):
+        for accumulation in lengths if nth % 2 else reversed(lengths):
             synchronize(device)
             started = time.perf_counter()
             for _ in range(block):
