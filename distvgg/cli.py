@@ -18,6 +18,7 @@ import tyro
 
 from distvgg import preemption
 from distvgg.config import Config, ContactError, RunError, UserError, load, recipe_names
+from distvgg.hardware import BenchOptions, read_options
 
 USAGE = """\
 usage: distvgg COMMAND ...
@@ -27,6 +28,7 @@ usage: distvgg COMMAND ...
   compare RUN_DIR... [--out FILE]                            runs as one table, seeds averaged
   config RECIPE [--section.field VALUE ...]                  the whole config as YAML
   doctor [RECIPE] [--prepare] [as train]                     what works here, and what to fix
+  bench [RECIPE] [--json] [--gpu h100] [as train]            what to expect of 1 to 1,024 GPUs
 
 Over several processes:
   accelerate launch --config_file accelerate_config.yaml --num_processes N -m distvgg train ...
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compare": _compare,
         "config": _config,
         "doctor": _doctor,
+        "bench": _bench,
     }
     if words[0] == "train":
         preemption.install()
@@ -89,6 +92,16 @@ def _doctor(words: list[str]) -> str:
     recipe = None if alone else _recipe(positional)
     config = Config() if recipe is None else load(recipe, options)
     return doctor(config, recipe, Path(run_dir) if run_dir else None, prepare)
+
+
+def _bench(words: list[str]) -> str:
+    positional, options = _split([w for w in words if w != "--json"])
+    recipe = _recipe(positional or ["fast"])
+    if "help" in options:
+        _help(functools.partial(bench, config=load(recipe), options=BenchOptions()))
+    of_config = {name for name in options if "." in name or name in Config.model_fields}
+    config = load(recipe, {name: options.pop(name) for name in of_config})
+    return bench(config, read_options(options), recipe, "--json" in words)
 
 
 def _recipe(positional: list[str]) -> str:
@@ -189,6 +202,22 @@ def doctor(
 
     folder = run_dir or (Path("runs") if recipe is None else default_run_dir(recipe, config))
     return examine(None if recipe is None else config, folder, prepare=prepare)
+
+
+def bench(
+    config: Annotated[Config, tyro.conf.arg(name="")],
+    options: Annotated[BenchOptions, tyro.conf.arg(name="")],
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE]")] = "fast",
+    json: Annotated[bool, tyro.conf.Suppress] = False,
+) -> str:
+    """Predict step time, throughput and efficiency on 1 to 1,024 GPUs from what one takes: measured
+    here in some ten seconds of real steps on synthetic images, or given by `--images_per_sec` or
+    `--gpu`. Links are assumed to be an H100's, unless given. `--json` (without a value) prints the
+    curves as JSON. The model is described in distvgg/scaling.py.
+    """
+    from distvgg.bench import bench
+
+    return bench(config, recipe, options, as_json=json)
 
 
 def resolve(words: list[str]) -> tuple[str, Config, Path]:

@@ -1,0 +1,191 @@
+"""The model of step time (distvgg/scaling.py) against real runs on one and two processes.
+
+    python -m benchmarks.scaling [--recipe fast] [--rounds 3] [--out FILE.json] [--quick]
+
+One thread a process, gloo, each run started by `accelerate launch`; steps are distvgg's own, on
+synthetic images. Nothing is fitted: what a micro-batch and a step by itself take is measured on one
+process, latency and bandwidth by all-reduces of one number and of 16 MiB between two, and the model
+predicts the steps of two. A process beside another has less of the caches, the memory and the
+clock; so the constants are measured twice, alone and beside a second run that computes the same
+and talks to nobody. The difference between the two predictions is what sharing a machine costs;
+GPUs share none of that. gloo has no core of its own here: nothing overlaps.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.measure import in_turns, report, save, table
+from distvgg.bench import FEW, MANY, Times, gpu_from, job_of, rehearsal, step_times
+from distvgg.config import Config, load
+from distvgg.run import build
+from distvgg.scaling import MIB, Fabric, Gpu, Link, Setup, step
+
+ROOT = Path(__file__).parent.parent
+LARGE = 16 * MIB
+LENGTHS = (FEW, 2, MANY)
+QUICK = {"train.global_batch_size": 64, "train.micro_batch_size": 16}
+HEADER = [
+    "processes",
+    "micro-batches each",
+    "measured ms",
+    "predicted: constants beside another (error)",
+    "constants alone (error)",
+]
+
+
+def main() -> int:
+    """Runs the measurement, or one rank of it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recipe", default=None, help="default: fast, quickstart if quick")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind, in turns")
+    parser.add_argument("--steps", type=int, default=8, help="of each length, in a run")
+    parser.add_argument("--quick", action="store_true", help="small, once: to see that it works")
+    parser.add_argument("--out", type=Path, help="write everything as JSON")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    recipe = options.recipe or ("quickstart" if options.quick else "fast")
+    config = load(recipe, QUICK if options.quick else {})
+    if options.worker:
+        work(config, options.steps, options.worker)
+        return 0
+    words = ["--recipe", recipe, "--steps", str(options.steps), *(["--quick"] * options.quick)]
+    runs = measure(words, 1 if options.quick else options.rounds)
+    rows = compare(config, runs)
+    link = gloo(runs["together"]).inside
+    print(table(HEADER, list(map(cells, rows))))
+    print(f"gloo: {1e6 * link.ring_hop:.0f} us a hop, {link.bandwidth / 1e9:.2f} GB/s")
+    found = report(torch.device("cpu"), recipe=recipe, gloo=link._asdict(), rows=rows, runs=runs)
+    save(found, options.out)
+    return 0
+
+
+def measure(words: list[str], rounds: int) -> dict[str, list[Any]]:
+    """Runs on one process, on two, and two apart at the same time, in turns: what they wrote."""
+    runs: dict[str, list[Any]] = {"alone": [], "beside": [], "together": []}
+
+    def case(name: str, *processes: int) -> float:
+        found = launch(words, *processes)
+        runs[name].append(found[0])
+        return 1000 * float(statistics.median(found[0]["times"][str(MANY)]))
+
+    cases = {
+        "alone": lambda: case("alone", 1),
+        "beside": lambda: case("beside", 1, 1),
+        "together": lambda: case("together", 2),
+    }
+    in_turns(cases, rounds)
+    return runs
+
+
+def launch(words: list[str], *processes: int) -> list[Any]:
+    """Starts a run for each number of processes, all at once; what each wrote."""
+    with TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{nth}.json" for nth in range(len(processes))]
+        started = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "accelerate.commands.launch"),
+                    *("--config_file", str(ROOT / "accelerate_config.yaml")),
+                    *("--main_process_port", "0", "--num_processes", str(n)),
+                    *("-m", "benchmarks.scaling", *words, "--worker", str(file)),
+                ],
+                cwd=ROOT,
+                env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.DEVNULL,
+            )
+            for n, file in zip(processes, files, strict=True)
+        ]
+        for process in started:
+            if process.wait():
+                raise RuntimeError(f"a run on {processes} process(es) ended with an error, above")
+        return [json.loads(file.read_text()) for file in files]
+
+
+def work(config: Config, steps: int, file: Path) -> None:
+    """One rank of a run: times steps and, with a second rank, all-reduces; the main one writes."""
+    with TemporaryDirectory() as folder:
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        run = build(rehearsal(config, ranks), Path(folder) / "run")
+        step_times(run, 1, lengths=LENGTHS)  # allocation
+        found: dict[str, Any] = {"times": step_times(run, steps, lengths=LENGTHS)}
+        if run.accelerator.num_processes > 1:
+            found |= {"small": all_reduce_seconds(1), "large": all_reduce_seconds(LARGE // 4)}
+        if run.accelerator.is_main_process:
+            file.write_text(json.dumps(found))
+        # gloo now and then aborts a rank that leaves while another still talks to it.
+        run.accelerator.wait_for_everyone()
+        run.accelerator.end_training()
+
+
+def all_reduce_seconds(numbers: int, rounds: int = 20) -> float:
+    """The median time of an all-reduce of so many float32."""
+    values, seconds = torch.zeros(numbers), []
+    for _ in range(rounds + 3):
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_reduce(values)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[3:])
+
+
+def compare(config: Config, runs: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Measured against predicted: a row for each number of processes and length of a step."""
+    pooled = {name: pool(found) for name, found in runs.items()}
+    beside, alone = (gpu_from(pooled[name]) for name in ("beside", "alone"))
+    job, fabric = job_of(config), gloo(runs["together"])
+
+    def row(kind: str, ranks: int, accumulation: int, **gpus: Gpu) -> dict[str, Any]:
+        measured = statistics.median(pooled[kind][accumulation])
+        found: dict[str, Any] = {"processes": ranks, "micro_batches": accumulation}
+        found["measured_s"] = measured
+        for name, gpu in gpus.items():
+            predicted = step(Setup(job, gpu, fabric), ranks, accumulation)
+            found[name] = predicted._asdict() | {
+                "seconds": predicted.seconds,
+                "error": predicted.seconds / measured - 1,
+            }
+        return found
+
+    # One process's own constants come from the other two lengths.
+    return [
+        row("alone", 1, 2, alone=alone),
+        *(row("together", 2, length, beside=beside, alone=alone) for length in LENGTHS),
+    ]
+
+
+def pool(runs: list[Any]) -> Times:
+    """The times of several runs together."""
+    return {length: [t for run in runs for t in run["times"][str(length)]] for length in LENGTHS}
+
+
+def gloo(runs: list[Any]) -> Fabric:
+    """Two processes' links, by equation 3: latency from the small all-reduce, bandwidth from what
+    the large one takes longer."""
+    small, large = (statistics.median(run[size] for run in runs) for size in ("small", "large"))
+    link = Link(LARGE / (large - small), ring_hop=small / 2, tree_hop=small / 2)
+    return Fabric(gpus_per_node=2, launch=0.0, inside=link, between=link, overlaps=False)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A line of the table."""
+    predictions = [
+        f"{1000 * row[name]['seconds']:.1f} ({row[name]['error']:+.1%})" if name in row else ""
+        for name in ("beside", "alone")
+    ]
+    measured = f"{1000 * row['measured_s']:.1f}"
+    return [str(row["processes"]), str(row["micro_batches"]), measured, *predictions]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""How long a step takes on 1 to 1,024 GPUs, and how many images a second that makes: a model.
+
+Owns the arithmetic alone. What one GPU takes is measured (`bench.py`) or given; links are cited
+below. Imports no torch. A rank takes A micro-batches a step, t seconds each, of which `forward`
+and `backward`; W ranks are on N nodes. In seconds and bytes:
+
+    (1) step       = (A - 1) t + forward + end + fixed + wait
+    (2) end        = max(backward, done of the last bucket);
+        done(b)    = max(ready(b), done(b - 1)) + all_reduce(n(b))
+    (3) ring(n)    = launch + 2 (W - N) ring_in + 2 (N - 1) ring_out + 2 (W - 1)/W n / B
+    (4) tree(n)    = launch + 2 (W/N - 1) tree_in + 2 log2(N) tree_out + 2 n / B
+        all_reduce = the smaller;  B = min(inside, GPUs on a node * between)
+    (5) wait       = jitter A t E[the largest of W standard normals]
+
+(1), (2): gradients travel once a step, in the buckets of DistributedDataParallel, each as soon as
+the last micro-batch's backward has it, in order (Li et al., "PyTorch Distributed", VLDB 2020,
+section 3.2.3). First comes StepSums' reduction, which starts before the backward. (3) is the
+bandwidth-optimal ring (Patarasuk and Yuan, JPDC 2009) with a latency for each hop (Thakur,
+Rabenseifner and Gropp, IJHPCA 2005), (4) the double binary tree (Sanders, Speck and Traeff,
+Parallel Computing 2009), which NCCL spans between nodes, with a chain within each. Both cross
+nodes through all their network cards at once, and pipeline: the slower kind of link counts. That
+is the cost model by which NCCL itself chooses (ncclTopoTuneModel in its src/graph/tuning.cc, 2022).
+(5) is Blom's approximation (1958), which for many ranks grows as sqrt(2 ln W).
+
+Left out: reduction in the switch (NVLink SHARP), which would be faster; congestion and other jobs
+on the network, which would be slower.
+"""
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import NamedTuple
+
+MIB = 2**20
+# DistributedDataParallel's defaults (torch 2.14): the bucket that is ready first is small.
+FIRST_BUCKET, BUCKET = MIB, 25 * MIB
+TARGET = 0.9
+
+
+class Link(NamedTuple):
+    """Between two GPUs: bytes a second in each direction, seconds a hop of each algorithm."""
+
+    bandwidth: float
+    ring_hop: float
+    tree_hop: float
+
+
+class Fabric(NamedTuple):
+    """How GPUs reach each other: within a node, and between nodes by a network card a GPU."""
+
+    gpus_per_node: int
+    launch: float
+    """Seconds that any all-reduce takes, however small."""
+    inside: Link
+    between: Link
+    overlaps: bool = True
+    """False where communication needs the cores that compute, as gloo's does on busy cores."""
+
+
+class Layer(NamedTuple):
+    """A convolution or linear layer, with the BatchNorm that follows it."""
+
+    gradients: tuple[int, ...]
+    """Bytes, in the order in which the backward produces them."""
+    forward: int
+    """Floating-point operations of one image."""
+    backward: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank computes and sends."""
+
+    layers: tuple[Layer, ...]
+    micro_batch_size: int
+    statistics: int
+    """Numbers in BatchNorm's running statistics."""
+
+    @property
+    def flops(self) -> int:
+        """Of one image, forward and backward."""
+        return sum(layer.forward + layer.backward for layer in self.layers)
+
+    @property
+    def forward_share(self) -> float:
+        """Of a micro-batch's time that its forward takes, as of its operations."""
+        return sum(layer.forward for layer in self.layers) / self.flops
+
+    def sums(self, micro_batches: int) -> int:
+        """Bytes of StepSums: float64 losses and hits, the wish to stop, running statistics."""
+        return 8 * (2 * micro_batches + 1 + self.statistics)
+
+
+class Gpu(NamedTuple):
+    """What one GPU takes, in seconds."""
+
+    micro_batch: float
+    """Forward and backward of one micro-batch, its input included."""
+    fixed: float
+    """Once a step, however many micro-batches: clipping, optimizer, bookkeeping."""
+    jitter: float
+    """Standard deviation of a rank's compute, as a share of it."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A job on GPUs of one kind."""
+
+    job: Job
+    gpu: Gpu
+    fabric: Fabric
+
+
+class Step(NamedTuple):
+    """One step of `ranks` ranks, and where its seconds go."""
+
+    ranks: int
+    global_batch_size: int
+    compute: float
+    exposed: float
+    """Communication that the backward does not hide."""
+    wait: float
+    """For the slowest rank."""
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.exposed + self.wait
+
+    @property
+    def rate(self) -> float:
+        """Images a second over all ranks."""
+        return self.global_batch_size / self.seconds
+
+
+def ring(n: int, ranks: int, fabric: Fabric) -> float:
+    """Seconds of a ring all-reduce of `n` bytes: equation 3."""
+    nodes, bandwidth = _reach(ranks, fabric)
+    hops = (ranks - nodes) * fabric.inside.ring_hop + (nodes - 1) * fabric.between.ring_hop
+    return fabric.launch + 2 * hops + 2 * (ranks - 1) / ranks * n / bandwidth
+
+
+def tree(n: int, ranks: int, fabric: Fabric) -> float:
+    """Seconds of a double binary tree's all-reduce of `n` bytes: equation 4."""
+    nodes, bandwidth = _reach(ranks, fabric)
+    chain = math.ceil(ranks / nodes) - 1
+    depth = math.ceil(math.log2(nodes))
+    hops = chain * fabric.inside.tree_hop + depth * fabric.between.tree_hop
+    return fabric.launch + 2 * hops + 2 * n / bandwidth
+
+
+def all_reduce(n: int, ranks: int, fabric: Fabric) -> float:
+    """Seconds of the all-reduce that is faster for `n` bytes; nothing to do for one rank."""
+    return min(ring(n, ranks, fabric), tree(n, ranks, fabric)) if ranks > 1 else 0.0
+
+
+def _reach(ranks: int, fabric: Fabric) -> tuple[int, float]:
+    """Nodes of so many ranks, and the bandwidth at the narrowest place of a ring or tree."""
+    nodes = math.ceil(ranks / fabric.gpus_per_node)
+    if nodes == 1:
+        return 1, fabric.inside.bandwidth
+    return nodes, min(fabric.inside.bandwidth, fabric.gpus_per_node * fabric.between.bandwidth)
+
+
+def buckets(layers: Sequence[Layer]) -> list[tuple[float, int]]:
+    """The gradient buckets, from the last layer backwards: (share of the backward after which a
+    bucket is complete, its bytes). A bucket is closed by the gradient that fills it."""
+    total = sum(layer.backward for layer in layers)
+    found: list[tuple[float, int]] = []
+    done, filled = 0, 0
+    for layer in reversed(layers):
+        done += layer.backward
+        for gradient in layer.gradients:
+            filled += gradient
+            if filled >= (BUCKET if found else FIRST_BUCKET):
+                found.append((done / total, filled))
+                filled = 0
+    return [*found, (1.0, filled)] if filled else found
+
+
+def backward_end(
+    backward: float, messages: Sequence[tuple[float, int]], ranks: int, fabric: Fabric
+) -> float:
+    """Seconds from the start of the last backward until the gradients are summed: equation 2.
+
+    Args:
+        backward: seconds of computing it.
+        messages: (share of the backward after which it can go, bytes), in order.
+    """
+    if not fabric.overlaps:
+        return backward + sum(all_reduce(n, ranks, fabric) for _, n in messages)
+    done = 0.0
+    for ready, n in messages:
+        done = max(ready * backward, done) + all_reduce(n, ranks, fabric)
+    return max(backward, done)
+
+
+def slowest(ranks: int) -> float:
+    """The expected largest of so many standard normals (Blom, 1958): 0 for one."""
+    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
+
+
+def step(setup: Setup, ranks: int, accumulation: int) -> Step:
+    """One step of `ranks` ranks with so many micro-batches each: equation 1."""
+    job, gpu = setup.job, setup.gpu
+    micro_batches = ranks * accumulation
+    backward = (1 - job.forward_share) * gpu.micro_batch
+    messages = [(0.0, job.sums(micro_batches)), *buckets(job.layers)]
+    end = backward_end(backward, messages, ranks, setup.fabric)
+    return Step(
+        ranks,
+        micro_batches * job.micro_batch_size,
+        compute=accumulation * gpu.micro_batch + gpu.fixed,
+        exposed=end - backward,
+        wait=gpu.jitter * accumulation * gpu.micro_batch * slowest(ranks),
+    )
+
+
+def efficiency(setup: Setup, taken: Step, accumulation: int) -> float:
+    """Images a second over those of as many GPUs, each alone with `accumulation` micro-batches."""
+    return taken.rate / (taken.ranks * step(setup, 1, accumulation).rate)
+
+
+def smallest_batch(setup: Setup, ranks: int, accumulation: int) -> int | None:
+    """The smallest global batch with which so many GPUs are at least 90% as fast, each, as one
+    alone with `accumulation` micro-batches. None: no batch is large enough."""
+
+    def reaches(a: int) -> bool:
+        return efficiency(setup, step(setup, ranks, a), accumulation) >= TARGET
+
+    candidates = range(1, 2**16)
+    found = bisect.bisect_left(candidates, True, key=reaches)
+    if found == len(candidates):
+        return None
+    return candidates[found] * ranks * setup.job.micro_batch_size

@@ -1,0 +1,336 @@
+"""Past this machine: the model of step time against closed forms, and the real distributed parts at
+1,024 ranks, of which one at a time runs (torch's fake process group sends nothing)."""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from benchmarks.scaling import compare
+from distvgg import distributed, scaling
+from distvgg.bench import FEW, MANY, gpu_from, job_of, measure
+from distvgg.config import Config, load
+from distvgg.data import Dataset, Split
+from distvgg.hardware import BenchOptions, fabric_of, gpu_of
+from distvgg.loader import DeviceLoader, Pixels
+from distvgg.model import build_vgg, training_flops
+from distvgg.optim import build_optimizer
+from distvgg.sampling import Plan, epoch_permutation
+from distvgg.scaling import Fabric, Gpu, Job, Layer, Link, Setup
+from launch import run
+
+RANKS = 1024
+# One node of any size: the textbook's flat ring.
+FLAT = Fabric(10**6, launch=0.0, inside=Link(1e9, 2e-6, 3e-6), between=Link(1e8, 4e-6, 5e-6))
+NODES = FLAT._replace(gpus_per_node=8)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8, 1024])
+def test_a_flat_ring_takes_what_the_papers_say(ranks: int) -> None:
+    n = 3_000_000
+    expected = 2 * (ranks - 1) / ranks * n / 1e9 + 2 * (ranks - 1) * 2e-6
+    assert scaling.ring(n, ranks, FLAT) == pytest.approx(expected, rel=1e-12)
+
+
+def test_over_nodes_hops_are_counted_by_kind_and_the_narrowest_link_counts() -> None:
+    # 64 GPUs on 8 nodes: of 63 hops 7 leave a node; 8 cards of 0.1 GB/s are below 1 GB/s.
+    expected = 2 * (56 * 2e-6 + 7 * 4e-6) + 2 * 63 / 64 * 1e6 / 0.8e9
+    assert scaling.ring(10**6, 64, NODES) == pytest.approx(expected, rel=1e-12)
+    # A chain of 7 hops in each node, a tree of depth 3 between the 8.
+    expected = 2 * (7 * 3e-6 + 3 * 5e-6) + 2 * 1e6 / 0.8e9
+    assert scaling.tree(10**6, 64, NODES) == pytest.approx(expected, rel=1e-12)
+
+
+def test_small_messages_take_the_tree_and_large_ones_the_ring() -> None:
+    for n, faster in ((1000, scaling.tree), (10**10, scaling.ring)):
+        assert scaling.all_reduce(n, 1024, NODES) == faster(n, 1024, NODES)
+
+
+def test_one_gpu_does_not_communicate_or_wait() -> None:
+    setup = Setup(job_of(load("fast")), Gpu(0.01, 0.002, 0.1), NODES)
+    taken = scaling.step(setup, 1, 4)
+    assert (taken.exposed, taken.wait) == (0.0, 0.0)
+    assert taken.seconds == pytest.approx(4 * 0.01 + 0.002)
+    assert taken.rate == pytest.approx(4 * 64 / 0.042)
+    assert scaling.efficiency(setup, taken, 4) == pytest.approx(1)
+
+
+def test_a_bucket_waits_for_its_gradients_and_for_the_one_before() -> None:
+    """By hand: backward 1 s; the first of 0.4 s is ready at 0.5, the next of 0.4 at 0.6, the last
+    of 0.1 at 1.0."""
+    fabric = FLAT._replace(inside=Link(1.0, 0.0, 0.0))  # two ranks: a byte takes a second
+    messages = [(0.5, 0.4), (0.6, 0.4), (1.0, 0.1)]
+    assert scaling.backward_end(1.0, messages, 2, fabric) == pytest.approx(1.4)
+    assert scaling.backward_end(1.0, messages[:1], 2, fabric) == 1.0
+    alone = fabric._replace(overlaps=False)
+    assert scaling.backward_end(1.0, messages, 2, alone) == pytest.approx(1.9)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8, 64, 1024])
+def test_the_slowest_of_many_is_as_slow_as_simulated(ranks: int) -> None:
+    draws = np.random.default_rng(0).standard_normal((4000, ranks)).max(1)
+    error = 4 * draws.std() / math.sqrt(len(draws))
+    assert scaling.slowest(ranks) == pytest.approx(draws.mean(), abs=error + 0.03)
+    assert scaling.slowest(ranks) <= math.sqrt(2 * math.log(ranks))
+
+
+@st.composite
+def setups(draw: st.DrawFn) -> Setup:
+    """Any small network on any GPU and links."""
+    size = st.integers(1, 5 * 10**7)
+    layers = draw(
+        st.lists(
+            st.builds(
+                Layer,
+                st.lists(size, min_size=1, max_size=3).map(tuple),
+                st.integers(1, 10**9),
+                st.integers(1, 10**9),
+            ),
+            min_size=1,
+            max_size=6,
+        )
+    )
+    seconds, links = st.floats(1e-6, 1e-2), st.floats(1e6, 1e12)
+    link = st.builds(Link, links, seconds, seconds)
+    gpu = st.builds(Gpu, st.floats(1e-5, 10), st.floats(0, 1), st.floats(0, 0.5))
+    fabric = st.builds(Fabric, st.sampled_from([1, 2, 8]), seconds, link, link, st.booleans())
+    return Setup(Job(tuple(layers), 32, 100), draw(gpu), draw(fabric))
+
+
+@given(setup=setups(), ranks=st.sampled_from([2, 4, 8, 64, 1024]), accumulation=st.integers(1, 9))
+def test_no_step_is_faster_than_its_parts(setup: Setup, ranks: int, accumulation: int) -> None:
+    job, fabric = setup.job, setup.fabric
+    taken = scaling.step(setup, ranks, accumulation)
+    messages = [job.sums(ranks * accumulation), *(n for _, n in scaling.buckets(job.layers))]
+    talking = sum(scaling.all_reduce(n, ranks, fabric) for n in messages)
+    forwards = (accumulation - 1 + job.forward_share) * setup.gpu.micro_batch
+    assert taken.seconds >= taken.compute
+    assert taken.seconds >= (forwards + talking) * (1 - 1e-9)
+    assert taken.exposed <= talking * (1 + 1e-9) + 1e-9
+    assert scaling.efficiency(setup, taken, accumulation) <= 1 + 1e-9
+    # Twice the images never take less; nor do twice the ranks, on as full nodes.
+    assert scaling.step(setup, ranks, 2 * accumulation).seconds >= taken.seconds
+    if ranks >= fabric.gpus_per_node:
+        assert scaling.step(setup, 2 * ranks, accumulation).seconds >= taken.seconds * (1 - 1e-9)
+
+
+@given(setup=setups())
+def test_buckets_hold_every_gradient_once_and_are_ready_in_order(setup: Setup) -> None:
+    layers = setup.job.layers
+    buckets = scaling.buckets(layers)
+    assert sum(n for _, n in buckets) == sum(sum(layer.gradients) for layer in layers)
+    ready = [share for share, _ in buckets]
+    assert ready == sorted(ready)
+    assert 0 < ready[0] <= ready[-1] == 1
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64, 512])
+def test_the_smallest_efficient_batch_is_the_smallest(ranks: int) -> None:
+    options = BenchOptions(gpu="h100", jitter=0.02)
+    job = job_of(load("fast"))
+    setup = Setup(job, gpu_of(options, job, 4), fabric_of(options))
+    batch = scaling.smallest_batch(setup, ranks, 4)
+    assert batch is not None
+    accumulation, rest = divmod(batch, ranks * 64)
+    assert rest == 0
+    reached = [
+        scaling.efficiency(setup, scaling.step(setup, ranks, a), 4)
+        for a in (accumulation, accumulation - 1)
+        if a
+    ]
+    assert reached[0] >= 0.9
+    assert all(e < 0.9 for e in reached[1:])
+    hopeless = Setup(job, Gpu(0.001, 0.0, 0.5), setup.fabric)
+    assert scaling.smallest_batch(hopeless, ranks, 4) is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"model__batch_norm": False}, {"model__depth": 19}])
+def test_the_job_is_the_network(changes: dict[str, object]) -> None:
+    config = load("fast").replace(**changes)
+    job, vgg = job_of(config), build_vgg(config.model, 100, seed=0)
+    assert job.flops == training_flops(config.model, 100)
+    gradients = [n for layer in job.layers for n in layer.gradients]
+    assert sorted(gradients) == sorted(4 * p.numel() for p in vgg.parameters())
+    plan = Plan(45_000, 256, 64)
+    with world(0, ranks=1) as accelerator:
+        sums = distributed.StepSums(accelerator, plan, distributed.batch_norm_layers(vgg))
+        assert job.sums(plan.micro_batches) == sums._flat.numel() * sums._flat.element_size()
+
+
+def test_constants_come_back_from_times_that_they_made() -> None:
+    noise = np.random.default_rng(0).normal(1, 0.02, (2, 20_000))
+    gpu = gpu_from({FEW: list(0.105 * noise[0]), MANY: list(0.405 * noise[1])})
+    assert gpu.micro_batch == pytest.approx(0.1, rel=0.01)
+    assert gpu.fixed == pytest.approx(0.005, abs=0.001)
+    assert gpu.jitter == pytest.approx(0.02, rel=0.05)
+
+
+def test_the_check_against_real_runs_finds_no_error_where_the_model_is_true() -> None:
+    """Runs as the benchmark's workers write them, made by the model itself."""
+    config = load("fast")
+    link = Link(1.3e9, 1e-4, 1e-4)
+    fabric = Fabric(2, 0.0, link, link, overlaps=False)
+    setup = Setup(job_of(config), Gpu(0.3, 0.02, 0.0), fabric)
+
+    def made(ranks: int) -> dict[str, object]:
+        seconds = {a: scaling.step(setup, ranks, a).seconds for a in (1, 2, 4)}
+        reduces = {"small": 2e-4, "large": 2e-4 + 16 * scaling.MIB / 1.3e9}
+        return {"times": {str(a): [s] * 4 for a, s in seconds.items()}} | reduces
+
+    runs = {"alone": [made(1)], "beside": [made(1)], "together": [made(2), made(2)]}
+    rows = compare(config, runs)
+    assert [(r["processes"], r["micro_batches"]) for r in rows] == [(1, 2), (2, 1), (2, 2), (2, 4)]
+    assert all(abs(r["alone"]["error"]) < 1e-9 for r in rows)
+    runs["together"][1]["times"]["4"] = runs["together"][0]["times"]["4"] = [3.0] * 4
+    assert compare(config, runs)[-1]["beside"]["error"] < -0.5
+
+
+def test_measuring_runs_real_steps_and_leaves_nothing(tmp_path: Path) -> None:
+    config = load("quickstart").replace(model__width=0.05, train__micro_batch_size=16)
+    try:
+        gpu = measure(config, seconds=0.5)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert 0 < gpu.micro_batch < 1
+    assert gpu.fixed < 1
+
+
+def test_the_command_answers_with_tables_and_with_curves() -> None:
+    text = run(["bench", "fast", "--gpu", "h100", "--jitter", "0.02"]).stdout
+    assert "ASSUMED, an NVIDIA H100 SXM at 30% of its peak" in text
+    assert "512 GPUs: " in text
+    done = run(["bench", "fast", "--images_per_sec", "9000", "--json"])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [p["gpus"] for p in found["weak"]] == [2**i for i in range(11)]
+    assert [p["gpus"] for p in found["strong"]] == [1, 2, 4]
+    assert found["one_gpu"]["source"] == "given"
+    assert found["weak"][0]["images_per_sec"] == pytest.approx(9000)
+
+
+# The real parts at 1,024 ranks ----------------------------------------------------------------
+
+
+def test_a_thousand_ranks_partition_the_stream() -> None:
+    """Epochs of 45,000 and steps of 4,096: the eleventh straddles two epochs."""
+    plan = Plan(45_000, 4 * RANKS, 2, RANKS)
+    order = [epoch_permutation(0, epoch, plan.n_samples).numpy() for epoch in (0, 1)]
+    seen = []
+    for step in range(22):
+        positions = [plan.positions(step, rank) for rank in range(RANKS)]
+        starts = np.array([p.start for p in positions])
+        assert (starts == step * 4096 + 4 * np.arange(RANKS)).all()
+        for p in positions:
+            seen += [order[e][a:b] for e, a, b in plan.spans(p) if e < 2]
+    counts = np.bincount(np.concatenate(seen), minlength=plan.n_samples)
+    # 22 steps are 90,112 samples: two epochs whole, and 112 of the third left out above.
+    assert (counts == 2).all()
+    ks = [k for rank in range(RANKS) for k in plan.rank_micro_batches(rank)]
+    assert ks == list(range(plan.micro_batches))
+
+
+@contextmanager
+def world(rank: int, ranks: int = RANKS) -> Iterator["distributed.Accelerator"]:
+    """accelerate's handle in one rank of many, whose collectives return this rank's own values."""
+    names = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % 8, "LOCAL_WORLD_SIZE": 8}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "OMP_NUM_THREADS": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (names if ranks > 1 else {}).items():
+            patch.setenv(name, str(value))
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        if ranks > 1:
+            dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+        try:
+            yield distributed.start(Config().replace(train__precision="no"))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def images(n: int) -> Dataset:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+    split = Split(pixels, rng.integers(0, 100, n), None)
+    return Dataset(split, None, [str(i) for i in range(100)], [], None, (0.5,) * 3, (0.25,) * 3, "")
+
+
+@pytest.mark.parametrize("rank", [0, 517, 1023])
+def test_a_step_of_one_rank_of_a_thousand(rank: int) -> None:
+    """Its data, the buckets that it sends, and what the reductions make of its own share."""
+    config = load("fast").replace(
+        train__global_batch_size=4 * RANKS, train__micro_batch_size=4, train__precision="no"
+    )
+    data, n = images(3000), 3000  # less than a step: a step sees epochs end within ranks
+    sent: list[int] = []
+    with world(rank) as accelerator:
+        assert (accelerator.num_processes, accelerator.process_index) == (RANKS, rank)
+        plan = Plan(n, 4 * RANKS, 4, accelerator.num_processes)
+        pixels = Pixels(data, data.train, 32, accelerator.device)
+        loader = DeviceLoader(config, pixels, np.arange(n), plan, rank)
+        (batch,) = loader.micro_batches(2)
+        assert batch.k == rank
+
+        vgg = build_vgg(config.model, 100, seed=0)
+        distributed.place(vgg, accelerator, config)
+        model, _ = distributed.distribute(accelerator, vgg, build_optimizer(vgg, config.optim))
+        assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
+        assert not model.broadcast_buffers
+
+        def hook(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            # What DistributedDataParallel does by itself, but that the fake group's Work has no
+            # result for it to take.
+            values = bucket.buffer().div_(RANKS)
+            dist.all_reduce(values)
+            sent.append(values.numel() * values.element_size())
+            done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+            done.set_result(values)
+            return done
+
+        model.register_comm_hook(None, hook)
+        distributed.settle_gradient_buckets(accelerator, model, batch.images)
+        sent.clear()
+        norms = distributed.batch_norm_layers(vgg)
+        sums = distributed.StepSums(accelerator, plan, norms)
+        torch.manual_seed(batch.dropout_seed)
+        logits = model(batch.images)
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+        sums.add(batch.k, loss, logits, batch.labels)
+        before = norms[0].running_mean.clone()
+        sums.start(stop=rank == 0)
+        accelerator.backward(loss * RANKS / plan.global_batch_size)
+        losses, hits, stop = sums.finish()
+
+        # The one micro-batch that ran, in its place among 1,024; BatchNorm's sum over ranks, of
+        # which one is there, was divided by all.
+        assert losses.nonzero().flatten().tolist() == [rank]
+        assert losses[rank] == loss.detach()
+        assert hits.sum() == (logits.argmax(1) == batch.labels).sum()
+        assert stop == (rank == 0)
+        torch.testing.assert_close(norms[0].running_mean, before / RANKS)
+        gradients = [p.grad.clone() for p in vgg.parameters()]
+
+    alone = DeviceLoader(config, pixels, np.arange(n), Plan(n, 4 * RANKS, 4), 0).micro_batches(2)
+    assert torch.equal(batch.images, alone[rank].images)
+    assert torch.equal(batch.rows, alone[rank].rows)
+    assert batch.dropout_seed == alone[rank].dropout_seed
+    # Its share of the gradient of the whole batch: that of its loss, over G.
+    vgg.zero_grad()
+    torch.manual_seed(batch.dropout_seed)
+    loss = F.cross_entropy(vgg(batch.images), batch.labels, reduction="sum")
+    (loss / plan.global_batch_size).backward()
+    for got, parameter in zip(gradients, vgg.parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-6)
+    # The model's buckets are those that DistributedDataParallel sends, in order.
+    assert sent == [size for _, size in scaling.buckets(job_of(config).layers)]
