@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils import data
-from torchvision import transforms
-from torchvision.transforms import v2
+from torchvision import transforms  # type: ignore[import-untyped]
+from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from benchmarks.measure import in_turns, ratio, report, save, spread, table
 from distvgg.config import Config, load
