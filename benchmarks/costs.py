@@ -73,7 +73,7 @@ def main() -> int:
 
     findings: dict[str, Any] = {}
     if "processes" in options.parts:
-        findings["processes"] = processes(overrides, rounds)
+        findings["processes"] = processes(overrides, rounds, rows=1 if options.quick else 3)
     if {"cadence", "growth"} & set(options.parts):
         with tempfile.TemporaryDirectory() as folder:
             run = build(config, Path(folder) / "run")
@@ -88,8 +88,8 @@ def main() -> int:
     return 0
 
 
-def processes(overrides: dict[str, Any], rounds: int, rows: int = 3) -> dict[str, Any]:
-    """Images/s of one process and of two on the same cores."""
+def processes(overrides: dict[str, Any], rounds: int, rows: int) -> dict[str, Any]:
+    """Images/s of one process and of two on the same cores, over so many rows."""
     cores = os.cpu_count() or 1
     config = load("fast", overrides)
     steps = max(1, BLOCK // config.train.global_batch_size)

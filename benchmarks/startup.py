@@ -1,6 +1,7 @@
 """What it costs to start: to the first step, to the help text, to the first decode, in memory.
 
     python -m benchmarks.startup [--data.path FOLDER] [--rounds 5] [--quick] [--out FILE]
+        [--parts first_step imports help decode memory]
 
 - **first step**: from the start of `python -m distvgg train fast` with a warm cache until its
   metrics.jsonl holds the first step's row, against the bare minimum (`benchmarks.bare_start`), with
@@ -39,6 +40,7 @@ from distvgg.metrics import EPOCH, STEP
 FIRST, WANDB = "first step", "first step, W&B offline"
 MODEL, STEPPED = "bare model", "bare model and step"
 LESS = " less what the bare step takes"
+PARTS = ("first_step", "imports", "help", "decode", "memory")
 HELPS = {"--help": ["--help"], "train fast --help": ["train", "fast", "--help"]}
 # Small networks of the recipe, where the network is not what is measured.
 NARROW = ("--model.width", "0.05", "--train.precision", "no")
@@ -52,6 +54,7 @@ def main() -> int:
     """Runs the measurements."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data.path", dest="path", help="default: CIFAR-100 of the hub")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="synthetic set, narrow network")
     parser.add_argument("--out", type=Path, help="a JSON file")
@@ -62,13 +65,14 @@ def main() -> int:
     rounds = 1 if options.quick else options.rounds
     load_dataset(config_of(words).data)  # warms the cache
 
-    findings = {
-        "first_step": first_step(words, rounds, options.quick),
-        "imports_ms": imports(words),
-        "help_seconds": help_texts(rounds),
-        "decode": decode(words),
-        "memory": memory(words, (1, 2) if options.quick else (1, 2, 4)),
+    parts: dict[str, Callable[[], Any]] = {
+        "first_step": partial(first_step, words, rounds, options.quick),
+        "imports": partial(imports, words),
+        "help": partial(help_texts, rounds),
+        "decode": partial(decode, words, (2,) if options.quick else (1, 2)),
+        "memory": partial(memory, words, (2,) if options.quick else (1, 2, 4)),
     }
+    findings = {name: part() for name, part in parts.items() if name in options.parts}
     save(report(device_here(), **findings), options.out)
     return 0
 
@@ -115,8 +119,13 @@ def first_step(words: Sequence[str], rounds: int, quick: bool) -> dict[str, Any]
         )
     }
     found = {name: spread(values) for name, values in samples.items()}
-    print(table(["start", "s"], [[name, f"{s['median']:.2f}"] for name, s in found.items()]))
-    print(table(["ratio", ""], [[name, f"{value:.2f}"] for name, value in ratios.items()]))
+    print(
+        table(["start", "s"], [[name, f"{s['median']:.2f}"] for name, s in found.items()]),
+        end="\n\n",
+    )
+    print(
+        table(["ratio", ""], [[name, f"{value:.2f}"] for name, value in ratios.items()]), end="\n\n"
+    )
     return {"seconds": found, "bare_step_seconds": spread(steps), "ratios": ratios}
 
 
@@ -149,7 +158,7 @@ def imports(words: Sequence[str]) -> dict[str, float]:
         text = started.log.read_text()
     spent = by_package(text)
     cells = [[name, f"{ms:,.0f}"] for name, ms in spent.items()]
-    print(table(["imports of train fast", "ms"], cells))
+    print(table(["imports of train fast", "ms"], cells), end="\n\n")
     return spent
 
 
@@ -181,14 +190,17 @@ def help_texts(rounds: int) -> dict[str, Any]:
 
     samples = in_turns({name: partial(seconds, words) for name, words in HELPS.items()}, rounds)
     found = {name: spread(values) for name, values in samples.items()}
-    print(table(["help", "s"], [[name, f"{s['median']:.2f}"] for name, s in found.items()]))
+    print(
+        table(["help", "s"], [[name, f"{s['median']:.2f}"] for name, s in found.items()]),
+        end="\n\n",
+    )
     return found
 
 
-def decode(words: Sequence[str]) -> list[dict[str, Any]]:
-    """Fills an empty cache by one process, and by two at once."""
+def decode(words: Sequence[str], counts: Sequence[int]) -> list[dict[str, Any]]:
+    """Fills an empty cache, by as many processes at once."""
     found: list[dict[str, Any]] = []
-    for processes in (1, 2):
+    for processes in counts:
         with tempfile.TemporaryDirectory() as cache:
             began = time.perf_counter()
             cpu_seconds = fill(Path(cache), words, processes)
@@ -206,7 +218,7 @@ def decode(words: Sequence[str]) -> list[dict[str, Any]]:
         [str(f["processes"]), f"{f['seconds']:.1f}", " ".join(f"{c:.1f}" for c in f["cpu_seconds"])]
         for f in found
     ]
-    print(table(["processes on an empty cache", "s", "CPU s of each"], cells))
+    print(table(["processes on an empty cache", "s", "CPU s of each"], cells), end="\n\n")
     return found
 
 
@@ -242,7 +254,7 @@ def memory(words: Sequence[str], counts: Sequence[int]) -> list[dict[str, Any]]:
         for f in found
     ]
     header = ["processes", "images in the cache, MiB", "PSS of each", "sum", "sum if not shared"]
-    print(table(header, cells))
+    print(table(header, cells), end="\n\n")
     return found
 
 
