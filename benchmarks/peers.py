@@ -4,15 +4,15 @@
 
 The job: the network of the `fast` recipe on the train split of its data, random crop and flip, SGD,
 256 images an optimizer step. Where a loop differs, its row says so. Each loop is a generator below
-that yields after every optimizer step; one that starts anew in each round, in a process of its own,
-with threads as torch chooses them. Its first steps fill caches and loader queues and do not count.
+that yields after every optimizer step; it starts anew in each round, in one process of its own with
+as many threads as torch takes. Its first steps fill caches and loader queues and do not count.
 distvgg is started as `launch/multi_gpu.sh` starts it, without W&B, and its numbers are those of its
-own metrics.jsonl. On a GPU all run on one, on a CPU on all cores.
+own metrics.jsonl: on a GPU one process, as the loops are, on a CPU two, and one for comparison.
 
 The loops get the settings that are best for them as far as their style allows. Those that can split
 a batch do so on a CPU, where forwards of 64 images were 10% faster than of 256 (two cores, AMD
-EPYC), and take it whole on a GPU; those of the styles that know no accumulation take it whole.
-bf16 is used by all or none, as distvgg finds the device good at it.
+EPYC), and take it whole on a GPU; the styles that know no accumulation take it whole. bf16 is used
+by all or none of those that know it, as distvgg finds the device good at it.
 """
 
 import argparse
@@ -360,13 +360,18 @@ def distvgg(config: Config, processes: int, steps: int) -> float:
                 stderr=subprocess.STDOUT,
             ) as training,
         ):
-            while training.poll() is None and len(rows(run)) < 2:
-                time.sleep(0.05)
+            while training.poll() is None and len(throughputs(run)) < 2:
+                time.sleep(0.2)
             if training.returncode is None:
                 (run / STOP_FILE).touch()
-        if training.returncode or len(rows(run)) < 2:
+        if training.returncode or len(throughputs(run)) < 2:
             raise RunError(f"distvgg ended with {training.returncode}:\n{log.read_text()}")
-        return float(rows(run)[1][IMAGES_PER_SEC])
+        return throughputs(run)[1]
+
+
+def throughputs(run: Path) -> list[float]:
+    """Images/s of a run's training rows so far."""
+    return [row[IMAGES_PER_SEC] for row in rows(run) if IMAGES_PER_SEC in row]
 
 
 @dataclass(frozen=True)
@@ -384,10 +389,9 @@ def cases(job: Job, device: torch.device, warmup: int, steps: int) -> dict[str, 
     mixed = "bf16" if job.config.train.precision == "bf16" else "fp32"
     parts = job if on_cpu else replace(job, forward_size=job.batch_size)
     whole = replace(job, forward_size=job.batch_size)
-    # 51 times the arithmetic of 32 x 32. A step of its own batch of 64 takes a CPU a minute.
-    large = Job(
-        job.config.replace(model__image_size=TUTORIAL_SIDE), *((16, 16) if on_cpu else (64, 64)), 0
-    )
+    # 49 times the arithmetic of 32x32: its own batch of 64 takes two CPU cores most of a minute.
+    batch = 16 if on_cpu else 64
+    large = Job(job.config.replace(model__image_size=TUTORIAL_SIDE), batch, batch, workers=0)
 
     def peer(label: str, loop: Callable[[Job], Steps], job: Job, share: int = 1) -> Case:
         counts = [max(1, n // share) for n in (warmup, steps)]
@@ -397,6 +401,7 @@ def cases(job: Job, device: torch.device, warmup: int, steps: int) -> dict[str, 
         label = f"distvgg, {processes} process{'es' if processes > 1 else ''}"
         return Case(label, batch_in_words(job), partial(distvgg, job.config, processes, steps))
 
+    no_loader = f"one fixed batch, no loader: {mixed}, channels_last"
     cores = len(os.sched_getaffinity(0))
     found = {
         "tutorial": peer("tutorial: 227x227, fp32, no loader workers", tutorial, large, share=4),
@@ -404,8 +409,8 @@ def cases(job: Job, device: torch.device, warmup: int, steps: int) -> dict[str, 
         "accelerate": peer(f"accelerate's image example: {mixed}", accelerate_example, whole),
         "torch": peer(f"torch, tuned: {mixed}, channels_last", tuned_torch, parts),
         "timm": peer(f"timm's loader and step: {mixed}, channels_last", timm_train, parts),
-        "fixed": peer(f"one fixed batch, no loader: {mixed}, channels_last", fixed_batch, whole),
-        "fixed-parts": peer("one fixed batch, in micro-batches", fixed_batch, job),
+        "fixed": peer(no_loader, fixed_batch, whole),
+        "fixed-parts": peer(no_loader, fixed_batch, job),
         # As many processes as launch/multi_gpu.sh starts for one GPU, or for a CPU.
         REFERENCE: ours(min(2, cores) if on_cpu else 1),
     }
@@ -447,7 +452,8 @@ def main() -> int:
 
     num_classes = load_dataset(config.data).num_classes  # decoded once, before any clock runs
     samples = measure.in_turns({n: c.images_per_sec for n, c in chosen.items()}, options.rounds)
-    print(measure.table(*in_cells(chosen, samples)))
+    results = [row(name, case, samples) for name, case in chosen.items()]
+    print(measure.table(*in_cells(results)))
     model = build_vgg(config.model, num_classes, config.seed)
     findings = measure.report(
         device,
@@ -459,7 +465,7 @@ def main() -> int:
         rounds=options.rounds,
         warmup_steps=warmup,
         steps=steps,
-        rows=[row(name, case, samples) for name, case in chosen.items()],
+        rows=results,
     )
     measure.save(findings, options.out)
     return 0
@@ -477,28 +483,30 @@ def configured(path: str | None, device: torch.device, *, quick: bool) -> Config
 
 
 def row(name: str, case: Case, samples: measure.Samples) -> dict[str, Any]:
-    """What was found of a case."""
-    ratio = measure.ratio(samples, of=name, to=REFERENCE) if REFERENCE in samples else None
-    facts = {"name": name, "label": case.label, "batch": case.batch}
-    return facts | {
+    """What was found of a case; ratios where distvgg was measured as well, both ways round, since a
+    small one has few digits."""
+    found = {
+        "name": name,
+        "label": case.label,
+        "batch": case.batch,
         "images_per_sec": measure.spread(samples[name]),
         "rounds": [round(value, 2) for value in samples[name]],
-        "ratio_to_distvgg": ratio,
     }
+    if REFERENCE in samples:
+        found["ratio_to_distvgg"] = measure.ratio(samples, of=name, to=REFERENCE)
+        found["distvgg_to_it"] = measure.ratio(samples, of=REFERENCE, to=name)
+    return found
 
 
-def in_cells(
-    chosen: dict[str, Case], samples: measure.Samples
-) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table; the ratio's column where there is something to divide by."""
-    header = ["loop", "batch", "images/s", "min to max", "ratio to distvgg"]
+def in_cells(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table."""
+    header = ["loop", "batch", "images/s", "min to max", "ratio to distvgg", "distvgg to it"]
     cells = []
-    for name, case in chosen.items():
-        found = row(name, case, samples)
-        speed = found["images_per_sec"]
-        spread = f"{speed['min']:,.4g} to {speed['max']:,.4g}"
-        ratio = "" if found["ratio_to_distvgg"] is None else f"{found['ratio_to_distvgg']:.3f}"
-        cells.append([case.label, case.batch, f"{speed['median']:,.4g}", spread, ratio])
+    for found in results:
+        speed = {name: f"{value:,.4g}" for name, value in found["images_per_sec"].items()}
+        ratios = [found.get(name, "") for name in ("ratio_to_distvgg", "distvgg_to_it")]
+        cells.append([found["label"], found["batch"], speed["median"]])
+        cells[-1] += [f"{speed['min']} to {speed['max']}", *map(str, ratios)]
     return header, cells
 
 
