@@ -61,12 +61,10 @@ def test_the_report_says_what_was_measured_and_on_what(quick: tuple[str, dict[st
 def test_what_a_loop_cannot_do_alike_stands_in_its_row() -> None:
     batches = {name: case.batch for name, case in peers_of("cpu").items()}
     assert batches["tutorial"] == "16"
-    assert batches["repository"] == batches["accelerate"] == batches["fixed"] == "256"
-    assert batches["torch"] == batches["timm"] == batches["fixed-parts"] == "4 x 64"
-    assert batches["distvgg"] == "4 x 64"
+    assert batches["fixed-parts"] == batches["distvgg"] == "4 x 64"
+    assert {batches[n] for n in ("repository", "accelerate", "torch", "timm", "fixed")} == {"256"}
     on_gpu = peers_of("cuda")
     assert on_gpu["tutorial"].batch == "64"
-    assert on_gpu["torch"].batch == on_gpu["timm"].batch == "256"
     assert on_gpu["distvgg"].label == "distvgg, 1 process"
     assert "distvgg-1" not in on_gpu
 
