@@ -9,11 +9,11 @@ as many threads as torch takes. Its first steps fill caches and loader queues an
 distvgg is started as `launch/multi_gpu.sh` starts it, without W&B, and its numbers are those of its
 own metrics.jsonl: on a GPU one process, as the loops are, on a CPU two, and one for comparison.
 
-The loops get the settings that are best for them as far as their style allows: loader workers for
-every core, the batch in one forward (in micro-batches as distvgg's the plain step was a tenth slower
-in one process: 161 to 180 images/s, two cores, AMD EPYC), and nothing of what distvgg does beside
-training, such as rows, gradient norms and checkpoints. bf16 is used by all that know it, or by
-none, as distvgg finds the device good at it.
+The loops get the settings that are best for them as far as their style allows: a loader worker for
+every core, and the batch in one forward. (In one process the plain step was a tenth slower in
+distvgg's micro-batches: 161 to 180 images/s, medians of two rounds on two cores of an AMD EPYC.)
+They do none of what distvgg does beside training: rows, gradient norms, checkpoints. bf16 is used
+by all that know it, or by none, as distvgg finds the device good at it.
 """
 
 import argparse
