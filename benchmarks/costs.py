@@ -36,7 +36,7 @@ from benchmarks.measure import in_turns, ratio, report, save, spread, table
 from benchmarks.runs import training
 from distvgg.config import Config, load
 from distvgg.data import load_dataset
-from distvgg.distributed import StepSums, device_here
+from distvgg.distributed import StepSums, batch_norm_layers, device_here
 from distvgg.engine import measure, train_row, train_step, validate
 from distvgg.loader import DeviceLoader, EvalLoader, Pixels
 from distvgg.metrics import IMAGES_PER_SEC
@@ -206,7 +206,7 @@ def on_noise(run: Run, n: int, global_batch_size: int) -> Run:
     dataset = noise(n)
     pixels = Pixels(dataset, dataset.train, run.config.model.image_size, run.accelerator.device)
     loader = DeviceLoader(run.config, pixels, np.arange(n), plan, run.accelerator.process_index)
-    sums = StepSums(run.accelerator, plan, run.batch_norms)
+    sums = StepSums(run.accelerator, plan, batch_norm_layers(run.vgg))
     return replace(run, plan=plan, loader=loader, sums=sums)
 
 

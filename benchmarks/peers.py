@@ -44,6 +44,7 @@ from benchmarks.chaos import rows
 from distvgg.config import Config, RunError, load
 from distvgg.data import load_dataset
 from distvgg.distributed import device_here, resolve_precision
+from distvgg.memory import keep_freed_memory
 from distvgg.metrics import IMAGES_PER_SEC
 from distvgg.model import VGG, build_vgg
 from distvgg.run_folder import STOP_FILE
@@ -170,6 +171,12 @@ def tuned_torch(job: Job) -> Steps:
         yield len(labels)
 
 
+def tuned_torch_and_memory(job: Job) -> Steps:
+    """`tuned_torch` with the C library told to keep freed memory, which few do and all can."""
+    keep_freed_memory()
+    yield from tuned_torch(job)
+
+
 def timm_train(job: Job) -> Steps:
     """timm's loader, prefetcher and optimizer, and the step of its training script with --amp and
     --channels-last. Its crops are resized, its colours left alone."""
@@ -225,6 +232,12 @@ def fixed_batch(job: Job) -> Steps:
         yield len(labels)
 
 
+def fixed_batch_and_memory(job: Job) -> Steps:
+    """`fixed_batch` with the C library told to keep freed memory."""
+    keep_freed_memory()
+    yield from fixed_batch(job)
+
+
 def plain_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -275,8 +288,13 @@ def crop_and_flip(job: Job) -> list[Callable[[Image.Image], Image.Image]]:
 
 
 def network(data: TrainImages, job: Job) -> VGG:
-    """The job's network, in training mode."""
-    return build_vgg(job.config.model, data.num_classes, job.config.seed)
+    """The job's network in training mode, of torch's own layers."""
+    model = build_vgg(job.config.model, data.num_classes, job.config.seed)
+    for i, layer in enumerate(model.features):
+        if isinstance(layer, nn.Conv2d):
+            model.features[i] = nn.Conv2d(layer.in_channels, layer.out_channels, 3, padding=1)
+            model.features[i].load_state_dict(layer.state_dict())
+    return model
 
 
 def channels_last(model: VGG) -> VGG:
@@ -406,12 +424,16 @@ def cases(job: Job, device: torch.device, warmup: int, steps: int) -> dict[str, 
         "repository": peer("CIFAR-100 repository: fp32, loader workers", repository, whole),
         "accelerate": peer(f"accelerate's image example: {mixed}", accelerate_example, whole),
         "torch": peer(f"torch, tuned: {mixed}, channels_last", tuned_torch, whole),
+        "torch-memory": peer("the same, freed memory kept", tuned_torch_and_memory, whole),
         "timm": peer(f"timm's loader and step: {mixed}, channels_last", timm_train, whole),
         "fixed": peer(no_loader, fixed_batch, whole),
+        "fixed-memory": peer("the same, freed memory kept", fixed_batch_and_memory, whole),
         "fixed-parts": peer(no_loader, fixed_batch, job),
         # As many processes as launch/multi_gpu.sh starts for one GPU, or for a CPU.
         REFERENCE: ours(min(2, cores) if on_cpu else 1),
     }
+    if not on_cpu:
+        del found["torch-memory"], found["fixed-memory"]
     return found | ({"distvgg-1": ours(1)} if on_cpu and cores > 1 else {})
 
 

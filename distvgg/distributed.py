@@ -59,6 +59,7 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
     """
     from accelerate import Accelerator, PartialState
     from accelerate.utils import (
+        DDPCommunicationHookType,
         DistributedDataParallelKwargs,
         ProjectConfiguration,
         TorchDynamoPlugin,
@@ -82,13 +83,16 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
     torch.backends.cudnn.deterministic = True
     folders = run_dir and ProjectConfiguration(str(run_dir), str(run_dir / "tensorboard"))
     compiled = TorchDynamoPlugin(backend="inductor") if config.train.compile else None
+    compressed = config.train.gradient_compression == "bf16"
+    hook = DDPCommunicationHookType.BF16 if compressed else DDPCommunicationHookType.NO
+    reducing = DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)
     return Accelerator(
         mixed_precision=resolve_precision(
             config.train.precision, state.device, os.environ.get("ACCELERATE_MIXED_PRECISION")
         ),
         project_config=folders,
         dynamo_plugin=compiled,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[reducing],
     )
 
 

@@ -37,6 +37,7 @@ def quick(name: str, out: Path, *words: str) -> dict[str, Any]:
     return findings
 
 
+@pytest.mark.benchmark
 def test_the_input_path_is_faster_than_torchvisions(tmp_path: Path) -> None:
     found = quick("input_path", tmp_path / "out.json", "--workers", "1")
     # On one worker and any number of cores; the factor itself is for a machine that is idle.
@@ -80,6 +81,7 @@ def test_an_epoch_of_both_sides_is_as_many_images(monkeypatch: pytest.MonkeyPatc
     assert seen == [512] * 4
 
 
+@pytest.mark.benchmark
 def test_what_starting_costs(tmp_path: Path) -> None:
     parts = ("first_step", "imports", "help", "decode")
     found = quick("startup", tmp_path / "out.json", "--parts", *parts)
@@ -105,6 +107,7 @@ def test_processes_that_train_share_the_pages_of_the_cache(tmp_path: Path) -> No
     assert sum(two["pss_mib"]) < 1.1 * max(two["rss_mib"])
 
 
+@pytest.mark.benchmark
 def test_what_more_costs(tmp_path: Path) -> None:
     plot = tmp_path / "costs.svg"
     found = quick("costs", tmp_path / "out.json", "--plot", str(plot))

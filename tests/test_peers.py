@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import peers
 from distvgg.config import RunError, load
+from distvgg.convolution import Conv3x3
 from distvgg.model import build_vgg
 from launch import CPU, ROOT
 
@@ -35,6 +36,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]
     return done.stdout, json.loads(out.read_text())
 
 
+@pytest.mark.benchmark
 def test_every_loop_has_a_row_and_a_ratio_to_distvgg(quick: tuple[str, dict[str, Any]]) -> None:
     printed, findings = quick
     assert len(printed.splitlines()) == 2 + len(findings["rows"])
@@ -49,6 +51,7 @@ def test_every_loop_has_a_row_and_a_ratio_to_distvgg(quick: tuple[str, dict[str,
         assert row["distvgg_to_it"] == pytest.approx(reference / speed, rel=0.01)
 
 
+@pytest.mark.benchmark
 def test_the_report_says_what_was_measured_and_on_what(quick: tuple[str, dict[str, Any]]) -> None:
     findings = quick[1]
     assert findings["command"].startswith("python -m benchmarks.peers --quick")
@@ -62,11 +65,24 @@ def test_what_a_loop_cannot_do_alike_stands_in_its_row() -> None:
     batches = {name: case.batch for name, case in peers_of("cpu").items()}
     assert batches["tutorial"] == "16"
     assert batches["fixed-parts"] == batches["distvgg"] == "4 x 64"
-    assert {batches[n] for n in ("repository", "accelerate", "torch", "timm", "fixed")} == {"256"}
+    whole = set(batches) - {"tutorial", "fixed-parts", "distvgg", "distvgg-1"}
+    assert {batches[n] for n in whole} == {"256"}
     on_gpu = peers_of("cuda")
     assert on_gpu["tutorial"].batch == "64"
     assert on_gpu["distvgg"].label == "distvgg, 1 process"
     assert "distvgg-1" not in on_gpu
+
+
+def test_the_network_of_the_loops_is_ours_of_torchs_layers() -> None:
+    job = peers.Job(load("quickstart"), batch_size=4, forward_size=4, workers=0)
+    theirs = peers.network(peers.TrainImages(job.config), job)
+    ours = build_vgg(job.config.model, 100, job.config.seed)
+    assert not any(isinstance(layer, Conv3x3) for layer in theirs.modules())
+    images = torch.randn(4, 3, 32, 32)
+    torch.manual_seed(0)
+    expected = ours(images)
+    torch.manual_seed(0)
+    torch.testing.assert_close(theirs(images), expected)
 
 
 def test_a_batch_in_parts_makes_the_step_of_the_whole() -> None:
