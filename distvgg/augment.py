@@ -26,7 +26,14 @@ class Draws(NamedTuple):
         return Draws(*(field[index] for field in self))
 
     def to(self, device: torch.device) -> "Draws":
-        return Draws(*(field.to(device, non_blocking=True) for field in self))
+        return Draws(*(sent(field, device) for field in self))
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on its way to a device, which the host does not wait for: a GPU copies by
+    itself only from pinned memory."""
+    source = tensor.pin_memory() if device.type == "cuda" else tensor
+    return source.to(device, non_blocking=True)
 
 
 def draw_epoch(config: AugmentConfig, seed: int, epoch: int, n_samples: int) -> Draws:

@@ -32,20 +32,21 @@ class Conv3x3(nn.Conv2d):
         if not x.is_cpu or max(x.shape[-2:]) > TAPS_SIDE or torch.compiler.is_compiling():
             return super().forward(x)
         assert self.bias is not None
-        weight, bias = self.weight, self.bias
         if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-        y: Tensor = _TinyGrid.apply(x, weight, bias)
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        y: Tensor = _TinyGrid.apply(x, self.weight, self.bias)
         return y
 
 
 class _TinyGrid(torch.autograd.Function):
-    """The convolution and its gradients: [n, i, h, w], [o, i, 3, 3], [o] -> [n, o, h, w]."""
+    """The convolution and its gradients, in the dtype of its input; the gradients of weight and
+    bias in theirs: [n, i, h, w], [o, i, 3, 3], [o] -> [n, o, h, w]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         n, _, h, w = x.shape
+        ctx.dtype = weight.dtype
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         if max(h, w) > DENSE_SIDE:
             ctx.save_for_backward(x, weight)
             return torch.conv2d(x, weight, bias, padding=1)
@@ -70,7 +71,7 @@ class _TinyGrid(torch.autograd.Function):
             else:
                 flat = _pixels_last(grad).reshape(n, -1) @ weight
                 grad_x = flat.view(n, h, w, -1).permute(0, 3, 1, 2)
-        return grad_x, weight_gradient(x, grad), grad.sum((0, 2, 3))
+        return grad_x, weight_gradient(x, grad, ctx.dtype), grad.sum((0, 2, 3), dtype=ctx.dtype)
 
 
 def dense_matrix(weight: Tensor, height: int, width: int) -> Tensor:
@@ -86,17 +87,17 @@ def dense_matrix(weight: Tensor, height: int, width: int) -> Tensor:
     return blocks.view(height * width * o, height * width * i)
 
 
-def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+def weight_gradient(x: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient of a 3x3 convolution's filters, from its input [n, i, h, w] and its output's
     gradient [n, o, h, w]: one matrix product a tap, over the pixels where it met the image.
 
     Returns:
-        [o, i, 3, 3], NHWC in memory, in the dtype of the arguments.
+        [o, i, 3, 3] of a dtype, NHWC in memory.
     """
     _, i, h, w = x.shape
     o = grad.shape[1]
     x, grad = _pixels_last(x), _pixels_last(grad)
-    gradient = x.new_empty(o, 3, 3, i)
+    gradient = x.new_empty(o, 3, 3, i, dtype=dtype)
     for ky, rows_out, rows_in in _meetings(h):
         for kx, columns_out, columns_in in _meetings(w):
             there = grad[:, rows_out, columns_out].reshape(-1, o)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distvgg.augment import Draws, draw_epoch, normalise, view
+from distvgg.augment import Draws, draw_epoch, normalise, sent, view
 from distvgg.config import Config, UserError
 from distvgg.data import Dataset, Split
 from distvgg.sampling import Plan, derive_seed, epoch_permutation
@@ -129,7 +129,7 @@ class DeviceLoader:
         seed, n, device = self._config.seed, self._plan.n_samples, self._pixels.device
         order = epoch_permutation(seed, epoch, n)
         draws = draw_epoch(self._config.augment, seed, epoch, n).take(order).to(device)
-        return self._rows[order.to(device, non_blocking=True)], draws
+        return self._rows[sent(order, device)], draws
 
 
 class EvalLoader:
