@@ -4,8 +4,9 @@ Owns what VGG's last two stages compute on a CPU at 32x32. Invariant: the result
 `nn.Conv2d` up to the order of floating-point sums; only products with padding are left out. Of the
 products that the definition counts, 100 in 144 are real on a 4x4 grid and 16 in 36 on a 2x2 grid,
 and the library's kernels compute most of the others as well. Measured on two cores (Zen 4, bf16,
-512 channels, 64 images, one thread): forward and backward of a convolution take 58 -> 50 ms at 4x4
-and 25 -> 10 ms at 2x2, all of VGG-16's step an eighth less. At 8x8 there is nothing to gain.
+512 channels, 64 images, one thread): forward and backward of a convolution take 53 ms in place of
+59 at 4x4, and 12 in place of 26 at 2x2; all of VGG-16's step a tenth less. At 8x8 there is nothing
+to gain.
 """
 
 from collections.abc import Iterator

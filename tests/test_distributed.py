@@ -79,6 +79,19 @@ def test_the_seed_changes_the_run(runs: dict[int, Path], tmp_path: Path) -> None
     assert not math.isclose(other["train/loss"], first["train/loss"], rel_tol=1e-4)
 
 
+def test_gradients_in_bf16_on_the_wire_are_near_the_whole_ones(
+    runs: dict[int, Path], tmp_path: Path
+) -> None:
+    words = (*ARGS, "--train.epochs", "1", "--train.gradient_compression", "bf16")
+    train(tmp_path / "run", *words, processes=2, program=FLOAT64)
+    (first, *_, last), whole = rows(tmp_path / "run")[:10], rows(runs[2])
+    assert first["train/loss"] == pytest.approx(whole[0]["train/loss"], rel=TOLERANCE)
+    for row, other in ((first, whole[0]), (last, whole[9])):
+        assert row["train/lr"] == other["train/lr"]
+        assert row["train/grad_norm"] == pytest.approx(other["train/grad_norm"], rel=0.05)
+        assert row["train/grad_norm"] != pytest.approx(other["train/grad_norm"], rel=1e-6)
+
+
 def test_batchnorm_takes_one_update_a_step_with_the_mean_of_its_micro_batches() -> None:
     layer = nn.BatchNorm2d(3).double()
     plan = Plan(n_samples=40, global_batch_size=40, micro_batch_size=8)
