@@ -99,6 +99,9 @@ class ModelConfig(Section):
     image_size: int = Field(32, ge=16, le=1024)
     """Side, in pixels, at which images enter the network; resized on the device where the stored
     images differ."""
+    init: Literal["he", "dirac"] = "he"
+    """Initial filters: he (He et al., 2015), or dirac (Zagoruyko and Komodakis, 2017), which passes
+    as many channels on unchanged as come in; filters beyond these are he."""
 
 
 class TrainConfig(Section):
@@ -144,8 +147,9 @@ class TrainConfig(Section):
 class OptimConfig(Section):
     """The optimizer and its learning rate over the run."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
-    """sgd takes `momentum` and `nesterov`; adamw takes its first beta from `momentum`."""
+    name: Literal["sgd", "adamw", "muon"] = "sgd"
+    """sgd takes `momentum` and `nesterov`; adamw takes its first beta from `momentum`; muon is Muon
+    for the filters of the convolutions and sgd for the rest."""
     lr: float = Field(0.1, gt=0)
     """Peak learning rate, for the global batch."""
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -158,6 +162,12 @@ class OptimConfig(Section):
     """Decay BatchNorm weights and all biases as well."""
     clip_norm: float | None = Field(None, gt=0)
     """Clip the global gradient norm to this. None: no clipping."""
+    muon_lr: float = Field(0.04, gt=0)
+    """Peak learning rate of Muon, relative to the size of the filters."""
+    muon_momentum: float = Field(0.6, ge=0, lt=1)
+    """Momentum of Muon, Nesterov's."""
+    muon_steps: int = Field(3, ge=1, le=10)
+    """Newton-Schulz steps of Muon."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up: to zero, or not at all."""
     warmup_epochs: float = Field(1.0, ge=0)
@@ -234,6 +244,15 @@ class Config(Section):
             raise ValueError(
                 "train.micro_batch_size 1 leaves BatchNorm nothing to normalise over: take 2 or"
                 " more, or --model.batch_norm false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _muon_needs_batch_norm(self) -> "Config":
+        if self.optim.name == "muon" and not self.model.batch_norm:
+            raise ValueError(
+                "optim.name muon keeps filters at one size, which only BatchNorm makes up for: take"
+                " sgd or adamw, or --model.batch_norm true"
             )
         return self
 

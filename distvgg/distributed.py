@@ -4,10 +4,11 @@ Invariant: what leaves this module is the same on every rank, and the same for e
 processes up to the order of floating-point sums.
 """
 
+import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -283,6 +284,55 @@ class StepSums:
         totals = self._losses.clone(), self._hits.clone(), self._stop.clone()
         self._flat.zero_()
         return totals
+
+
+class SharedResults:
+    """Matrices of which each is computed by one rank and wanted by all.
+
+    Who computes which is a function of costs and ranks alone: the costliest that is left goes to
+    whoever has least. Invariant: after `exchange` every rank holds the same bits.
+
+    Args:
+        shapes: of the matrices, (rows, columns).
+        costs: of computing them, in any one unit.
+
+    Attributes:
+        mine: the numbers of those that this rank computes, into `results[i]`.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        costs: Sequence[float],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.dtype, self.device = dtype, device
+        self._rank, self._world_size = rank, world_size
+        load, places, ends = [0.0] * world_size, {}, [0] * world_size
+        for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            owner = min(range(world_size), key=lambda r: load[r])
+            load[owner] += costs[i]
+            places[i] = owner, ends[owner]
+            ends[owner] += math.prod(shapes[i])
+        self.mine = {i for i, (owner, _) in places.items() if owner == rank}
+        # A row for each rank, as long as the longest.
+        self._rows = torch.zeros(world_size, max(ends), dtype=dtype, device=device)
+        self._results = [
+            self._rows[places[i][0]].narrow(0, places[i][1], math.prod(shape)).view(shape)
+            for i, shape in enumerate(shapes)
+        ]
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self._results[i]
+
+    def exchange(self) -> None:
+        """Hands this rank's results to all others; every rank must call it."""
+        if self._world_size > 1:
+            dist.all_gather_into_tensor(self._rows.view(-1), self._rows[self._rank])
 
 
 class HostCopy:

@@ -82,6 +82,8 @@ def build_vgg(config: ModelConfig, num_classes: int, seed: int) -> VGG:
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            if config.init == "dirac" and isinstance(module, nn.Conv2d):
+                nn.init.dirac_(module.weight[: module.in_channels])
         last = model.classifier[-1]
         assert isinstance(last, nn.Linear)
         nn.init.normal_(last.weight, std=0.01)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distvgg.config import OptimConfig
+from distvgg.muon import Muon
 
 
 def lr_at(step: int, config: OptimConfig, steps: int, warmup_steps: int) -> float:
@@ -30,10 +31,21 @@ def lr_at(step: int, config: OptimConfig, steps: int, warmup_steps: int) -> floa
     return config.lr * decay[config.schedule]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    config: OptimConfig,
+    muon_dtype: torch.dtype = torch.bfloat16,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+) -> torch.optim.Optimizer:
     """SGD or AdamW over two groups: matrices and filters, which decay, and vectors (BatchNorm
-    weights, biases), which decay unless `decay_norm_and_bias` is off."""
+    weights, biases), which decay unless `decay_norm_and_bias` is off. Muon has a third, the
+    filters, which it shares out among ranks."""
     parameters = list(model.parameters())
+    if config.name == "muon":
+        groups = _muon_groups(parameters, config)
+        return Muon(groups, config.muon_steps, muon_dtype, rank=rank, world_size=world_size)
     groups = [
         {
             "params": [p for p in parameters if p.ndim > 1],
@@ -56,10 +68,33 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     return sgd
 
 
+def _muon_groups(parameters: list[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
+    sgd = {
+        "orthogonalised": False,
+        "lr": config.lr,
+        "momentum": config.momentum,
+        "nesterov": config.nesterov,
+    }
+    vector_decay = config.weight_decay if config.decay_norm_and_bias else 0.0
+    return [
+        {
+            "params": [p for p in parameters if p.ndim == 4],
+            "orthogonalised": True,
+            "lr": config.muon_lr,
+            "lr_ratio": config.muon_lr / config.lr,
+            "momentum": config.muon_momentum,
+            "nesterov": True,
+        },
+        sgd
+        | {"params": [p for p in parameters if p.ndim == 2], "weight_decay": config.weight_decay},
+        sgd | {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": vector_decay},
+    ]
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Sets the learning rate of the next step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
 
 
 def skip_step_if(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:

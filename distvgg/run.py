@@ -130,7 +130,14 @@ def build(config: Config, folder: Path) -> Run:
     torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
     vgg = build_vgg(config.model, dataset.num_classes, derive_seed(config.seed, "weights"))
     place(vgg, accelerator, config)
-    optimizer = build_optimizer(vgg, config.optim)
+    optimizer = build_optimizer(
+        vgg,
+        config.optim,
+        # Rounded where everything else is.
+        torch.get_default_dtype() if config.train.precision == "no" else torch.bfloat16,
+        rank=accelerator.process_index,
+        world_size=world_size,
+    )
     meter = TrainMeter(device)
 
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep) if locks else None

@@ -70,6 +70,17 @@ def test_the_signal_keeps_its_variance_through_19_layers(batch_norm: bool) -> No
     assert 0.05 < features.std() < 20
 
 
+def test_dirac_starts_pass_channels_on() -> None:
+    model = build_vgg(ModelConfig(depth=11, width=0.1, init="dirac"), 10, seed=0)
+    he = build_vgg(ModelConfig(depth=11, width=0.1), 10, seed=0)
+    for module, reference in zip(model.features, he.features, strict=True):
+        if isinstance(module, torch.nn.Conv2d):
+            x = torch.randn(2, module.in_channels, 5, 5)
+            n = min(module.in_channels, module.out_channels)
+            torch.testing.assert_close(module(x)[:, :n], x[:, :n])
+            assert torch.equal(module.weight[n:], reference.weight[n:])
+
+
 def test_initial_weights_are_a_function_of_the_seed_alone() -> None:
     config = ModelConfig(depth=11, width=0.1)
     before = torch.get_rng_state()
