@@ -168,6 +168,9 @@ class OptimConfig(Section):
     """Momentum of Muon, Nesterov's."""
     muon_steps: int = Field(3, ge=1, le=10)
     """Newton-Schulz steps of Muon."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Decay in a step of a moving average of the weights, which is then what is evaluated and kept
+    as the result. 0: no average."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up: to zero, or not at all."""
     warmup_epochs: float = Field(1.0, ge=0)

@@ -26,7 +26,7 @@ from distvgg.loader import EvalLoader, MicroBatch, Pixels
 from distvgg.optim import lr_at, set_lr, skip_step_if
 from distvgg.preemption import Preempted
 from distvgg.result import Result, read_result, save_result, save_weights
-from distvgg.run import Run, build, checkpoint_tensors
+from distvgg.run import Run, build, checkpoint_tensors, network
 from distvgg.run_folder import (
     FAILURE_FILE,
     STOP_FILE,
@@ -131,6 +131,8 @@ def train_step(run: Run, micro_batches: list[MicroBatch], lr: float) -> None:
     set_lr(run.optimizer, lr)
     run.optimizer.step()
     run.optimizer.zero_grad()
+    if run.average is not None:
+        run.average.update(run.state.step)
 
 
 def summed_loss(run: Run, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -183,7 +185,7 @@ def measure(run: Run, loader: EvalLoader) -> metrics.Row:
             raise Preempted
 
     superclass_of = run.dataset.superclass_of
-    row = evaluate_over_ranks(run.accelerator, run.vgg, loader, superclass_of, leave_if_asked)
+    row = evaluate_over_ranks(run.accelerator, network(run), loader, superclass_of, leave_if_asked)
     agreement.close()
     return row
 
@@ -194,9 +196,10 @@ def save_checkpoint(run: Run, tracking: Tracking) -> None:
     state, scaler = run.state, run.accelerator.scaler
     state.saved, state.skipped, state.timed = state.step, run.watch.skipped, run.clock.totals()
     state.scaler = scaler and scaler.state_dict()
+    kept = network(run)
     if run.checkpoints is not None:
         state.metrics = tracking.mark()
-        model, rest = checkpoint_tensors(run)
+        model, rest = checkpoint_tensors(run, kept)
         run.checkpoints.save(
             state.step,
             model,
@@ -213,6 +216,7 @@ def stop_early(run: Run, tracking: Tracking) -> str:
     Raises:
         RunError: the checkpoint could not be written; there is no marker then.
     """
+    network(run)  # where it has to be measured, all ranks do
     preemption.ignore()  # nothing waits for another rank from here on, and some leave before others
     state, checkpoints = run.state, run.checkpoints
     at = f"{preemption.reason()}: stopped after step {state.step} of {run.steps}"
@@ -244,6 +248,7 @@ def finish(run: Run, tracking: Tracking) -> Result:
         pixels = Pixels(run.dataset, run.dataset.test, side, device)
         test = measure(run, EvalLoader(pixels, None, run.config.eval.batch_size))
         tracking.log(where(run) | prefixed("test", test))
+    kept = network(run)
     preemption.ignore()  # nothing waits for another rank from here on, and some leave before others
     result = Result.of(
         run.config,
@@ -263,7 +268,7 @@ def finish(run: Run, tracking: Tracking) -> Result:
             tracking.say(failure)
         try:
             tracking.flush()
-            save_weights(checkpoint_tensors(run)[0], run.folder)
+            save_weights(checkpoint_tensors(run, kept)[0], run.folder)
             leave_run_folder(run.folder, requeue=False)
             save_result(result, run.folder)
         except OSError as error:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from distvgg import metrics, preemption
+from distvgg.average import STATISTICS_STEPS, Average
 from distvgg.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -34,6 +35,7 @@ from distvgg.distributed import (
     place,
     settle_gradient_buckets,
     start,
+    summing,
 )
 from distvgg.loader import DeviceLoader, EvalLoader, Pixels
 from distvgg.metrics import Clock, TrainMeter
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 METER = "meter.sums"
+TRAINED = "trained."  # before the names of the weights where their average is the network
 
 
 class TrainState(BaseModel, extra="forbid"):
@@ -86,7 +89,8 @@ class TrainState(BaseModel, extra="forbid"):
 @dataclass(frozen=True)
 class Run:
     """The parts of one training run. `vgg` is the bare network; `model` runs it with mixed
-    precision, gradient all-reduce and compilation as accelerate arranged them. `failed` is 1 on the
+    precision, gradient all-reduce and compilation as accelerate arranged them. The network that is
+    evaluated and kept is that of `average`, where the config asks for one. `failed` is 1 on the
     device from the first non-finite step on. `checkpoints` and `lock` are the main process's."""
 
     config: Config
@@ -98,6 +102,7 @@ class Run:
     loader: DeviceLoader
     val_loader: EvalLoader
     vgg: VGG
+    average: Average | None
     model: nn.Module
     optimizer: torch.optim.Optimizer
     sums: StepSums
@@ -139,16 +144,19 @@ def build(config: Config, folder: Path) -> Run:
         world_size=world_size,
     )
     meter = TrainMeter(device)
+    average = Average(vgg, config.optim.ema_decay) if config.optim.ema_decay else None
 
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep) if locks else None
     found = from_main(accelerator, lambda: _newest(checkpoints, folder))
     state = TrainState(data=_digest(dataset))
     if found is not None:
-        state = _restore(found, state, vgg, optimizer, meter, accelerator)
+        state = _restore(found, state, vgg, average, optimizer, meter, accelerator)
     state.starts.append((state.step, accelerator.num_processes))
 
     model, optimizer = distribute(accelerator, vgg, optimizer)
     model.train()
+    if average is not None:
+        accelerator.prepare_model(average.network, evaluation_mode=True)
     fp16 = accelerator.scaler is not None
     pixels = Pixels(dataset, dataset.train, config.model.image_size, device)
     loader = DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index)
@@ -163,6 +171,7 @@ def build(config: Config, folder: Path) -> Run:
         loader=loader,
         val_loader=EvalLoader(pixels, val_rows, config.eval.batch_size),
         vgg=vgg,
+        average=average,
         model=model,
         optimizer=optimizer,
         sums=StepSums(accelerator, plan, batch_norm_layers(vgg)),
@@ -180,16 +189,32 @@ def build(config: Config, folder: Path) -> Run:
     )
 
 
-def checkpoint_tensors(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of the network, and those of the optimizer with the sums of unwritten rows."""
+def network(run: Run) -> VGG:
+    """The network that is evaluated and kept. Every rank must call it."""
+    average, step = run.average, run.state.step
+    if average is None:
+        return run.vgg
+    if average.measured_at != step:
+        steps = range(max(0, step - STATISTICS_STEPS), step)
+        batches = (batch.images for s in steps for batch in run.loader.micro_batches(s))
+        total = summing(run.accelerator)(average.measure(batches))
+        average.set_statistics(total / (len(steps) * run.plan.micro_batches), step)
+    return average.network
+
+
+def checkpoint_tensors(run: Run, vgg: VGG) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the network, `network(run)`, and what else there is to keep: those of the
+    optimizer, the sums of unwritten rows, the weights behind an average."""
     seen = run.state.step * run.plan.micro_batches
     model = {
         # BatchNorm counts the micro-batches of one rank; the run's own count is that of all.
         name: torch.full_like(value, seen) if name.endswith("num_batches_tracked") else value
-        for name, value in run.vgg.state_dict().items()
+        for name, value in vgg.state_dict().items()
     }
-    optimizer = optimizer_tensors(run.optimizer, _names(run.vgg))
-    return model, optimizer | {METER: run.meter.sums}
+    rest = optimizer_tensors(run.optimizer, _names(run.vgg)) | {METER: run.meter.sums}
+    if run.average is not None:
+        rest |= {f"{TRAINED}{name}": value for name, value in run.vgg.state_dict().items()}
+    return model, rest
 
 
 def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> Dataset:
@@ -229,6 +254,7 @@ def _restore(
     checkpoint: Checkpoint,
     fresh: TrainState,
     vgg: VGG,
+    average: Average | None,
     optimizer: torch.optim.Optimizer,
     meter: TrainMeter,
     accelerator: "Accelerator",
@@ -240,9 +266,15 @@ def _restore(
             " data back, or start again with another --run-dir"
         )
     try:
-        vgg.load_state_dict(safetensors.torch.load(checkpoint.model))
+        weights = safetensors.torch.load(checkpoint.model)
         tensors = safetensors.torch.load(checkpoint.state)
         meter.sums.copy_(tensors.pop(METER))
+        if average is not None:
+            average.network.load_state_dict(weights)
+            average.measured_at = state.step
+            kept = [name for name in tensors if name.startswith(TRAINED)]
+            weights = {name.removeprefix(TRAINED): tensors.pop(name) for name in kept}
+        vgg.load_state_dict(weights)
         load_optimizer_tensors(optimizer, _names(vgg), tensors)
     except (SafetensorError, RuntimeError, KeyError) as error:
         why = " ".join(str(error).split())[:200]

@@ -25,6 +25,8 @@ TOLERANCE = 1e-12
 WORLD_SIZES = (1, 2, 4)
 # Nothing divides anything: 601 train, 103 val, 2,000 test images; steps straddle epochs.
 ARGS = ("--data.train_size", "601", "--train.epochs", "5", "--eval.batch_size", "37")
+# Ranks share out what Muon computes, and what BatchNorm measures of an average.
+ARGS += ("--optim.name", "muon", "--optim.ema_decay", "0.9", "--model.init", "dirac")
 
 
 @pytest.fixture(scope="module")

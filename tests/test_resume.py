@@ -23,6 +23,8 @@ from test_data import made_rows, write_parquet
 # 113 steps, of 20 ms or so; steps straddle epochs, checkpoints fall between rows.
 ARGS = ("--train.epochs", "12", "--eval.every_epochs", "2", "--track.every_steps", "3")
 ARGS += ("--checkpoint.every_steps", "7")
+# All that has state: momenta of both kinds, an average of the weights.
+ARGS += ("--optim.name", "muon", "--optim.ema_decay", "0.9")
 STEPS = 113
 
 
