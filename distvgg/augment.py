@@ -171,13 +171,14 @@ def cutout(images: Tensor, hole: Tensor, size: int) -> Tensor:
         hole: [n, 2], the squares' centres as shares of height and width.
         size: of the squares, in pixels; clipped at the border.
     """
-    inside = []
-    for centre, n in zip(hole.unbind(1), images.shape[2:], strict=True):
-        first = (centre * n).long() - size // 2
-        at = _arange(n, images) - first[:, None]
-        inside.append((at >= 0) & (at < size))
-    rows, columns = inside
-    return images.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+    # A centre lies inside, so that clamping clips its square.
+    rows, columns = (
+        ((centre * n).long()[:, None] - size // 2 + _arange(size, images)).clamp(0, n - 1)
+        for centre, n in zip(hole.unbind(1), images.shape[2:], strict=True)
+    )
+    image = _arange(len(images), images)
+    images.permute(0, 2, 3, 1)[image[:, None, None], rows[:, :, None], columns[:, None]] = 0
+    return images
 
 
 def resize(images: Tensor, side: int) -> Tensor:
