@@ -224,9 +224,10 @@ def step_seconds(run: Run, steps: int) -> float:
 
     def take() -> None:
         for _ in range(steps):
-            train_step(run, run.loader.micro_batches(run.state.step), LR)
+            micro_batches = run.loader.micro_batches(run.state.step)
+            train_step(run, micro_batches, LR)
             run.state.step += 1
-            run.clock.step_done()
+            run.clock.step_done(micro_batches[0].side)
 
     return seconds(run, take) / steps
 

@@ -50,6 +50,12 @@ Depth = Annotated[
 _no = BeforeValidator(lambda v: "no" if v is False else v)
 Precision = Annotated[Literal["auto", "no", "fp16", "bf16"], _no]
 Compression = Annotated[Literal["no", "bf16"], _no]
+# What flip was before it had three values.
+_SWITCH = {True: "random", False: "no", "true": "random", "false": "no"}
+Flip = Annotated[
+    Literal["no", "random", "alternating"],
+    BeforeValidator(lambda v: _SWITCH.get(v, v) if isinstance(v, bool | str) else v),
+]
 
 
 class DataConfig(Section):
@@ -127,6 +133,11 @@ class TrainConfig(Section):
     """torch.compile the model. Slower on a CPU."""
     channels_last: bool = True
     """NHWC memory order: 2.2 times faster than NCHW together with bf16 on a CPU."""
+    start_size: int | None = Field(None, ge=16)
+    """Progressive resolution: train at this side first, in pixels, then at one that grows linearly
+    in steps of 4 up to `model.image_size`. None: at that one throughout."""
+    full_size_at: float = Field(0.7, gt=0, le=1)
+    """The share of the run's steps after which `start_size` has grown to the full size."""
     detect_anomaly: bool = False
     """Point at the operation that made a NaN in backward. Slow: for debugging."""
 
@@ -188,8 +199,23 @@ class AugmentConfig(Section):
 
     crop_padding: int = Field(4, ge=0, le=64)
     """Pixels of reflected border for the random crop. 0: no crop."""
-    flip: bool = True
-    """Mirror left and right with probability one half."""
+    flip: Flip = "random"
+    """Mirror left and right. random: with probability one half; alternating: each image one way in
+    one epoch and the other way in the next (Jordan, 2024, section 3.6). Also true or false, for
+    random or no."""
+    trivial: bool = False
+    """TrivialAugment, wide (Mueller and Hutter, 2021): one operation of 14 an image."""
+    cutout: int = Field(0, ge=0)
+    """Side of a square, in pixels of the stored images, that is filled with the mean colour; its
+    centre lies anywhere in the image (DeVries and Taylor, 2017). 0: none."""
+    mixup_alpha: float = Field(0.0, ge=0)
+    """Blend each image and label with another of the micro-batch, with a weight from
+    Beta(alpha, alpha) (Zhang et al., 2018). 0: no mixup."""
+    cutmix_alpha: float = Field(0.0, ge=0)
+    """Replace a box of each image by another's of the micro-batch, and the labels by its share;
+    alpha as in mixup (Yun et al., 2019). 0: no cutmix; with both, either as often."""
+    mix_probability: float = Field(1.0, ge=0, le=1)
+    """The probability that a micro-batch is mixed at all, where mixup or cutmix is on."""
 
 
 class EvalConfig(Section):
@@ -256,6 +282,27 @@ class Config(Section):
             raise ValueError(
                 "optim.name muon keeps filters at one size, which only BatchNorm makes up for: take"
                 " sgd or adamw, or --model.batch_norm true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mixing_needs_a_batch(self) -> "Config":
+        mixes = self.augment.mixup_alpha or self.augment.cutmix_alpha
+        if mixes and self.train.micro_batch_size == 1:
+            raise ValueError(
+                "train.micro_batch_size 1 leaves an image none to be mixed with: take 2 or more,"
+                " or turn augment.mixup_alpha and augment.cutmix_alpha off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_grow_by_fours(self) -> "Config":
+        start, full = self.train.start_size, self.model.image_size
+        if start is not None and start not in (works := range(full, 15, -4)):
+            near = sorted(sorted(works, key=lambda side: abs(side - start))[:2])
+            raise ValueError(
+                f"train.start_size {start} does not grow to model.image_size {full} in steps of 4:"
+                f" make it {' or '.join(map(str, near))}, or none"
             )
         return self
 

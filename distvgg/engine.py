@@ -92,7 +92,7 @@ def fit(run: Run, tracking: Tracking) -> Result:
         lr = lr_at(state.step, config.optim, run.steps, warmup)
         train_step(run, micro_batches, lr)
         state.step += 1
-        run.clock.step_done()
+        run.clock.step_done(micro_batches[0].side)
         tracking.step_done()
         run.watch.look()
         if due(state.step, config.track.every_steps, run.steps):
@@ -114,8 +114,8 @@ def train_step(run: Run, micro_batches: list[MicroBatch], lr: float) -> None:
         with nullcontext() if last else run.accelerator.no_sync(run.model):
             torch.manual_seed(batch.dropout_seed)
             logits = run.model(batch.images)
-            loss = summed_loss(run, logits, batch.labels)
-            run.sums.add(batch.k, loss, logits, batch.labels)
+            loss = summed_loss(run, logits, batch)
+            run.sums.add(batch.k, loss, logits, batch.main_labels)
             if last:
                 run.sums.start(preemption.requested())
             # A sum over G: accumulation and ranks need no second correction, but DDP averages.
@@ -135,10 +135,17 @@ def train_step(run: Run, micro_batches: list[MicroBatch], lr: float) -> None:
         run.average.update(run.state.step)
 
 
-def summed_loss(run: Run, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy summed over a micro-batch."""
-    smoothing = run.config.train.label_smoothing
-    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+def summed_loss(run: Run, logits: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Cross-entropy summed over a micro-batch; of mixed images that with either label, by share."""
+
+    def with_labels(labels: torch.Tensor) -> torch.Tensor:
+        smoothing = run.config.train.label_smoothing
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+
+    if batch.partner_labels is None:
+        return with_labels(batch.labels)
+    share = batch.share
+    return share * with_labels(batch.labels) + (1 - share) * with_labels(batch.partner_labels)
 
 
 def clipped_grad_norm(run: Run) -> torch.Tensor:
@@ -316,7 +323,7 @@ def find_non_finite_gradient(run: Run, step: int) -> int | None:
     scaler, found = run.accelerator.scaler, run.plan.micro_batches
     for batch in reversed(run.loader.micro_batches(step)):
         torch.manual_seed(batch.dropout_seed)
-        loss = summed_loss(run, run.vgg(batch.images), batch.labels)
+        loss = summed_loss(run, run.vgg(batch.images), batch)
         scale = 1.0 if scaler is None else scaler.get_scale()
         gradients = torch.autograd.grad(loss * scale, parameters)
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):

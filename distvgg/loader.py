@@ -13,17 +13,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distvgg.augment import Draws, draw_epoch, normalise, sent, view
-from distvgg.config import Config, UserError
+from distvgg.augment import (
+    Draws,
+    cutout,
+    draw_epoch,
+    draw_mixture,
+    mix,
+    normalise,
+    resize,
+    sent,
+    trivial_augment,
+    view,
+)
+from distvgg.config import AugmentConfig, Config, UserError
 from distvgg.data import Dataset, Split
-from distvgg.sampling import Plan, derive_seed, epoch_permutation
+from distvgg.sampling import Plan, derive_seed, epoch_permutation, side_at
 
 
 class MicroBatch(NamedTuple):
     """What one forward and backward computes on, and all that it may depend on.
 
     `images` [m, 3, side, side], normalised; `labels` [m] int64; `rows` [m] int64, which rows of the
-    split they are; `dropout_seed` seeds the forward.
+    split they are; `dropout_seed` seeds the forward. Of mixed images, `labels` and `rows` are the
+    first one's, whose share of the mixture is `share`; `partner_labels` [m] int64 the other's.
     """
 
     k: int
@@ -31,13 +43,27 @@ class MicroBatch(NamedTuple):
     labels: Tensor
     rows: Tensor
     dropout_seed: int
+    partner_labels: Tensor | None = None
+    share: float = 1.0
+
+    @property
+    def main_labels(self) -> Tensor:
+        """[m] int64, of what has the larger share of each image."""
+        if self.partner_labels is None or self.share >= 0.5:
+            return self.labels
+        return self.partner_labels
+
+    @property
+    def side(self) -> int:
+        """Of the images, in pixels."""
+        return self.images.shape[-1]
 
 
 class Pixels:
     """A split's images and labels on a device, and how its bytes become network input.
 
     Args:
-        side: of the images that the network takes, in pixels.
+        side: of the images that the network takes at evaluation, in pixels.
     """
 
     def __init__(self, dataset: Dataset, split: Split, side: int, device: torch.device) -> None:
@@ -57,14 +83,19 @@ class Pixels:
         """Of the stored images, in pixels."""
         return min(self._images.shape[1:3])
 
-    def augmented(self, rows: Tensor, draws: Draws, padding: int) -> Tensor:
+    def augmented(self, rows: Tensor, draws: Draws, config: AugmentConfig, side: int) -> Tensor:
         """Random views of some rows: [n] int64 -> [n, 3, side, side]."""
-        images = view(self._images, rows, draws, padding)
-        return normalise(images, self._mean, self._std, self._side)
+        images = view(self._images, rows, draws, config.crop_padding)
+        if config.trivial:
+            images = trivial_augment(images, draws)
+        x = normalise(images, self._mean, self._std)
+        if config.cutout:
+            x = cutout(x, draws.hole, config.cutout)
+        return resize(x, side)
 
     def plain(self, rows: Tensor) -> Tensor:
         """Some rows as they are: [n] int64 -> [n, 3, side, side]."""
-        return normalise(self._images[rows], self._mean, self._std, self._side)
+        return resize(normalise(self._images[rows], self._mean, self._std), self._side)
 
 
 class DeviceLoader:
@@ -74,17 +105,18 @@ class DeviceLoader:
         rows: [plan.n_samples] int64, the rows of the split that are trained on.
 
     Raises:
-        UserError: the images are smaller than the crop's padding allows.
+        UserError: the images are no larger than the crop's padding or the cutout.
     """
 
     def __init__(
         self, config: Config, pixels: Pixels, rows: np.ndarray, plan: Plan, rank: int
     ) -> None:
-        padding, side = config.augment.crop_padding, pixels.smallest_side
-        if padding >= side:
-            raise UserError(
-                f"augment.crop_padding {padding} must be less than the images' {side} pixels"
-            )
+        side = pixels.smallest_side
+        for field in ("crop_padding", "cutout"):
+            if (value := getattr(config.augment, field)) >= side:
+                raise UserError(
+                    f"augment.{field} {value} must be less than the images' {side} pixels"
+                )
         assert len(rows) == plan.n_samples
         self._config, self._pixels, self._plan, self._rank = config, pixels, plan, rank
         self._rows = torch.from_numpy(rows).to(pixels.device)
@@ -100,19 +132,33 @@ class DeviceLoader:
             parts.append((rows[first:last], draws.take(slice(first, last))))
         rows = torch.cat([r for r, _ in parts])
         draws = Draws(*map(torch.cat, zip(*(d for _, d in parts), strict=True)))
-        images = self._pixels.augmented(rows, draws, self._config.augment.crop_padding)
+        side = side_at(step, plan.steps(self._config.train.epochs), self._config)
+        images = self._pixels.augmented(rows, draws, self._config.augment, side)
         labels = self._pixels.labels[rows]
         m = plan.micro_batch_size
         return [
-            MicroBatch(
-                k,
-                images[a * m : (a + 1) * m],
-                labels[a * m : (a + 1) * m],
-                rows[a * m : (a + 1) * m],
-                derive_seed(seed, "dropout", step, k),
+            self._mixed(
+                step,
+                MicroBatch(
+                    k,
+                    images[a * m : (a + 1) * m],
+                    labels[a * m : (a + 1) * m],
+                    rows[a * m : (a + 1) * m],
+                    derive_seed(seed, "dropout", step, k),
+                ),
             )
             for a, k in enumerate(plan.rank_micro_batches(self._rank))
         ]
+
+    def _mixed(self, step: int, batch: MicroBatch) -> MicroBatch:
+        """A micro-batch with its images mixed in place, where they are to be."""
+        config, m = self._config, len(batch.labels)
+        mixture = draw_mixture(config.augment, config.seed, step, batch.k, m, batch.side)
+        if mixture is None:
+            return batch
+        mix(batch.images, mixture)
+        partner_labels = batch.labels.roll(mixture.shift)
+        return batch._replace(partner_labels=partner_labels, share=mixture.share)
 
     def rows(self, step: int, k: int) -> Tensor:
         """The rows of the split in any micro-batch, also another rank's: [m] int64."""

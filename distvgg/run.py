@@ -7,6 +7,7 @@ rest is a function of config and data. It is the same on every rank after every 
 import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -179,7 +180,7 @@ def build(config: Config, folder: Path) -> Run:
         meter=meter,
         clock=Clock(
             plan.global_batch_size,
-            training_flops(config.model, dataset.num_classes),
+            cache(lambda side: training_flops(config.model, dataset.num_classes, side)),
             *state.timed,
         ),
         watch=Watch(lag=int(device.type == "cuda"), fp16=fp16, skipped=state.skipped),

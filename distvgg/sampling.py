@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distvgg.config import UserError
+from distvgg.config import Config, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,16 @@ def epoch_permutation(seed: int, epoch: int, n_samples: int) -> "Tensor":
 def world_sizes(micro_batches: int) -> list[int]:
     """The numbers of processes over which the micro-batches of a step can be divided."""
     return [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+
+
+def side_at(step: int, steps: int, config: Config) -> int:
+    """The side of the images, in pixels, that the network is trained on in a step of a run."""
+    start, full = config.train.start_size, config.model.image_size
+    if start is None:
+        return full
+    # The rounding error of a fraction such as 0.1 must not cost a step: as in Plan.steps.
+    grown = min(1.0, (step + 1e-6) / (config.train.full_size_at * steps))
+    return start + 4 * math.floor(grown * (full - start) / 4)
 
 
 @dataclass(frozen=True)

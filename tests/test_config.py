@@ -61,6 +61,35 @@ def test_an_unquoted_no_in_yaml_is_a_precision(tmp_path: Path) -> None:
     assert load(str(path)).train.precision == "no"
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("true", "random"), ("false", "no"), ("no", "no"), ("alternating", "alternating")],
+)
+def test_a_flip_may_still_be_a_switch(tmp_path: Path, written: str, read: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"augment: {{flip: {written}}}")
+    config = load(str(path))
+    assert config.augment.flip == read
+    assert load("fast", {"augment.flip": written}).augment.flip == read
+    path.write_text(config.to_yaml())
+    assert load(str(path)) == config
+
+
+def test_start_sizes_that_do_not_grow_name_what_would() -> None:
+    assert "train.start_size 22 does not grow to model.image_size 32" in message(
+        "fast", train__start_size="22"
+    )
+    assert "make it 20 or 24" in message("fast", train__start_size="22")
+    assert "make it 28 or 32" in message("fast", train__start_size="64")
+    assert load("fast", {"train.start_size": "16"}).train.start_size == 16
+
+
+def test_mixing_a_single_image_is_refused() -> None:
+    alone = {"train.micro_batch_size": "1", "model.batch_norm": "false"}
+    with pytest.raises(UserError, match="none to be mixed with"):
+        load("fast", alone | {"augment.mixup_alpha": "1"})
+
+
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Config().train.epochs = 3.0  # type: ignore[misc]

@@ -17,7 +17,7 @@ from distvgg import engine
 from distvgg.config import Config, UserError, load
 from distvgg.distributed import resolve_precision
 from distvgg.engine import due, evaluation_due
-from distvgg.model import VGG
+from distvgg.model import VGG, training_flops
 from distvgg.optim import lr_at
 from distvgg.sampling import Plan
 from launch import TINY, rows, run, train
@@ -85,6 +85,35 @@ def test_a_step_equals_a_plain_loop(tmp_path: Path) -> None:
             if not name.endswith("num_batches_tracked"):
                 ours = run.vgg.state_dict()[name]
                 torch.testing.assert_close(ours, value, rtol=1e-4, atol=1e-5, msg=name)
+    run.accelerator.end_training()
+
+
+def test_mixed_labels_are_a_soft_target(tmp_path: Path) -> None:
+    """The loss is the cross-entropy with both labels' shares, smoothed; a hit is the larger's."""
+    config = tiny(augment__mixup_alpha=1.0, augment__cutmix_alpha=1.0, train__label_smoothing=0.1)
+    run = engine.build(config, tmp_path / "run")
+    classes = run.dataset.num_classes
+    for step in range(3):
+        micro_batches = run.loader.micro_batches(step)
+        loss, hits = 0.0, 0
+        run.vgg.train()
+        with torch.no_grad():
+            for batch in micro_batches:
+                torch.manual_seed(batch.dropout_seed)
+                logits = run.vgg(batch.images)
+                first, other = (
+                    F.one_hot(labels, classes).float()
+                    for labels in (batch.labels, batch.partner_labels)
+                )
+                target = batch.share * first + (1 - batch.share) * other
+                loss += F.cross_entropy(logits, target, reduction="sum", label_smoothing=0.1).item()
+                larger = batch.labels if batch.share > 0.5 else batch.partner_labels
+                hits += (logits.argmax(1) == larger).sum().item()
+        engine.train_step(run, micro_batches, lr=0.05)
+        run.watch.drain()
+        row = run.meter.read()
+        assert row["train/loss"] == pytest.approx(loss / 64, rel=1e-5)
+        assert row["train/top1"] == hits / 64
     run.accelerator.end_training()
 
 
@@ -163,6 +192,21 @@ def test_a_run_leaves_its_config_metrics_weights_and_result(tmp_path: Path) -> N
     config = load(str(folder / "config.yaml"))
     model = VGG(config.model, 100)
     model.load_state_dict(load_file(folder / "model.safetensors"))
+
+
+def test_a_run_with_every_augmentation_and_a_growing_side(tmp_path: Path) -> None:
+    """Its operations are counted at the side that each step had."""
+    train(
+        tmp_path / "run",
+        *("--augment.flip", "alternating", "--augment.trivial", "true", "--augment.cutout", "8"),
+        *("--augment.mixup_alpha", "0.2", "--augment.cutmix_alpha", "1"),
+        *("--train.start_size", "16", "--train.full_size_at", "0.8"),
+    )
+    table = [r for r in rows(tmp_path / "run") if "perf/tflops" in r]
+    an_image = [r["perf/tflops"] / r["perf/images_per_sec"] * 1e12 for r in table]
+    config = tiny()
+    sides = [16, 16, 20, 20, 24, 24, 28, 28, 32, 32][1:]  # the first step has no time
+    assert an_image == pytest.approx([training_flops(config.model, 100, side) for side in sides])
 
 
 def test_evaluation_comes_at_the_epochs_asked_for_and_at_the_end() -> None:

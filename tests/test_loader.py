@@ -51,6 +51,86 @@ def test_micro_batches_do_not_depend_on_ranks(n: int, step: int) -> None:
         assert [b.k for b in shared] == list(range(6))
 
 
+ALL = {
+    "augment__flip": "alternating",
+    "augment__trivial": True,
+    "augment__cutout": 8,
+    "augment__mixup_alpha": 0.2,
+    "augment__cutmix_alpha": 1.0,
+    "augment__mix_probability": 0.8,
+    "train__start_size": 20,
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [*({k: v} for k, v in ALL.items() if "probability" not in k), ALL]
+)
+def test_no_augmentation_depends_on_ranks(changes: dict[str, object]) -> None:
+    config = Config().replace(
+        train__epochs=3, train__global_batch_size=24, train__micro_batch_size=6, **changes
+    )
+    n, steps = 40, 5
+    moved = False
+    for step in range(steps):
+        alone = loader(config, n).micro_batches(step)
+        for world_size in (2, 4):
+            ranks = [loader(config, n, world_size, rank) for rank in range(world_size)]
+            shared = [batch for rank in ranks for batch in rank.micro_batches(step)]
+            assert all(map(equal, alone, shared))
+        off = loader(config.replace(augment=Config().augment, train__start_size=None), n)
+        for a, b in zip(alone, off.micro_batches(step), strict=True):
+            assert torch.equal(a.rows, b.rows)
+            assert a.dropout_seed == b.dropout_seed
+            moved = moved or not torch.equal(a.images[:, :, :20, :20], b.images[:, :, :20, :20])
+    assert moved
+
+
+def test_labels_are_mixed_as_images_are() -> None:
+    """Where a box is another's, so is the label; the larger share is the one to be hit."""
+    config = Config().replace(
+        train__global_batch_size=16, train__micro_batch_size=8, augment__cutmix_alpha=1.0
+    )
+    plain = config.replace(augment__cutmix_alpha=0.0)
+    seen = set()
+    for step in range(10):
+        pairs = zip(
+            loader(config, 90).micro_batches(step),
+            loader(plain, 90).micro_batches(step),
+            strict=True,
+        )
+        for batch, before in pairs:
+            assert batch.partner_labels is not None
+            assert before.partner_labels is None
+            assert torch.equal(batch.labels, before.labels)
+            replaced = (batch.images != before.images).any(1).float().mean((1, 2))
+            assert (replaced <= 1 - batch.share + 1e-6).all()
+            for image in range(8):
+                # Whose pixels came in: found by comparing with each of the micro-batch.
+                other = batch.images[image] != before.images[image]
+                alike = [
+                    i
+                    for i in range(8)
+                    if torch.equal(batch.images[image][other], before.images[i][other])
+                ]
+                labels = {int(before.labels[i]) for i in alike}
+                assert int(batch.partner_labels[image]) in labels
+            main = batch.labels if batch.share >= 0.5 else batch.partner_labels
+            assert batch.main_labels is main
+            seen.add(batch.share >= 0.5)
+    assert seen == {True, False}
+
+
+def test_the_side_grows_over_the_run() -> None:
+    config = Config().replace(
+        train__epochs=2, train__global_batch_size=8, train__micro_batch_size=4, train__start_size=24
+    )
+    data = loader(config, 40)  # 10 steps
+    sides = [data.micro_batches(step)[0].side for step in range(10)]
+    assert sides == [24, 24, 24, 24, 28, 28, 28, 32, 32, 32]
+    evaluation = EvalLoader(data._pixels, None, 10)
+    assert {images.shape[-1] for _, images, _ in evaluation.batches(0, 1)} == {32}
+
+
 def test_an_epoch_holds_every_training_row_once_with_its_label() -> None:
     config = Config().replace(train__global_batch_size=8, train__micro_batch_size=4)
     data, source = loader(config, 40), dataset(80)
@@ -90,7 +170,8 @@ def test_evaluation_takes_every_image_once(n: int, batch_size: int, world_size: 
     assert torch.equal(labels, torch.from_numpy(data.train.labels))
 
 
-def test_padding_wider_than_the_images_is_refused() -> None:
-    config = Config().replace(augment__crop_padding=32)
-    with pytest.raises(UserError, match=r"crop_padding 32 must be less than .* 32 pixels"):
+@pytest.mark.parametrize("field", ["crop_padding", "cutout"])
+def test_what_is_as_wide_as_the_images_is_refused(field: str) -> None:
+    config = Config().replace(**{f"augment__{field}": 32})
+    with pytest.raises(UserError, match=rf"{field} 32 must be less than .* 32 pixels"):
         loader(config, 600)
