@@ -160,7 +160,7 @@ class OptimConfig(Section):
 
     name: Literal["sgd", "adamw", "muon"] = "sgd"
     """sgd takes `momentum` and `nesterov`; adamw takes its first beta from `momentum`; muon is Muon
-    for the filters of the convolutions and sgd for the rest."""
+    for all filters and matrices but the last, and sgd for the rest."""
     lr: float = Field(0.1, gt=0)
     """Peak learning rate, for the global batch."""
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -171,6 +171,8 @@ class OptimConfig(Section):
     """Weight decay."""
     decay_norm_and_bias: bool = True
     """Decay BatchNorm weights and all biases as well."""
+    bias_lr_ratio: float = Field(1.0, gt=0)
+    """Learning rate of biases relative to `lr`; those of BatchNorm bear 64 (Jordan, 2024)."""
     clip_norm: float | None = Field(None, gt=0)
     """Clip the global gradient norm to this. None: no clipping."""
     muon_lr: float = Field(0.04, gt=0)

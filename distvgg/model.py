@@ -82,12 +82,21 @@ def build_vgg(config: ModelConfig, num_classes: int, seed: int) -> VGG:
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-            if config.init == "dirac" and isinstance(module, nn.Conv2d):
-                nn.init.dirac_(module.weight[: module.in_channels])
+            if config.init == "dirac":
+                _pass_on(module)
         last = model.classifier[-1]
         assert isinstance(last, nn.Linear)
         nn.init.normal_(last.weight, std=0.01)
     return model
+
+
+def _pass_on(module: nn.Module) -> None:
+    """Makes a layer hand on its input unchanged, as far as it has outputs for it: what is left of
+    them keeps its initial weights, and so does a linear layer that is not square."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.dirac_(module.weight[: module.in_channels])
+    elif isinstance(module, nn.Linear) and module.in_features == module.out_features:
+        nn.init.eye_(module.weight)
 
 
 def training_flops(config: ModelConfig, num_classes: int, side: int | None = None) -> int:

@@ -115,12 +115,12 @@ class Muon(torch.optim.Optimizer):
         for i, (p, group) in enumerate(filters):
             momentum = self._momentum(p, group, failed)
             if i in self._updates.mine:
-                matrix = _filters(momentum).flatten(1).to(self._updates.dtype)
+                matrix = _rows(momentum).flatten(1).to(self._updates.dtype)
                 update = orthogonalise(matrix, self._newton_schulz_steps)
                 self._updates[i].copy_(torch.where(failed, 0.0, update))
         self._updates.exchange()
         for i, (p, group) in enumerate(filters):
-            weights = _filters(p)
+            weights = _rows(p)
             scale = torch.where(failed, 1.0, math.sqrt(len(p)) / p.norm())
             weights.mul_(scale).add_(self._updates[i].view_as(weights), alpha=-group["lr"])
 
@@ -149,7 +149,7 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def _filters(x: Tensor) -> Tensor:
+def _rows(x: Tensor) -> Tensor:
     """[out, in, h, w] -> [out, h, w, in], whose order within a filter does not matter here: no copy
-    where `x` is NHWC in memory."""
-    return x.permute(0, 2, 3, 1)
+    where `x` is NHWC in memory. A matrix stays as it is."""
+    return x.permute(0, 2, 3, 1) if x.ndim == 4 else x

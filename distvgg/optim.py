@@ -39,62 +39,61 @@ def build_optimizer(
     rank: int = 0,
     world_size: int = 1,
 ) -> torch.optim.Optimizer:
-    """SGD or AdamW over two groups: matrices and filters, which decay, and vectors (BatchNorm
-    weights, biases), which decay unless `decay_norm_and_bias` is off. Muon has a third, the
-    filters, which it shares out among ranks."""
-    parameters = list(model.parameters())
+    """The optimizer over the groups of `parameter_groups`; Muon shares out its work among ranks."""
+    groups = parameter_groups(model, config)
     if config.name == "muon":
-        groups = _muon_groups(parameters, config)
         return Muon(groups, config.muon_steps, muon_dtype, rank=rank, world_size=world_size)
-    groups = [
-        {
-            "params": [p for p in parameters if p.ndim > 1],
-            "weight_decay": config.weight_decay,
-        },
-        {
-            "params": [p for p in parameters if p.ndim <= 1],
-            "weight_decay": config.weight_decay if config.decay_norm_and_bias else 0.0,
-        },
-    ]
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
     sgd = torch.optim.SGD(
         groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
     )
     if config.momentum:
-        for p in parameters:
+        for p in model.parameters():
             # torch would take uninitialised memory here if the first step is skipped (fp16).
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return sgd
 
 
-def _muon_groups(parameters: list[nn.Parameter], config: OptimConfig) -> list[dict[str, Any]]:
-    sgd = {
-        "orthogonalised": False,
-        "lr": config.lr,
-        "momentum": config.momentum,
-        "nesterov": config.nesterov,
-    }
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Matrices and filters, which decay; biases, and BatchNorm's weights, which both decay unless
+    `decay_norm_and_bias` is off. With Muon the matrices and filters but the last are its own.
+    `lr_ratio` of a group is that of its learning rate to `config.lr`."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [(n, p) for n, p in model.named_parameters() if p.ndim <= 1]
     vector_decay = config.weight_decay if config.decay_norm_and_bias else 0.0
-    return [
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay, "lr_ratio": 1.0},
         {
-            "params": [p for p in parameters if p.ndim == 4],
+            "params": [p for name, p in vectors if name.endswith("bias")],
+            "weight_decay": vector_decay,
+            "lr_ratio": config.bias_lr_ratio,
+        },
+        {
+            "params": [p for name, p in vectors if not name.endswith("bias")],
+            "weight_decay": vector_decay,
+            "lr_ratio": 1.0,
+        },
+    ]
+    if config.name == "muon":
+        sgd = {"orthogonalised": False, "momentum": config.momentum, "nesterov": config.nesterov}
+        groups = [group | sgd for group in groups]
+        muon = {
             "orthogonalised": True,
-            "lr": config.muon_lr,
-            "lr_ratio": config.muon_lr / config.lr,
+            "params": matrices[:-1],
             "momentum": config.muon_momentum,
             "nesterov": True,
-        },
-        sgd
-        | {"params": [p for p in parameters if p.ndim == 2], "weight_decay": config.weight_decay},
-        sgd | {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": vector_decay},
-    ]
+            "lr_ratio": config.muon_lr / config.lr,
+        }
+        groups[0]["params"] = matrices[-1:]
+        groups.insert(0, muon)
+    return [{"lr": config.lr * group["lr_ratio"]} | group for group in groups if group["params"]]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Sets the learning rate of the next step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_ratio", 1.0)
+        group["lr"] = lr * group["lr_ratio"]
 
 
 def skip_step_if(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:

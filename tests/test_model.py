@@ -79,6 +79,9 @@ def test_dirac_starts_pass_channels_on() -> None:
             n = min(module.in_channels, module.out_channels)
             torch.testing.assert_close(module(x)[:, :n], x[:, :n])
             assert torch.equal(module.weight[n:], reference.weight[n:])
+    wide = build_vgg(ModelConfig(depth=11, head_width=512, init="dirac"), 10, seed=0)
+    assert torch.equal(wide.classifier[0].weight, torch.eye(512))
+    assert torch.equal(wide.classifier[3].weight, torch.eye(512))
 
 
 def test_initial_weights_are_a_function_of_the_seed_alone() -> None:

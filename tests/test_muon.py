@@ -43,8 +43,8 @@ def test_steps_equal_torchs_muon_and_sgd() -> None:
     model = build_vgg(ModelConfig(depth=11, width=0.1, init="dirac"), 10, seed=0)
     model = model.to(memory_format=torch.channels_last)
     ours = build_optimizer(model, config, torch.float32)
-    filters = [m.weight for m in model.features if isinstance(m, nn.Conv2d)]
-    rest = [p for p in model.parameters() if p.ndim != 4]
+    filters = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)][:-1]
+    rest = [p for p in model.parameters() if not any(p is f for f in filters)]
     flat = [nn.Parameter(w.detach().flatten(1).clone()) for w in filters]
     copies = [nn.Parameter(p.detach().clone()) for p in rest]
     muon = torch.optim.Muon(
@@ -78,7 +78,7 @@ def test_the_learning_rates_of_both_keep_their_ratio() -> None:
     model = build_vgg(ModelConfig(depth=11, width=0.05), 10, seed=0)
     optimizer = build_optimizer(model, OptimConfig(name="muon", lr=0.2, muon_lr=0.05))
     set_lr(optimizer, 0.1)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.1, 0.1]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.1, 0.1, 0.1]
 
 
 def test_a_failed_step_changes_nothing() -> None:

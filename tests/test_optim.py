@@ -7,7 +7,7 @@ import torch
 
 from distvgg.config import ModelConfig, OptimConfig
 from distvgg.model import build_vgg
-from distvgg.optim import build_optimizer, lr_at, set_lr
+from distvgg.optim import build_optimizer, lr_at, parameter_groups, set_lr
 
 
 @pytest.mark.parametrize(
@@ -42,16 +42,24 @@ def test_a_run_of_nothing_but_warm_up_reaches_the_peak() -> None:
     assert lr_at(4, OptimConfig(lr=1.0), steps=5, warmup_steps=5) == 1.0
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 @pytest.mark.parametrize("decay", [True, False])
-def test_vectors_decay_only_when_asked(decay: bool) -> None:
+def test_groups_hold_each_parameter_once_with_its_decay_and_rate(name: str, decay: bool) -> None:
     model = build_vgg(ModelConfig(depth=11, width=0.05), 10, seed=0)
-    config = OptimConfig(weight_decay=0.5, decay_norm_and_bias=decay)
-    optimizer = build_optimizer(model, config)
-    matrices, vectors = optimizer.param_groups
-    assert matrices["weight_decay"] == 0.5
-    assert vectors["weight_decay"] == (0.5 if decay else 0.0)
-    assert all(p.ndim > 1 for p in matrices["params"])
-    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+    config = OptimConfig(
+        name=name, lr=0.2, weight_decay=0.5, decay_norm_and_bias=decay, bias_lr_ratio=8
+    )
+    groups = {id(p): g for g in parameter_groups(model, config) for p in g["params"]}
+    assert len(groups) == sum(len(g["params"]) for g in parameter_groups(model, config))
+    last = model.classifier[-1].weight
+    for parameter_name, p in model.named_parameters():
+        group = groups.pop(id(p))
+        if p.ndim > 1 and name == "muon" and p is not last:
+            assert group["orthogonalised"]
+            continue
+        assert group["weight_decay"] == (0.5 if p.ndim > 1 or decay else 0.0)
+        assert group["lr"] == pytest.approx(1.6 if parameter_name.endswith("bias") else 0.2)
+    assert not groups
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
