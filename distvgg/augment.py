@@ -3,8 +3,7 @@
 Draws of a view belong to `(seed, epoch, sample)`, those of a mixture to `(seed, step, k)`, so that
 they depend neither on batches nor on processes. A whole epoch's views are drawn at once on the CPU
 and indexed on the device; a mixture is a few numbers, which the host keeps. Invariant: no function
-here reads a global generator, and each kind of draw has a stream of its own, so that switching one
-on does not move the others.
+here reads a global generator, and no switch moves the draws of another.
 
 The order is that of torchvision's reference training of classifiers: crop and flip, then
 TrivialAugment, on uint8; then normalised, cutout, resized; then mixed.
@@ -103,10 +102,12 @@ def draw_mixture(
         return None
     cuts = which < 0.5 if all(alphas) else alphas[1] > 0
     shift = int(torch.randint(1, n, (), generator=rng))
-    # Beta(a, a) is G / (G + H) of two gammas; torch.distributions takes no generator.
+    # G / (G + H) of two gammas, from Gamma(a) = Gamma(a + 1) * U^(1 / a) in logarithms: of a small
+    # alpha both would underflow. torch.distributions takes no generator.
     alpha = torch.full((2,), alphas[cuts], dtype=torch.float64)
-    first, second = torch._standard_gamma(alpha, generator=rng).tolist()
-    share = first / (first + second)
+    gamma = torch._standard_gamma(alpha + 1, generator=rng).log()
+    gamma += torch.rand(2, dtype=torch.float64, generator=rng).log() / alpha
+    share = torch.sigmoid(gamma[0] - gamma[1]).item()
     if not cuts:
         return Mixture(shift, share, None)
     half = int(side * math.sqrt(1 - share) / 2)

@@ -165,7 +165,7 @@ def test_a_box_leaves_its_share_and_lies_anywhere() -> None:
     assert covered.min() > 0
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 3.0])
+@pytest.mark.parametrize("alpha", [0.001, 0.2, 1.0, 3.0])
 def test_weights_are_beta_and_shifts_uniform(alpha: float) -> None:
     config = AugmentConfig(mixup_alpha=alpha)
     drawn = [draw_mixture(config, 0, step, 1, 5, 32) for step in range(2000)]
