@@ -27,6 +27,8 @@ WORLD_SIZES = (1, 2, 4)
 ARGS = ("--data.train_size", "601", "--train.epochs", "5", "--eval.batch_size", "37")
 # Ranks share out what Muon computes, and what BatchNorm measures of an average.
 ARGS += ("--optim.name", "muon", "--optim.ema_decay", "0.9", "--model.init", "dirac")
+ARGS += ("--augment.flip", "alternating", "--augment.cutout", "8", "--augment.trivial", "true")
+ARGS += ("--augment.mixup_alpha", "0.2", "--augment.cutmix_alpha", "1", "--train.start_size", "24")
 
 
 @pytest.fixture(scope="module")
