@@ -50,6 +50,7 @@ Depth = Annotated[
 _no = BeforeValidator(lambda v: "no" if v is False else v)
 Precision = Annotated[Literal["auto", "no", "fp16", "bf16"], _no]
 Compression = Annotated[Literal["no", "bf16"], _no]
+TestTimeAugmentation = Annotated[Literal["no", "flip"], _no]
 
 
 class DataConfig(Section):
@@ -186,6 +187,13 @@ class EvalConfig(Section):
     """Validate each time this many epochs have passed, and at the end."""
     batch_size: int = Field(500, ge=1)
     """Images per evaluation forward; the same for any number of processes."""
+    tta: TestTimeAugmentation = "no"
+    """Test-time augmentation. flip: also report `tta_top1`, by the mean logits of each image and
+    its mirror, at the cost of a second forward. No other number changes, and nothing is chosen by
+    it."""
+    test: bool = True
+    """Read the test split once, at the end. Off while recipes are searched for, so that nobody can
+    choose by it."""
 
 
 class CheckpointConfig(Section):
