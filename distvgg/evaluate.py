@@ -30,7 +30,7 @@ from distvgg.run_folder import CHECKPOINTS, CONFIG_FILE, WEIGHTS_FILE
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# Bins of equal width over the confidence of predictions (Guo et al., 2017, section 4.1).
+# Bins of equal width over the confidence of predictions (as many as in Guo et al., 2017, table 1).
 CALIBRATION_BINS = 15
 # The columns of what is summed by batch: three sums, then the hits and the confidence of each bin.
 _LOSS, _TOP5, _TTA, _HITS, _CONFIDENCE = 0, 1, 2, 3, 3 + CALIBRATION_BINS
