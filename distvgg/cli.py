@@ -156,16 +156,17 @@ def train(
 def evaluate(
     run_dir: Annotated[Path, tyro.conf.Positional], split: Literal["test", "val"] = "test"
 ) -> str:
-    """Measure the weights of a finished run, or of a checkpoint.
+    """Measure the weights of a finished run, or of a checkpoint, and name the classes that they
+    confuse most.
 
     Args:
         run_dir: folder of the run, or one of its checkpoints/step_*.
-        split: test, or the validation images that were held out of train.
+        split: test, for the final weights of a finished run alone, or the validation images that
+            were held out of train.
     """
     from distvgg.evaluate import evaluate_run
-    from distvgg.metrics import describe
 
-    return describe(evaluate_run(run_dir, split))
+    return evaluate_run(run_dir, split)
 
 
 def compare(run_dirs: Annotated[list[Path], tyro.conf.Positional], out: Path | None = None) -> str:

@@ -34,8 +34,8 @@ from distvgg.run_folder import (
 )
 from distvgg.sampling import Plan
 
-# Sections that name a run or say what is kept of it, and change none of its numbers.
-NOT_COMPARED = ("track.", "checkpoint.")
+# Fields that name a run or say what is kept or read of it, and change none of its numbers.
+NOT_COMPARED = ("track.", "checkpoint.", "eval.test", "eval.tta")
 # What finished runs of one config may still differ in.
 PROVENANCE = ("data_fingerprint", "num_processes", "hardware", "versions", "commit")
 SEED, NOTHING = "seed", "-"

@@ -56,6 +56,7 @@ Flip = Annotated[
     Literal["no", "random", "alternating"],
     BeforeValidator(lambda v: _SWITCH.get(v, v) if isinstance(v, bool | str) else v),
 ]
+TestTimeAugmentation = Annotated[Literal["no", "flip"], _no]
 
 
 class DataConfig(Section):
@@ -227,6 +228,13 @@ class EvalConfig(Section):
     """Validate each time this many epochs have passed, and at the end."""
     batch_size: int = Field(500, ge=1)
     """Images per evaluation forward; the same for any number of processes."""
+    tta: TestTimeAugmentation = "no"
+    """Test-time augmentation. flip: also report `tta_top1`, by the mean logits of each image and
+    its mirror, at the cost of a second forward. No other number changes, and nothing is chosen by
+    it."""
+    test: bool = True
+    """Read the test split once, at the end. Off while recipes are searched for, so that nobody can
+    choose by it."""
 
 
 class CheckpointConfig(Section):

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 
 from distvgg import metrics, preemption
 from distvgg.config import Config, RunError
+from distvgg.confusion import Confusion, save_confusion
 from distvgg.distributed import (
     Agreement,
     left_in_order,
     lost_contact,
 )
-from distvgg.evaluate import evaluate_over_ranks
+from distvgg.evaluate import Evaluation, evaluate_over_ranks
 from distvgg.loader import EvalLoader, MicroBatch, Pixels
 from distvgg.optim import lr_at, set_lr, skip_step_if
 from distvgg.preemption import Preempted
@@ -170,7 +171,7 @@ def train_row(run: Run, lr: float) -> metrics.Row:
 def validate(run: Run, tracking: Tracking) -> None:
     """Measures the validation split, and notes whether it is the best so far."""
     with run.clock.paused():
-        val = measure(run, run.val_loader)
+        val = measure(run, run.val_loader).row
         tracking.log(where(run) | prefixed("val", val))
     state = run.state
     state.validated, state.val = state.step, val
@@ -178,7 +179,7 @@ def validate(run: Run, tracking: Tracking) -> None:
         state.best_step, state.best_top1 = state.step, val[metrics.TOP1]
 
 
-def measure(run: Run, loader: EvalLoader) -> metrics.Row:
+def measure(run: Run, loader: EvalLoader) -> Evaluation:
     """Evaluates the network as it is now, over all ranks.
 
     Raises:
@@ -191,10 +192,16 @@ def measure(run: Run, loader: EvalLoader) -> metrics.Row:
         if agreement.asked(preemption.requested()):
             raise Preempted
 
-    superclass_of = run.dataset.superclass_of
-    row = evaluate_over_ranks(run.accelerator, network(run), loader, superclass_of, leave_if_asked)
+    found = evaluate_over_ranks(
+        run.accelerator,
+        network(run),
+        loader,
+        run.dataset,
+        flip=run.config.eval.tta == "flip",
+        between=leave_if_asked,
+    )
     agreement.close()
-    return row
+    return found
 
 
 def save_checkpoint(run: Run, tracking: Tracking) -> None:
@@ -243,19 +250,23 @@ def stop_early(run: Run, tracking: Tracking) -> str:
 
 
 def finish(run: Run, tracking: Tracking) -> Result:
-    """Reads test once, then writes the weights and the result.
+    """Reads test once, if at all, then writes the weights, the confusion matrix and the result.
 
     Raises:
         RunError: they cannot be written.
         Preempted: told to stop.
     """
     state, test = run.state, None
-    if run.dataset.test is not None:
+    if run.config.eval.test and run.dataset.test is not None:
         side, device = run.config.model.image_size, run.accelerator.device
         pixels = Pixels(run.dataset, run.dataset.test, side, device)
-        test = measure(run, EvalLoader(pixels, None, run.config.eval.batch_size))
+        final = measure(run, EvalLoader(pixels, None, run.config.eval.batch_size))
+        test = final.row
         tracking.log(where(run) | prefixed("test", test))
+    else:  # the last validation once more, whose matrix a start after it would not have
+        final = measure(run, run.val_loader)
     kept = network(run)
+    confusion = Confusion.of(run.dataset, "val" if test is None else "test", final.confusion)
     preemption.ignore()  # nothing waits for another rank from here on, and some leave before others
     result = Result.of(
         run.config,
@@ -277,6 +288,7 @@ def finish(run: Run, tracking: Tracking) -> Result:
             tracking.flush()
             save_weights(checkpoint_tensors(run, kept)[0], run.folder)
             leave_run_folder(run.folder, requeue=False)
+            save_confusion(confusion, run.folder)
             save_result(result, run.folder)
         except OSError as error:
             raise RunError(

@@ -7,7 +7,7 @@ the same weights. The count is asserted against the dataset's size.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -18,89 +18,160 @@ from torch import Tensor, nn
 
 from distvgg import metrics
 from distvgg.checkpoint import DamageError, read
-from distvgg.config import UserError, load
-from distvgg.data import load_dataset, train_val_indices
+from distvgg.config import Config, UserError, load
+from distvgg.confusion import Confusion, SplitName, by_superclass, describe_pairs
+from distvgg.data import Dataset, load_dataset, train_val_indices
 from distvgg.distributed import left_in_order, place, start, summing
 from distvgg.loader import EvalLoader, Pixels
 from distvgg.model import VGG
+from distvgg.result import read_result
 from distvgg.run_folder import CHECKPOINTS, CONFIG_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_LOSS, _TOP1, _TOP5, _SUPERCLASS, _COUNT = range(5)
+# Bins of equal width over the confidence of predictions (as many as in Guo et al., 2017, table 1).
+CALIBRATION_BINS = 15
+# The columns of what is summed by batch: three sums, then the hits and the confidence of each bin.
+_LOSS, _TOP5, _TTA, _HITS, _CONFIDENCE = 0, 1, 2, 3, 3 + CALIBRATION_BINS
+COLUMNS = 3 + 2 * CALIBRATION_BINS
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation finds.
+
+    `row` has the metrics by their bare names; `confusion` is [classes, classes] int64, images by
+    their true class (row) and the predicted one (column).
+    """
+
+    row: metrics.Row
+    confusion: np.ndarray
 
 
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
     loader: EvalLoader,
+    num_classes: int,
     superclass_of: np.ndarray | None,
     *,
+    flip: bool = False,
     rank: int = 0,
     world_size: int = 1,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
     between: Callable[[], None] = lambda: None,
-) -> metrics.Row:
-    """Loss, top-1, top-5 and superclass top-1 of a model over all batches of a loader.
+) -> Evaluation:
+    """Loss, accuracies, calibration error and confusion of a model over all batches of a loader.
 
-    A prediction's superclass is that of its most likely class. Every rank must call it; the model
-    is the bare module, not its DDP wrapper, and is left in the mode that it was in.
+    Every rank must call it; the model is the bare module, not its DDP wrapper, and is left in the
+    mode that it was in. What is reduced over ranks is [batches * 33 + num_classes**2] float64, in
+    which counts are exact: 90 kB for 100 classes and 20 batches.
 
     Args:
-        superclass_of: [classes] int64, the superclass of each class; None leaves that metric out.
+        superclass_of: [num_classes] int64, the superclass of each class; None leaves that metric
+            out.
+        flip: also measure `tta_top1`, by the mean logits of each image and its mirror.
         between: called before each batch, equally often on every rank; may raise to leave.
-
-    Returns:
-        The metrics' bare names with their means over the split, and `count`.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     # One row a batch: each rank fills its own, the others' stay zero, and adding zero is exact.
-    rows = torch.zeros(len(loader), 5, dtype=torch.float64, device=device)
-    table = None if superclass_of is None else torch.from_numpy(superclass_of).to(device)
+    rows = torch.zeros(len(loader), COLUMNS, dtype=torch.float64, device=device)
+    confusion = torch.zeros(num_classes**2, dtype=torch.float64, device=device)
     batches = loader.batches(rank, world_size)
     for _ in range(-(-len(loader) // world_size)):
         between()
         if (batch := next(batches, None)) is None:
             break  # the last round, in which this rank has none
         i, images, labels = batch
-        logits = model(images).to(torch.promote_types(torch.float32, images.dtype))
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = best == labels[:, None]
+        logits = logits_of(model, images)
+        best = logits.topk(min(5, num_classes), dim=1).indices
         rows[i, _LOSS] = F.cross_entropy(logits, labels, reduction="none").double().sum()
-        rows[i, _TOP1] = hits[:, 0].sum()
-        rows[i, _TOP5] = hits.any(1).sum()
-        if table is not None:
-            rows[i, _SUPERCLASS] = (table[best[:, 0]] == table[labels]).sum()
-        rows[i, _COUNT] = len(labels)
+        rows[i, _TOP5] = (best == labels[:, None]).any(1).sum()
+        rows[i, _HITS:] = calibration_sums(logits, best[:, 0] == labels)
+        if flip:
+            both = logits + logits_of(model, images.flip(3))
+            rows[i, _TTA] = (both.argmax(1) == labels).sum()
+        confusion.index_add_(0, labels * num_classes + best[:, 0], confusion.new_ones(len(labels)))
     model.train(was_training)
-    sums = sum_over_ranks(rows).cpu().sum(0).tolist()
-    count = int(sums[_COUNT])
-    assert count == loader.n_samples, f"evaluated {count} images of {loader.n_samples}"
-    result: metrics.Row = {
-        metrics.LOSS: sums[_LOSS] / count,
-        metrics.TOP1: sums[_TOP1] / count,
-        metrics.TOP5: sums[_TOP5] / count,
+    total = sum_over_ranks(torch.cat([rows.flatten(), confusion])).cpu().numpy()
+    sums = total[: rows.numel()].reshape(-1, COLUMNS).sum(0)
+    counts = total[rows.numel() :].reshape(num_classes, num_classes).astype(np.int64)
+    assert counts.sum() == loader.n_samples, (
+        f"evaluated {counts.sum()} images of {loader.n_samples}"
+    )
+    return Evaluation(_row(sums, counts, superclass_of, flip), counts)
+
+
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """[n, 3, side, side] -> [n, classes], in float32 at least."""
+    logits: Tensor = model(images)
+    return logits.to(torch.promote_types(torch.float32, images.dtype))
+
+
+def calibration_sums(logits: Tensor, hits: Tensor) -> Tensor:
+    """What the calibration error is computed from: the hits and the summed confidence of each bin.
+
+    The confidence is the probability of the predicted class. Bin `b` of `M` holds the predictions
+    whose confidence is in `(b/M, (b+1)/M]`.
+
+    Args:
+        logits: [n, classes] float.
+        hits: [n] bool, whether the most likely class is the true one.
+
+    Returns:
+        [2 * CALIBRATION_BINS] float64: hits, then confidence.
+    """
+    confidence = logits.double().softmax(1).amax(1)
+    edges = torch.linspace(0, 1, CALIBRATION_BINS + 1, dtype=torch.float64, device=logits.device)
+    bins = torch.bucketize(confidence, edges[1:-1])
+    facts = torch.stack([hits.double(), confidence], dim=1)
+    within = bins[:, None] == torch.arange(CALIBRATION_BINS, device=logits.device)
+    return (facts[:, :, None] * within[:, None, :]).sum(0).flatten()
+
+
+def _row(
+    sums: np.ndarray, confusion: np.ndarray, superclass_of: np.ndarray | None, flip: bool
+) -> metrics.Row:
+    """The metrics that sums and counts come to. A prediction's superclass is that of its most
+    likely class.
+
+    The expected calibration error (Guo et al., "On Calibration of Modern Neural Networks", 2017,
+    equation 3) weighs each bin's gap between accuracy and mean confidence by its share of images;
+    the number of images in a bin cancels out.
+    """
+    count = int(confusion.sum())
+    gaps = np.abs(sums[_HITS:_CONFIDENCE] - sums[_CONFIDENCE:])
+    row: metrics.Row = {
+        metrics.LOSS: float(sums[_LOSS]) / count,
+        metrics.TOP1: int(confusion.trace()) / count,
+        metrics.TOP5: float(sums[_TOP5]) / count,
     }
-    if table is not None:
-        result[metrics.SUPERCLASS_TOP1] = sums[_SUPERCLASS] / count
-    return result | {metrics.COUNT: count}
+    if superclass_of is not None:
+        same = superclass_of[:, None] == superclass_of[None, :]
+        row[metrics.SUPERCLASS_TOP1] = int(confusion[same].sum()) / count
+    if flip:
+        row[metrics.TTA_TOP1] = float(sums[_TTA]) / count
+    return row | {metrics.CALIBRATION_ERROR: float(gaps.sum()) / count, metrics.COUNT: count}
 
 
 def evaluate_over_ranks(
     accelerator: "Accelerator",
     model: nn.Module,
     loader: EvalLoader,
-    superclass_of: np.ndarray | None,
+    dataset: Dataset,
+    *,
+    flip: bool,
     between: Callable[[], None] = lambda: None,
-) -> metrics.Row:
+) -> Evaluation:
     """`evaluate`, its batches shared out among all processes."""
     return evaluate(
         model,
         loader,
-        superclass_of,
+        dataset.num_classes,
+        dataset.superclass_of,
+        flip=flip,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         sum_over_ranks=summing(accelerator),
@@ -109,15 +180,19 @@ def evaluate_over_ranks(
 
 
 @left_in_order()
-def evaluate_run(path: Path, split: Literal["val", "test"]) -> metrics.Row:
-    """Measures the weights of a finished run, or of any of a run's checkpoints, again: reads only
-    the run folder and the data.
+def evaluate_run(path: Path, split: SplitName) -> str:
+    """Measures the weights of a finished run, or on validation of any of a run's checkpoints,
+    again: reads only the run folder and the data.
 
     Args:
         path: a run folder, or one of its `checkpoints/step_*`.
 
+    Returns:
+        The metrics and the pairs of classes that are confused most often, for a reader.
+
     Raises:
-        UserError: neither of these, damaged, or no such split in its data.
+        UserError: neither of these, damaged, no such split in its data, or test where it is not to
+            be read.
     """
     run_dir = path.parent.parent if path.parent.name == CHECKPOINTS else path
     if not (run_dir / CONFIG_FILE).exists() or not (path / WEIGHTS_FILE).exists():
@@ -126,6 +201,8 @@ def evaluate_run(path: Path, split: Literal["val", "test"]) -> metrics.Row:
             f" and {WEIGHTS_FILE}, which distvgg train leaves there"
         )
     config = load(str(run_dir / CONFIG_FILE))
+    if split == "test":
+        _refuse_test(path, run_dir, config)
     accelerator = start(config)
     dataset = load_dataset(config.data)
     rows = None
@@ -145,6 +222,41 @@ def evaluate_run(path: Path, split: Literal["val", "test"]) -> metrics.Row:
     model = accelerator.prepare_model(model, evaluation_mode=True)
     pixels = Pixels(dataset, data, config.model.image_size, accelerator.device)
     loader = EvalLoader(pixels, rows, config.eval.batch_size)
-    row = evaluate_over_ranks(accelerator, model, loader, dataset.superclass_of)
+    flip = config.eval.tta == "flip"
+    found = evaluate_over_ranks(accelerator, model, loader, dataset, flip=flip)
     accelerator.end_training()
-    return {f"{split}/{name}": value for name, value in row.items()}
+    return describe(found, Confusion.of(dataset, split, found.confusion))
+
+
+def _refuse_test(path: Path, run_dir: Path, config: Config) -> None:
+    """Test may measure the final weights of a finished run once more, which is no choice between
+    weights; whatever else could be measured on it, somebody could choose by."""
+    if path != run_dir:
+        raise UserError(
+            f"{path} is a checkpoint, and test is for the final weights of a run alone: take"
+            " --split val"
+        )
+    if not config.eval.test:
+        raise UserError(
+            f"{run_dir} was trained with eval.test false, so that nobody can choose by test: take"
+            " --split val, or train the recipe that was chosen with --eval.test true in a folder"
+            " of its own"
+        )
+    if read_result(run_dir) is None:
+        raise UserError(
+            f"{run_dir} is not finished, and test is read at the end: finish it with the same"
+            " training command, or take --split val"
+        )
+
+
+def describe(found: Evaluation, confusion: Confusion) -> str:
+    """An evaluation for a reader."""
+    row = {f"{confusion.split}/{name}": value for name, value in found.row.items()}
+    error = 100 * found.row[metrics.CALIBRATION_ERROR]
+    parts = [
+        f"{metrics.describe(row)}, calibration error {error:.2f}%",
+        describe_pairs(confusion, "class"),
+    ]
+    if (coarse := by_superclass(confusion)) is not None:
+        parts.append(describe_pairs(coarse, "superclass"))
+    return "\n".join(parts)

@@ -24,8 +24,9 @@ IMAGES_PER_SEC, STEP_MS, DATA_WAIT_MS = (
     "perf/data_wait_ms",
 )
 TFLOPS = "perf/tflops"  # achieved, over all processes
-# Under val/ and test/; superclass_top1 only where the data has superclasses.
+# Under val/ and test/; superclass_top1 only where the data has superclasses, tta_top1 where asked.
 LOSS, TOP1, TOP5, SUPERCLASS_TOP1, COUNT = "loss", "top1", "top5", "superclass_top1", "count"
+CALIBRATION_ERROR, TTA_TOP1 = "calibration_error", "tta_top1"
 
 Row = dict[str, float | int]
 
@@ -133,7 +134,7 @@ def describe(row: Row) -> str:
         label = f"{split} {metric}" if split in ("val", "test") else metric
         if metric == LOSS:
             words.append(f"{label} {value:.3f}")
-        elif metric in (TOP1, TOP5, SUPERCLASS_TOP1):
+        elif metric in (TOP1, TOP5, SUPERCLASS_TOP1, TTA_TOP1):
             words.append(f"{label} {100 * value:.2f}%")
         elif name == IMAGES_PER_SEC:
             words.append(f"{value:,.0f} images/s")

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """Final numbers; `val` and `test` hold the metrics' bare names, `test` is None where the data
-    has no test split. `best` is the step of the checkpoint with the highest validation top-1;
-    `starts` has (step, processes) of each start that the numbers came of."""
+    """Final numbers; `val` and `test` hold the metrics' bare names, `test` is None where it was
+    not read: `eval.test` is off, or the data has no test split. `best` is the step of the
+    checkpoint with the highest validation top-1; `starts` has (step, processes) of each start that
+    the numbers came of."""
 
     seed: int
     steps: int
@@ -58,9 +59,10 @@ class Result:
         speed = f" at {self.images_per_sec:,.0f} images/s" if self.images_per_sec else ""
         lines = [f"done: {self.steps:,} steps, {self.epochs:.2f} epochs{speed}"]
         for split, row in (("val", self.val), ("test", self.test)):
+            measured = "not read"
             if row is not None:
                 measured = f"{metrics.describe(row)} of {row[metrics.COUNT]:,} images"
-                lines.append(f"  {split:<5} {measured}")
+            lines.append(f"  {split:<5} {measured}")
         if self.best[metrics.STEP] != self.steps:
             top1, step = 100 * self.best[metrics.TOP1], self.best[metrics.STEP]
             lines.append(f"  best  val top1 {top1:.2f}%, at step {step}")

@@ -19,6 +19,7 @@ from distvgg.config import Config, RunError, UserError, load
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 WEIGHTS_FILE = "model.safetensors"
+CONFUSION_FILE = "confusion.json"
 RESULT_FILE = "result.json"
 FAILURE_FILE = "failure.json"
 CHECKPOINTS = "checkpoints"

@@ -59,7 +59,7 @@ def test_usage(args: list[str]) -> None:
     ("args", "expected"),
     [
         (["trian"], "no command 'trian': give one of train, evaluate, compare, config"),
-        (["train"], "give one recipe, not none: one of fast, quickstart"),
+        (["train"], "give one recipe, not none: one of debug, fast, quickstart, tutorial"),
         (["train", "fast", "more"], "give one recipe, not fast more"),
         (["train", "quikstart"], "did you mean quickstart?"),
         (["train", "fast", "--train.epochs"], "--train.epochs needs a value"),
@@ -153,11 +153,12 @@ def test_a_finished_run_is_shown_not_repeated_and_another_config_refused(tmp_pat
     assert "result.json is damaged: delete it" in mistake(
         "train", str(folder / "config.yaml"), "--run-dir", str(folder)
     )
-    # So does its checkpoint, which is verified first.
+    # So does its checkpoint on validation, and is verified first.
     (checkpoint,) = (folder / "checkpoints").iterdir()
-    assert run(["evaluate", str(checkpoint)]).stdout == done.stdout
+    val = ("evaluate", str(checkpoint), "--split", "val")
+    assert f"val top1 {100 * rows(folder)[-2]['val/top1']:.2f}%" in run(val).stdout
     (checkpoint / "state.safetensors").write_bytes(b"")
-    assert "cannot be loaded: state.safetensors has 0 of" in mistake("evaluate", str(checkpoint))
+    assert "cannot be loaded: state.safetensors has 0 of" in mistake(*val)
 
 
 def test_the_default_run_folder_is_the_same_for_the_same_command(tmp_path: Path) -> None:

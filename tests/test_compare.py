@@ -135,6 +135,21 @@ def test_a_sweep_without_repeated_seeds_is_ranked_and_says_what_it_rests_on(tmp_
     assert "over 1 seed(s), 10.00 points ahead of the next, over 1 seed(s)." in notes
 
 
+def test_test_neither_ranks_nor_stars_nor_parts_runs_that_read_it_from_those_that_did_not(
+    tmp_path: Path,
+) -> None:
+    made(tmp_path / "a0", 0.71, seed=0, eval__test=False)
+    made(tmp_path / "a1", 0.70, 0.10, seed=1)
+    made(tmp_path / "b0", 0.69, 0.99, seed=0, optim__lr=0.05, eval__tta="flip")
+    made(tmp_path / "b1", 0.68, 0.99, seed=1, optim__lr=0.05)
+    table, groups, _ = compare(sorted(tmp_path.iterdir())).split("\n\n")
+    assert [line.split()[0] for line in table.splitlines()] == ["run", "a0", "a1", "b0", "b1"]
+    assert [" ".join(line.split()) for line in groups.splitlines()[1:]] == [
+        "0.1 2 of 2 70.50 ± 0.71% - <- best",
+        "0.05 2 of 2 68.50 ± 0.71% 99.00 ± 0.00%",
+    ]
+
+
 def test_every_state_is_a_row_and_none_ends_the_table(tmp_path: Path) -> None:
     made(tmp_path / "finished", 0.7, 0.7)
     made(tmp_path / "begun")

@@ -55,6 +55,37 @@ def test_packaged_recipes_load_and_say_what_to_expect(name: str) -> None:
     assert "minute" in header or "hour" in header
 
 
+def test_what_was_added_to_the_config_means_what_was_done_before(tmp_path: Path) -> None:
+    """A config.yaml of an earlier version is still the config of its run."""
+    path = tmp_path / "config.yaml"
+    path.write_text("eval: {every_epochs: 2, batch_size: 100}")
+    config = load(str(path))
+    assert (config.eval.tta, config.eval.test) == ("no", True)
+    path.write_text("eval: {tta: no}")
+    assert load(str(path)).eval.tta == "no"
+
+
+def test_the_tutorials_recipe_is_the_tutorial() -> None:
+    """Field by field, so that a new default of ours cannot creep in."""
+    flat = load("tutorial").flat()
+    expected = {
+        **{"data.name": "cifar100", "data.val_size": 5000, "data.train_size": None},
+        **{"data.resize": None, "model.depth": 16, "model.batch_norm": True, "model.width": 1},
+        **{"model.head_width": 4096, "model.pool_size": 7, "model.dropout": 0.5},
+        **{"model.image_size": 227, "train.epochs": 20, "train.global_batch_size": 16},
+        **{"train.micro_batch_size": 16, "train.precision": "no", "train.label_smoothing": 0},
+        **{"optim.name": "sgd", "optim.lr": 0.005, "optim.momentum": 0.9, "optim.nesterov": False},
+        **{"optim.weight_decay": 0.005, "optim.decay_norm_and_bias": True},
+        **{"optim.clip_norm": None, "optim.schedule": "constant", "optim.warmup_epochs": 0},
+        **{"augment.crop_padding": 0, "augment.flip": False, "eval.tta": "no"},
+    }
+    assert {name: flat[name] for name in expected} == expected
+
+
+def test_vgg19_is_fast_with_another_depth() -> None:
+    assert load("vgg19") == load("fast", {"model.depth": 19})
+
+
 def test_an_unquoted_no_in_yaml_is_a_precision(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("train: {precision: no}")

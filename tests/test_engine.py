@@ -164,7 +164,7 @@ def test_a_run_leaves_its_config_metrics_weights_and_result(tmp_path: Path) -> N
     said = train(folder, "--eval.every_epochs", "0.5", "--track.every_steps", "4")
     files = {p.name for p in folder.iterdir()}
     assert files == {
-        *("config.yaml", "metrics.jsonl", "model.safetensors", "result.json"),
+        *("config.yaml", "metrics.jsonl", "model.safetensors", "confusion.json", "result.json"),
         *("checkpoints", ".lock"),
     }
     # 10 steps; rows of training every 4 and at the end, of validation twice, of test once.
@@ -174,7 +174,7 @@ def test_a_run_leaves_its_config_metrics_weights_and_result(tmp_path: Path) -> N
     expected = {"train/loss", "train/top1", "train/lr", "train/grad_norm", "step", "epoch"}
     expected |= {"perf/images_per_sec", "perf/step_ms", "perf/data_wait_ms", "perf/tflops"}
     assert set(table[0]) == expected
-    metrics = ("loss", "top1", "top5", "superclass_top1", "count")
+    metrics = ("loss", "top1", "top5", "superclass_top1", "calibration_error", "count")
     assert {k for k in table[-1] if "/" in k} == {f"test/{m}" for m in metrics}
 
     result = json.loads((folder / "result.json").read_text())

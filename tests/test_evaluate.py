@@ -1,4 +1,5 @@
-"""Evaluation: integer counts against a plain reference, equal to the bit for any split of work."""
+"""Evaluation: counts against a plain reference, equal to the bit for any split of work; which
+numbers a run and `distvgg evaluate` give, and which they refuse."""
 
 import contextlib
 from collections.abc import Callable
@@ -9,9 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from distvgg.data import Dataset, Split
-from distvgg.evaluate import evaluate
+from distvgg.evaluate import (
+    CALIBRATION_BINS,
+    COLUMNS,
+    Evaluation,
+    calibration_sums,
+    evaluate,
+)
 from distvgg.loader import EvalLoader, Pixels
-from distvgg.metrics import Row
 
 CPU = torch.device("cpu")
 N, CLASSES, SIDE = 211, 10, 8
@@ -22,7 +28,7 @@ class Linear(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
+        torch.manual_seed(1)
         self.map = nn.Linear(3 * SIDE * SIDE, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -44,64 +50,124 @@ def eval_loader(data: Dataset, rows: np.ndarray | None, batch_size: int) -> Eval
     return EvalLoader(Pixels(data, data.train, SIDE, CPU), rows, batch_size)
 
 
-def reference(model: nn.Module, data: Dataset) -> dict[str, float]:
-    """Image by image, with numpy."""
-    loss, top1, top5, superclass = 0.0, 0, 0, 0
+def logits_of(model: nn.Module, image: np.ndarray) -> np.ndarray:
+    """Of one image, float64."""
+    x = torch.from_numpy((image / 255 - 0.5) / 0.25).float().permute(2, 0, 1)[None]
+    return model(x).detach().numpy()[0].astype(np.float64)
+
+
+def reference(model: nn.Module, data: Dataset) -> tuple[dict[str, float], np.ndarray]:
+    """Image by image, with numpy: the metrics, and the confusion matrix."""
+    loss, top1, top5, superclass, tta = 0.0, 0, 0, 0, 0
+    confidences, hits = [], []
+    confusion = np.zeros((CLASSES, CLASSES), dtype=np.int64)
     assert data.superclass_of is not None
     for image, label in zip(data.train.images, data.train.labels, strict=True):
-        x = torch.from_numpy((image / 255 - 0.5) / 0.25).float().permute(2, 0, 1)[None]
-        logits = model(x).detach().numpy()[0].astype(np.float64)
+        logits = logits_of(model, image)
         ranked = np.argsort(-logits)
         loss += np.log(np.exp(logits).sum()) - logits[label]
         top1 += ranked[0] == label
         top5 += label in ranked[:5]
         superclass += data.superclass_of[ranked[0]] == data.superclass_of[label]
-    return {"loss": loss / N, "top1": top1 / N, "top5": top5 / N, "superclass_top1": superclass / N}
+        tta += np.argmax((logits + logits_of(model, image[:, ::-1].copy())) / 2) == label
+        confusion[label, ranked[0]] += 1
+        confidences.append(np.exp(logits).max() / np.exp(logits).sum())
+        hits.append(ranked[0] == label)
+    metrics = {"loss": loss, "top1": top1, "top5": top5, "superclass_top1": superclass}
+    metrics |= {"tta_top1": tta, "calibration_error": N * calibration_error(confidences, hits)}
+    return {name: value / N for name, value in metrics.items()}, confusion
+
+
+def calibration_error(confidences: list[float], hits: list[bool]) -> float:
+    """Guo et al., 2017, equations 2 and 3, literally."""
+    error = 0.0
+    for b in range(15):
+        low, high = b / 15, (b + 1) / 15
+        within = [i for i, c in enumerate(confidences) if low < c <= high]
+        if within:
+            accuracy = sum(hits[i] for i in within) / len(within)
+            confidence = sum(confidences[i] for i in within) / len(within)
+            error += len(within) / len(hits) * abs(accuracy - confidence)
+    return error
 
 
 @pytest.mark.parametrize("batch_size", [1, 37, 211, 500])
 def test_metrics_equal_a_plain_reference(data: Dataset, batch_size: int) -> None:
     model = Linear()
     loader = eval_loader(data, None, batch_size)
-    row = evaluate(model, loader, data.superclass_of)
-    expected = reference(model, data)
+    row, confusion = evaluate(model, loader, CLASSES, data.superclass_of, flip=True)
+    expected, counts = reference(model, data)
     assert row.pop("count") == N
-    assert row.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-6)
+    for name in ("loss", "calibration_error"):  # sums of what float32 rounds
+        assert row.pop(name) == pytest.approx(expected.pop(name), rel=1e-6)
     assert row == expected
+    assert row["tta_top1"] != row["top1"]
+    assert confusion.dtype == np.int64
+    np.testing.assert_array_equal(confusion, counts)
+
+
+def test_the_mirror_changes_no_other_number(data: Dataset) -> None:
+    loader = eval_loader(data, None, 50)
+    plain = evaluate(Linear(), loader, CLASSES, data.superclass_of).row
+    both = evaluate(Linear(), loader, CLASSES, data.superclass_of, flip=True).row
+    assert both.keys() - plain.keys() == {"tta_top1"}
+    assert plain.items() < both.items()
+
+
+def test_calibration_over_all_bins_and_at_their_edges() -> None:
+    torch.manual_seed(0)
+    logits = 8 * torch.rand(500, 1, dtype=torch.float64) * torch.randn(500, 30).double()
+    hits = torch.rand(500) < 0.5
+    confidence = logits.softmax(1).amax(1)
+    assert {int(b) for b in (confidence * 15).floor()} == set(range(15))
+    hit_sums, confidence_sums = calibration_sums(logits, hits).view(2, CALIBRATION_BINS)
+    assert hit_sums.sum() == hits.sum()
+    ours = float((hit_sums - confidence_sums).abs().sum()) / 500
+    expected = calibration_error(confidence.tolist(), hits.tolist())
+    assert ours == pytest.approx(expected, rel=1e-12)
+    # A confidence of 1/3 is the upper edge of the fifth bin, 1 that of the last.
+    edges = torch.tensor([[0.0, 0.0, 0.0], [1e3, 0.0, 0.0]], dtype=torch.float64)
+    sums = calibration_sums(edges, torch.tensor([True, False])).view(2, CALIBRATION_BINS)
+    assert sums[0].nonzero().flatten().tolist() == [4]
+    assert sums[1].nonzero().flatten().tolist() == [4, 14]
 
 
 def test_the_sum_over_any_number_of_ranks_is_the_same_to_the_bit(data: Dataset) -> None:
     model = Linear()
     loader = eval_loader(data, np.arange(0, N, 3), 7)
-    alone = evaluate(model, loader, data.superclass_of)
+    alone = evaluate(model, loader, CLASSES, data.superclass_of, flip=True)
 
-    def shared(rank: int, world_size: int, reduce: Callable[[Tensor], Tensor]) -> Row:
+    def shared(rank: int, world_size: int, reduce: Callable[[Tensor], Tensor]) -> Evaluation:
         return evaluate(
             model,
             loader,
+            CLASSES,
             data.superclass_of,
+            flip=True,
             rank=rank,
             world_size=world_size,
             sum_over_ranks=reduce,
         )
 
     for world_size in (2, 3, 4, 20):
-        total = torch.zeros(len(loader), 5, dtype=torch.float64)
+        total = torch.zeros(len(loader) * COLUMNS + CLASSES**2, dtype=torch.float64)
         for rank in range(world_size):
             with contextlib.suppress(AssertionError):  # a rank's own part does not hold all images
                 shared(rank, world_size, total.add_)
-        assert shared(0, world_size, lambda _rows, total=total: total) == alone
+        row, confusion = shared(0, world_size, lambda _sums, total=total: total)
+        assert row == alone.row
+        np.testing.assert_array_equal(confusion, alone.confusion)
 
 
 def test_a_lost_image_is_noticed(data: Dataset) -> None:
     loader = eval_loader(data, None, 50)
     with pytest.raises(AssertionError, match="evaluated 111 images of 211"):
-        evaluate(Linear(), loader, None, rank=0, world_size=2)
+        evaluate(Linear(), loader, CLASSES, None, rank=0, world_size=2)
 
 
 def test_without_superclasses_there_is_no_such_metric(data: Dataset) -> None:
     loader = eval_loader(data, None, 50)
-    assert "superclass_top1" not in evaluate(Linear(), loader, None)
+    assert "superclass_top1" not in evaluate(Linear(), loader, CLASSES, None).row
 
 
 def test_the_model_is_left_in_its_mode(data: Dataset) -> None:
@@ -109,5 +175,5 @@ def test_the_model_is_left_in_its_mode(data: Dataset) -> None:
     model = Linear()
     for mode in (True, False):
         model.train(mode)
-        evaluate(model, loader, None)
+        evaluate(model, loader, CLASSES, None)
         assert model.training is mode
