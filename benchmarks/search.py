@@ -40,14 +40,14 @@ class Search(BaseModel, extra="forbid"):
     cases: dict[str, Overrides] = Field(min_length=2)
 
 
-def search(plan: Search, out: Path, data: str, jobs: int) -> str:
+def search(plan: Search, out: Path, data: str | None, jobs: int) -> str:
     """Runs what is not finished, seed by seed, and returns the table of what is.
 
     Raises:
         UserError: an override is wrong.
         SystemExit: a run failed.
     """
-    fixed = {"data.path": data, "eval.test": False, "track.wandb": False}
+    fixed = {"eval.test": False, "track.wandb": False} | ({"data.path": data} if data else {})
     runs = {
         (name, seed): plan.proxy | case | fixed | {"seed": seed}
         for seed in plan.seeds
@@ -130,7 +130,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("search", type=Path, help="a search file (YAML)")
-    parser.add_argument("--data.path", dest="data", required=True, metavar="FOLDER")
+    parser.add_argument("--data.path", dest="data", metavar="FOLDER")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time, on a share of the cores"
