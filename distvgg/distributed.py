@@ -311,7 +311,7 @@ class SharedResults:
         world_size: int = 1,
     ) -> None:
         self.dtype, self.device = dtype, device
-        self._rank, self._world_size = rank, world_size
+        self._world_size = world_size
         load, places, ends = [0.0] * world_size, {}, [0] * world_size
         for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
             owner = min(range(world_size), key=lambda r: load[r])
@@ -331,8 +331,13 @@ class SharedResults:
 
     def exchange(self) -> None:
         """Hands this rank's results to all others; every rank must call it."""
-        if self._world_size > 1:
-            dist.all_gather_into_tensor(self._rows.view(-1), self._rows[self._rank])
+        if self._world_size == 1:
+            return
+        # Not all_gather: its forms without a copy have another name in each version of torch.
+        pending = [dist.broadcast(row, r, async_op=True) for r, row in enumerate(self._rows)]
+        for work in pending:
+            assert work is not None  # this rank is in the group
+            work.wait()
 
 
 class HostCopy:
