@@ -26,7 +26,16 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.measure import in_turns, report, save, table
-from distvgg.bench import FEW, MANY, Times, gpu_from, job_of, rehearsal, step_times
+from distvgg.bench import (
+    FEW,
+    MANY,
+    Times,
+    gpu_from,
+    job_of,
+    rehearsal,
+    shared_seconds,
+    step_times,
+)
 from distvgg.config import Config, load
 from distvgg.run import build
 from distvgg.scaling import MIB, Fabric, Gpu, Link, Setup, step
@@ -119,6 +128,8 @@ def work(config: Config, steps: int, file: Path) -> None:
         run = build(rehearsal(config, ranks), Path(folder) / "run")
         step_times(run, 1, lengths=LENGTHS)  # allocation
         found: dict[str, Any] = {"times": step_times(run, steps, lengths=LENGTHS)}
+        if run.accelerator.num_processes == 1:
+            found["shared"] = shared_seconds(run)
         if run.accelerator.num_processes > 1:
             found |= {"small": all_reduce_seconds(1), "large": all_reduce_seconds(LARGE // 4)}
         if run.accelerator.is_main_process:
@@ -142,7 +153,10 @@ def all_reduce_seconds(numbers: int, rounds: int = 20) -> float:
 def compare(config: Config, runs: dict[str, list[Any]]) -> list[dict[str, Any]]:
     """Measured against predicted: a row for each number of processes and length of a step."""
     pooled = {name: pool(found) for name, found in runs.items()}
-    beside, alone = (gpu_from(pooled[name]) for name in ("beside", "alone"))
+    beside, alone = (
+        gpu_from(pooled[n], shared=statistics.median(r["shared"] for r in runs[n]))
+        for n in ("beside", "alone")
+    )
     job, fabric = job_of(config), gloo(runs["together"])
 
     def row(kind: str, ranks: int, accumulation: int, **gpus: Gpu) -> dict[str, Any]:

@@ -114,7 +114,20 @@ def job_of(config: Config) -> Job:
             statistics_ += 2 * module.num_features
         elif isinstance(module, nn.MaxPool2d):
             side = max(1, side // 2)
-    return Job(tuple(layers), config.train.micro_batch_size, statistics_)
+    shared, results = shared_work(model, config)
+    return Job(tuple(layers), config.train.micro_batch_size, statistics_, shared, results)
+
+
+def shared_work(model: nn.Module, config: Config) -> tuple[tuple[int, ...], int]:
+    """What ranks share out in a step: operations of each piece, and bytes of all results."""
+    if config.optim.name != "muon":
+        return (), 0
+    from distvgg.muon import orthogonalise_flops
+
+    muon = [p for p in model.parameters() if p.ndim > 1][:-1]
+    steps = config.optim.muon_steps
+    flops = tuple(orthogonalise_flops(len(p), p[0].numel(), steps) for p in muon)
+    return flops, sum(p.numel() for p in muon) * (4 if config.train.precision == "no" else 2)
 
 
 def measure(config: Config, seconds: float = SECONDS) -> Gpu:
@@ -129,10 +142,11 @@ def measure(config: Config, seconds: float = SECONDS) -> Gpu:
         one_round = block * sum(times[0] for times in first.values())
         rounds = min(40, max(5, round(seconds / one_round)))
         times = step_times(run, rounds, block)
+        shared = shared_seconds(run)
         assert run.lock is not None
         os.close(run.lock)
         run.accelerator.end_training()
-    return gpu_from(times, block)
+    return gpu_from(times, block, shared)
 
 
 def rehearsal(config: Config, ranks: int) -> Config:
@@ -195,15 +209,34 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def gpu_from(times: Times, block: int = 1) -> Gpu:
+def shared_seconds(run: "Run", rounds: int = 5) -> float:
+    """What a step's work takes that ranks would share out, all of it: the median of some rounds."""
+    from distvgg.muon import Muon
+
+    optimizer = getattr(run.optimizer, "optimizer", None)  # accelerate's wrapper holds it
+    if not isinstance(optimizer, Muon):
+        return 0.0
+    device, seconds = run.accelerator.device, []
+    for _ in range(rounds + 1):
+        synchronize(device)
+        started = time.perf_counter()
+        optimizer.rehearse()
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def gpu_from(times: Times, block: int = 1, shared: float = 0.0) -> Gpu:
     """What one GPU takes, from the times of its steps: medians, and for the jitter the spread of
-    the middle half, so that a burst of somebody else's work does not count as the GPU's own."""
+    the middle half, so that a burst of somebody else's work does not count as the GPU's own.
+    `shared` seconds of each step are the work that ranks share out."""
     few, many = statistics.median(times[FEW]), statistics.median(times[MANY])
-    fixed = max(0.0, few - FEW * (many - few) / (MANY - FEW))
+    own = few - FEW * (many - few) / (MANY - FEW)
+    fixed, shared = max(0.0, own - shared), min(shared, max(0.0, own))
     low, _, high = statistics.quantiles(times[MANY], n=4)
     # A normal's quartiles are 1.349 standard deviations apart; a block averages its steps.
     jitter = (high - low) / 1.349 * block**0.5 / many
-    return Gpu((many - fixed) / MANY, fixed, jitter)
+    return Gpu((many - fixed - shared) / MANY, fixed, jitter, shared)
 
 
 def origins(setup: Setup, options: BenchOptions, source: str, alone: int) -> list[str]:
@@ -215,6 +248,8 @@ def origins(setup: Setup, options: BenchOptions, source: str, alone: int) -> lis
         f"{rate:,.0f} images/s: {1000 * gpu.micro_batch:.3g} ms a micro-batch,"
         f" {1000 * gpu.fixed:.3g} ms a step by itself, jitter {gpu.jitter:.1%}"
     )
+    if gpu.shared:
+        takes += f", {1000 * gpu.shared:.3g} ms of Muon that GPUs share out"
     words = {
         "measured": f"measured on {hardware(_device())}",
         "given": "given by images_per_sec, nothing measured",

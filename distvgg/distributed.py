@@ -21,7 +21,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from distvgg.config import Config, ContactError, RunError, UserError
 from distvgg.memory import keep_freed_memory
-from distvgg.sampling import Plan
+from distvgg.sampling import Plan, share_out
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -289,8 +289,8 @@ class StepSums:
 class SharedResults:
     """Matrices of which each is computed by one rank and wanted by all.
 
-    Who computes which is a function of costs and ranks alone: the costliest that is left goes to
-    whoever has least. Invariant: after `exchange` every rank holds the same bits.
+    Who computes which is a function of costs and ranks alone (`sampling.share_out`). Invariant:
+    after `exchange` every rank holds the same bits.
 
     Args:
         shapes: of the matrices, (rows, columns).
@@ -312,18 +312,16 @@ class SharedResults:
     ) -> None:
         self.dtype, self.device = dtype, device
         self._world_size = world_size
-        load, places, ends = [0.0] * world_size, {}, [0] * world_size
-        for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-            owner = min(range(world_size), key=lambda r: load[r])
-            load[owner] += costs[i]
-            places[i] = owner, ends[owner]
-            ends[owner] += math.prod(shapes[i])
-        self.mine = {i for i, (owner, _) in places.items() if owner == rank}
+        owners, starts, ends = share_out(costs, world_size), [], [0] * world_size
+        for owner, shape in zip(owners, shapes, strict=True):
+            starts.append(ends[owner])
+            ends[owner] += math.prod(shape)
+        self.mine = {i for i, owner in enumerate(owners) if owner == rank}
         # A row for each rank, as long as the longest.
         self._rows = torch.zeros(world_size, max(ends), dtype=dtype, device=device)
         self._results = [
-            self._rows[places[i][0]].narrow(0, places[i][1], math.prod(shape)).view(shape)
-            for i, shape in enumerate(shapes)
+            self._rows[owner].narrow(0, start, math.prod(shape)).view(shape)
+            for owner, start, shape in zip(owners, starts, shapes, strict=True)
         ]
 
     def __getitem__(self, i: int) -> Tensor:

@@ -106,12 +106,15 @@ def gpu_of(options: BenchOptions, job: Job, accumulation: int) -> Gpu:
     fixed, jitter = options.fixed_ms / 1000, options.jitter or 0.0
     if options.images_per_sec is None:
         assert options.gpu is not None
-        rate = options.peak_share * HARDWARE[options.gpu].peak / job.flops
-        return Gpu(job.micro_batch_size / rate, fixed, jitter)
+        speed = options.peak_share * HARDWARE[options.gpu].peak
+        micro_batch = job.micro_batch_size * job.flops / speed
+        return Gpu(micro_batch, fixed, jitter, sum(job.shared) / speed)
     seconds = accumulation * job.micro_batch_size / options.images_per_sec
     if seconds <= fixed:
         raise UserError(
             f"at images_per_sec {options.images_per_sec:g} a step takes {1000 * seconds:.3g} ms:"
             f" fixed_ms {options.fixed_ms:g} must be less"
         )
-    return Gpu((seconds - fixed) / accumulation, fixed, jitter)
+    images = accumulation * job.micro_batch_size * job.flops
+    shared = (seconds - fixed) * sum(job.shared) / (images + sum(job.shared))
+    return Gpu((seconds - fixed - shared) / accumulation, fixed, jitter, shared)

@@ -1,4 +1,4 @@
-"""Muon: momentum whose update is orthogonalised, for filters; SGD for everything else.
+"""Muon: momentum whose update is orthogonalised, for filters and hidden matrices; SGD for the rest.
 
 Owns the Newton-Schulz iteration and the step that uses it. Invariant: a step is a pure function of
 (weights, gradients, momenta, learning rates), whichever rank computed which of its parts, and
@@ -57,18 +57,24 @@ def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-class Muon(torch.optim.Optimizer):
-    """Groups with `orthogonalised=True` hold filters [out, in, h, w], which take Muon's step.
-    Before it they are brought to norm sqrt(out), so that their learning rate is relative to their
-    size: right where BatchNorm makes their size meaningless, and in place of weight decay. Other
-    groups take SGD's step.
+def orthogonalise_flops(rows: int, columns: int, steps: int) -> int:
+    """Floating-point operations of `orthogonalise`, two for a multiply-add."""
+    small, large = sorted((rows, columns))
+    return 2 * small**2 * (2 * large + (4 * steps - 3) * small)
 
-    The filters of each layer are orthogonalised by one rank and handed to all.
+
+class Muon(torch.optim.Optimizer):
+    """Groups with `orthogonalised=True` hold filters [out, in, h, w] and matrices [out, in], which
+    take Muon's step. Before it they are brought to norm sqrt(out), so that their learning rate is
+    relative to their size: right where BatchNorm makes their size meaningless, and in place of
+    weight decay. Other groups take SGD's step.
+
+    Each layer's update is orthogonalised by one rank and handed to all.
 
     Args:
         groups: with `lr`, `momentum`, `nesterov`, `weight_decay`, `orthogonalised` each.
         newton_schulz_steps: of the iteration.
-        dtype: that filters are orthogonalised in, and travel in.
+        dtype: that updates are orthogonalised in, and travel in.
     """
 
     # As fused optimizers: GradScaler hands over `found_inf` and does not wait for the device.
@@ -90,12 +96,11 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        filters = [p for g in self.param_groups if g["orthogonalised"] for p in g["params"]]
-        # The products with the long side are most of the work.
-        costs = [p.numel() * min(len(p), p[0].numel()) for p in filters]
-        shapes = [(len(p), p[0].numel()) for p in filters]
+        muon = [p for g in self.param_groups if g["orthogonalised"] for p in g["params"]]
+        shapes = [(len(p), p[0].numel()) for p in muon]
+        costs = [orthogonalise_flops(*shape, newton_schulz_steps) for shape in shapes]
         self._updates = SharedResults(
-            shapes, costs, dtype, filters[0].device, rank=rank, world_size=world_size
+            shapes, costs, dtype, muon[0].device, rank=rank, world_size=world_size
         )
 
     @torch.no_grad()
@@ -106,23 +111,28 @@ class Muon(torch.optim.Optimizer):
         device = self._updates.device
         failed = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
         failed = failed > 0
-        filters = []
+        muon = []
         for group in self.param_groups:
             if group["orthogonalised"]:
-                filters += [(p, group) for p in group["params"]]
+                muon += [(p, group) for p in group["params"]]
             else:
                 self._sgd_step(group)
-        for i, (p, group) in enumerate(filters):
+        for i, (p, group) in enumerate(muon):
             momentum = self._momentum(p, group, failed)
             if i in self._updates.mine:
                 matrix = _rows(momentum).flatten(1).to(self._updates.dtype)
                 update = orthogonalise(matrix, self._newton_schulz_steps)
                 self._updates[i].copy_(torch.where(failed, 0.0, update))
         self._updates.exchange()
-        for i, (p, group) in enumerate(filters):
+        for i, (p, group) in enumerate(muon):
             weights = _rows(p)
             scale = torch.where(failed, 1.0, math.sqrt(len(p)) / p.norm())
             weights.mul_(scale).add_(self._updates[i].view_as(weights), alpha=-group["lr"])
+
+    def rehearse(self) -> None:
+        """Does this rank's share of the orthogonalising, for nothing: to be timed."""
+        for i in self._updates.mine:
+            orthogonalise(torch.randn_like(self._updates[i]), self._newton_schulz_steps)
 
     def _momentum(self, p: Tensor, group: dict[str, Any], failed: Tensor) -> Tensor:
         """Adds a gradient to its momentum, unless it failed, and returns what to go by."""

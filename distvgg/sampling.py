@@ -9,7 +9,7 @@ is imported only to draw: how many steps an epoch has is asked also by who draws
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,16 @@ def epoch_permutation(seed: int, epoch: int, n_samples: int) -> "Tensor":
 def world_sizes(micro_batches: int) -> list[int]:
     """The numbers of processes over which the micro-batches of a step can be divided."""
     return [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+
+
+def share_out(costs: Sequence[float], ranks: int) -> list[int]:
+    """Which rank does each of some pieces of work: the costliest that is left goes to whoever has
+    least so far."""
+    load, owners = [0.0] * ranks, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = min(range(ranks), key=lambda rank: load[rank])
+        load[owners[i]] += costs[i]
+    return owners
 
 
 def side_at(step: int, steps: int, config: Config) -> int:

@@ -4,13 +4,15 @@ Owns the arithmetic alone. What one GPU takes is measured (`bench.py`) or given;
 below. Imports no torch. A rank takes A micro-batches a step, t seconds each, of which `forward`
 and `backward`; W ranks are on N nodes. In seconds and bytes:
 
-    (1) step       = (A - 1) t + forward + end + fixed + wait
+    (1) step       = (A - 1) t + forward + end + fixed + shared + wait
     (2) end        = max(backward, done of the last bucket);
         done(b)    = max(ready(b), done(b - 1)) + all_reduce(n(b))
     (3) ring(n)    = launch + 2 (W - N) ring_in + 2 (N - 1) ring_out + 2 (W - 1)/W n / B
     (4) tree(n)    = launch + 2 (W/N - 1) tree_in + 2 log2(N) tree_out + 2 n / B
         all_reduce = the smaller;  B = min(inside, GPUs on a node * between)
     (5) wait       = jitter A t E[the largest of W standard normals]
+    (6) shared     = the largest of W shares + gather(its results);
+        gather(n)  = launch + (W - N) ring_in + (N - 1) ring_out + (W - 1)/W n / B
 
 (1), (2): gradients travel once a step, in the buckets of DistributedDataParallel, each as soon as
 the last micro-batch's backward has it, in order (Li et al., "PyTorch Distributed", VLDB 2020,
@@ -20,7 +22,8 @@ Rabenseifner and Gropp, IJHPCA 2005), (4) the double binary tree (Sanders, Speck
 Parallel Computing 2009), which NCCL spans between nodes, with a chain within each. Both cross
 nodes through all their network cards at once, and pipeline: the slower kind of link counts. That
 is the cost model by which NCCL itself chooses (ncclTopoTuneModel in its src/graph/tuning.cc, 2022).
-(5) is Blom's approximation (1958), which for many ranks grows as sqrt(2 ln W).
+(5) is Blom's approximation (1958), which for many ranks grows as sqrt(2 ln W). (6) is what Muon
+orthogonalises: pieces that ranks share out, and whose results go once round the ring.
 
 Left out: reduction in the switch (NVLink SHARP), which would be faster; congestion and other jobs
 on the network, which would be slower.
@@ -32,6 +35,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
+
+from distvgg.sampling import share_out
 
 MIB = 2**20
 # DistributedDataParallel's defaults (torch 2.14): the bucket that is ready first is small.
@@ -77,6 +82,10 @@ class Job:
     micro_batch_size: int
     statistics: int
     """Numbers in BatchNorm's running statistics."""
+    shared: tuple[int, ...] = ()
+    """Floating-point operations of each piece of work that ranks share out in a step."""
+    results: int = 0
+    """Bytes of what comes of it all."""
 
     @property
     def flops(self) -> int:
@@ -102,6 +111,8 @@ class Gpu(NamedTuple):
     """Once a step, however many micro-batches: clipping, optimizer, bookkeeping."""
     jitter: float
     """Standard deviation of a rank's compute, as a share of it."""
+    shared: float = 0.0
+    """Once a step: all the work that ranks share out."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +164,23 @@ def tree(n: int, ranks: int, fabric: Fabric) -> float:
 def all_reduce(n: int, ranks: int, fabric: Fabric) -> float:
     """Seconds of the all-reduce that is faster for `n` bytes; nothing to do for one rank."""
     return min(ring(n, ranks, fabric), tree(n, ranks, fabric)) if ranks > 1 else 0.0
+
+
+def shared_seconds(setup: Setup, ranks: int) -> tuple[float, float]:
+    """The slowest rank's share of the work that ranks share out, and the exchange of what comes of
+    it, in seconds: equation 6."""
+    job, fabric = setup.job, setup.fabric
+    if not job.shared:
+        return 0.0, 0.0
+    loads = [0.0] * ranks
+    for owner, flops in zip(share_out(job.shared, ranks), job.shared, strict=True):
+        loads[owner] += flops
+    share = setup.gpu.shared * max(loads) / sum(job.shared)
+    if ranks == 1:
+        return share, 0.0
+    nodes, bandwidth = _reach(ranks, fabric)
+    hops = (ranks - nodes) * fabric.inside.ring_hop + (nodes - 1) * fabric.between.ring_hop
+    return share, fabric.launch + hops + (ranks - 1) / ranks * job.results / bandwidth
 
 
 def _reach(ranks: int, fabric: Fabric) -> tuple[int, float]:
@@ -208,11 +236,12 @@ def step(setup: Setup, ranks: int, accumulation: int) -> Step:
     backward = (1 - job.forward_share) * gpu.micro_batch
     messages = [(0.0, job.sums(micro_batches)), *buckets(job.layers)]
     end = backward_end(backward, messages, ranks, setup.fabric)
+    share, gather = shared_seconds(setup, ranks)
     return Step(
         ranks,
         micro_batches * job.micro_batch_size,
-        compute=accumulation * gpu.micro_batch + gpu.fixed,
-        exposed=end - backward,
+        compute=accumulation * gpu.micro_batch + gpu.fixed + share,
+        exposed=end - backward + gather,
         wait=gpu.jitter * accumulation * gpu.micro_batch * slowest(ranks),
     )
 

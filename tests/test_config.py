@@ -77,7 +77,10 @@ def test_the_tutorials_recipe_is_the_tutorial() -> None:
         **{"optim.name": "sgd", "optim.lr": 0.005, "optim.momentum": 0.9, "optim.nesterov": False},
         **{"optim.weight_decay": 0.005, "optim.decay_norm_and_bias": True},
         **{"optim.clip_norm": None, "optim.schedule": "constant", "optim.warmup_epochs": 0},
-        **{"augment.crop_padding": 0, "augment.flip": False, "eval.tta": "no"},
+        **{"optim.ema_decay": 0, "model.init": "he", "train.start_size": None},
+        **{"augment.crop_padding": 0, "augment.flip": "no", "augment.trivial": False},
+        **{"augment.cutout": 0, "augment.mixup_alpha": 0, "augment.cutmix_alpha": 0},
+        **{"eval.tta": "no"},
     }
     assert {name: flat[name] for name in expected} == expected
 
@@ -118,7 +121,7 @@ def test_start_sizes_that_do_not_grow_name_what_would() -> None:
 def test_mixing_a_single_image_is_refused() -> None:
     alone = {"train.micro_batch_size": "1", "model.batch_norm": "false"}
     with pytest.raises(UserError, match="none to be mixed with"):
-        load("fast", alone | {"augment.mixup_alpha": "1"})
+        load("quickstart", alone | {"augment.mixup_alpha": "1"})
 
 
 def test_a_config_cannot_be_changed() -> None:
@@ -157,7 +160,12 @@ def test_batches_that_do_not_divide_name_what_would() -> None:
 
 def test_batchnorm_over_a_single_image_is_refused() -> None:
     assert "micro_batch_size 1" in message("fast", train__micro_batch_size="1")
-    assert load("fast", {"train.micro_batch_size": "1", "model.batch_norm": "false"})
+    assert load("quickstart", {"train.micro_batch_size": "1", "model.batch_norm": "false"})
+
+
+def test_muon_without_batchnorm_is_refused() -> None:
+    assert "take sgd or adamw" in message("fast", model__batch_norm="false")
+    assert load("fast", {"model.batch_norm": "false", "optim.name": "sgd"})
 
 
 @pytest.mark.parametrize(

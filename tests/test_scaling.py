@@ -1,6 +1,7 @@
 """Past this machine: the model of step time against closed forms, and the real distributed parts at
 1,024 ranks, of which one at a time runs (torch's fake process group sends nothing)."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.scaling import compare
 from distvgg import distributed, scaling
@@ -25,6 +27,7 @@ from distvgg.data import Dataset, Split
 from distvgg.hardware import BenchOptions, fabric_of, gpu_of
 from distvgg.loader import DeviceLoader, Pixels
 from distvgg.model import build_vgg, training_flops
+from distvgg.muon import orthogonalise, orthogonalise_flops
 from distvgg.optim import build_optimizer
 from distvgg.sampling import Plan, epoch_permutation
 from distvgg.scaling import Fabric, Gpu, Job, Layer, Link, Setup
@@ -62,7 +65,7 @@ def test_one_gpu_does_not_communicate_or_wait() -> None:
     taken = scaling.step(setup, 1, 4)
     assert (taken.exposed, taken.wait) == (0.0, 0.0)
     assert taken.seconds == pytest.approx(4 * 0.01 + 0.002)
-    assert taken.rate == pytest.approx(4 * 64 / 0.042)
+    assert taken.rate == pytest.approx(4 * setup.job.micro_batch_size / 0.042)
     assert scaling.efficiency(setup, taken, 4) == pytest.approx(1)
 
 
@@ -75,6 +78,36 @@ def test_a_bucket_waits_for_its_gradients_and_for_the_one_before() -> None:
     assert scaling.backward_end(1.0, messages[:1], 2, fabric) == 1.0
     alone = fabric._replace(overlaps=False)
     assert scaling.backward_end(1.0, messages, 2, alone) == pytest.approx(1.9)
+
+
+def test_shared_work_is_as_long_as_the_largest_share_and_its_results_go_round_once() -> None:
+    """By hand: pieces of 5, 3, 2 and 2 operations are 7 and 5 on two ranks, and 5, 3, 2, 2 and
+    nothing on five."""
+    job = job_of(load("quickstart"))
+    setup = Setup(
+        dataclasses.replace(job, shared=(5, 3, 2, 2), results=1000),
+        Gpu(0.01, 0.0, 0.0, shared=1.2),
+        FLAT._replace(launch=0.5),
+    )
+    assert scaling.shared_seconds(setup, 1) == (pytest.approx(1.2), 0.0)
+    share, gather = scaling.shared_seconds(setup, 2)
+    assert share == pytest.approx(0.7)
+    assert gather == pytest.approx(0.5 + 2e-6 + 500 / 1e9)
+    assert scaling.shared_seconds(setup, 5)[0] == pytest.approx(0.5)
+    assert scaling.step(setup, 2, 1).compute == pytest.approx(0.01 + 0.7)
+
+
+def test_the_job_shares_out_what_muon_does() -> None:
+    config = load("fast").replace(optim__name="muon", model__width=0.1)
+    job = job_of(config)
+    optimizer = build_optimizer(build_vgg(config.model, 100, seed=0), config.optim, world_size=2)
+    rows = optimizer._updates._rows
+    assert 0.5 * rows.nbytes < job.results <= rows.nbytes
+    matrix = torch.randn(20, 70)
+    with FlopCounterMode(display=False) as counter:
+        orthogonalise(matrix, steps=3)
+    assert counter.get_total_flops() == orthogonalise_flops(20, 70, 3)
+    assert job_of(config.replace(optim__name="sgd")).shared == ()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8, 64, 1024])
@@ -142,7 +175,7 @@ def test_the_smallest_efficient_batch_is_the_smallest(ranks: int) -> None:
     setup = Setup(job, gpu_of(options, job, 4), fabric_of(options))
     batch = scaling.smallest_batch(setup, ranks, 4)
     assert batch is not None
-    accumulation, rest = divmod(batch, ranks * 64)
+    accumulation, rest = divmod(batch, ranks * job.micro_batch_size)
     assert rest == 0
     reached = [
         scaling.efficiency(setup, scaling.step(setup, ranks, a), 4)
@@ -155,7 +188,10 @@ def test_the_smallest_efficient_batch_is_the_smallest(ranks: int) -> None:
     assert scaling.smallest_batch(hopeless, ranks, 4) is None
 
 
-@pytest.mark.parametrize("changes", [{}, {"model__batch_norm": False}, {"model__depth": 19}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model__batch_norm": False, "optim__name": "sgd"}, {"model__depth": 19}],
+)
 def test_the_job_is_the_network(changes: dict[str, object]) -> None:
     config = load("fast").replace(**changes)
     job, vgg = job_of(config), build_vgg(config.model, 100, seed=0)
@@ -174,6 +210,8 @@ def test_constants_come_back_from_times_that_they_made() -> None:
     assert gpu.micro_batch == pytest.approx(0.1, rel=0.01)
     assert gpu.fixed == pytest.approx(0.005, abs=0.001)
     assert gpu.jitter == pytest.approx(0.02, rel=0.05)
+    times = {FEW: [0.135, 0.135], MANY: [0.435, 0.435]}
+    assert gpu_from(times, shared=0.03) == pytest.approx((0.1, 0.005, 0.0, 0.03))
 
 
 def test_the_check_against_real_runs_finds_no_error_where_the_model_is_true() -> None:
@@ -181,12 +219,13 @@ def test_the_check_against_real_runs_finds_no_error_where_the_model_is_true() ->
     config = load("fast")
     link = Link(1.3e9, 1e-4, 1e-4)
     fabric = Fabric(2, 0.0, link, link, overlaps=False)
-    setup = Setup(job_of(config), Gpu(0.3, 0.02, 0.0), fabric)
+    setup = Setup(job_of(config), Gpu(0.3, 0.02, 0.0, 0.1), fabric)
 
     def made(ranks: int) -> dict[str, object]:
         seconds = {a: scaling.step(setup, ranks, a).seconds for a in (1, 2, 4)}
         reduces = {"small": 2e-4, "large": 2e-4 + 16 * scaling.MIB / 1.3e9}
-        return {"times": {str(a): [s] * 4 for a, s in seconds.items()}} | reduces
+        times = {str(a): [s] * 4 for a, s in seconds.items()}
+        return {"times": times, "shared": 0.1} | reduces
 
     runs = {"alone": [made(1)], "beside": [made(1)], "together": [made(2), made(2)]}
     rows = compare(config, runs)
@@ -214,7 +253,7 @@ def test_the_command_answers_with_tables_and_with_curves() -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert [p["gpus"] for p in found["weak"]] == [2**i for i in range(11)]
-    assert [p["gpus"] for p in found["strong"]] == [1, 2, 4]
+    assert [p["gpus"] for p in found["strong"]] == [1, 2]
     assert found["one_gpu"]["source"] == "given"
     assert found["weak"][0]["images_per_sec"] == pytest.approx(9000)
 
