@@ -94,6 +94,12 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert expected in mistake(*args)
 
 
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    words = f"{sys.executable} -m distvgg config fast | true"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+
+
 def test_mistakes_under_the_launcher_are_told_once_and_leave_no_process(tmp_path: Path) -> None:
     args = ("train", "quickstart", "--run-dir", str(tmp_path / "run"), *TINY)
     line = mistake(*args, "--train.micro_batch_size", "64", processes=2)
