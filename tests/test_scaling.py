@@ -253,7 +253,7 @@ def test_the_command_answers_with_tables_and_with_curves() -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert [p["gpus"] for p in found["weak"]] == [2**i for i in range(11)]
-    assert [p["gpus"] for p in found["strong"]] == [1, 2]
+    assert [p["gpus"] for p in found["strong"]] == [1, 2, 4]
     assert found["one_gpu"]["source"] == "given"
     assert found["weak"][0]["images_per_sec"] == pytest.approx(9000)
 
