@@ -75,7 +75,8 @@ def draw_epoch(config: AugmentConfig, seed: int, epoch: int, n_samples: int) -> 
         flip = first ^ bool(epoch % 2)
     hole = torch.empty(n_samples, 0)
     if config.cutout:
-        hole = torch.rand(n_samples, 2, generator=generator(seed, "cutout", epoch))
+        rng = generator(seed, "cutout", epoch)
+        hole = torch.rand(n_samples, 2, dtype=torch.float32, generator=rng)
     trivial = torch.empty(n_samples, 0, dtype=torch.int64)
     if config.trivial:
         rng = generator(seed, "trivial", epoch)

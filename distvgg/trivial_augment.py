@@ -62,7 +62,7 @@ def _sources(op: str, height: int, width: int, device: torch.device) -> Tensor:
     from torchvision.transforms.v2 import functional as tv  # type: ignore[import-untyped]
 
     assert height * width < 2**24  # float32 counts no further
-    index = torch.arange(1.0, height * width + 1).view(1, height, width)
+    index = torch.arange(1, height * width + 1, dtype=torch.float32).view(1, height, width)
 
     def shear(x: float, y: float) -> Tensor:
         degrees = [math.degrees(math.atan(m)) for m in (x, y)]
@@ -102,7 +102,7 @@ def _contrast(images: Tensor, level: Tensor) -> Tensor:
 def _sharpness(images: Tensor, level: Tensor) -> Tensor:
     """Blends with a blurred image, whose border is the image's own."""
     x = images.float()
-    ones = torch.ones(3, 1, 3, 3, device=images.device)
+    ones = x.new_ones(3, 1, 3, 3)
     total = F.conv2d(x.permute(0, 3, 1, 2), ones, groups=3).permute(0, 2, 3, 1)
     centre = x[:, 1:-1, 1:-1]
     blurred = ((total + 4 * centre) / 13).round()  # never a tie: 13 is odd
@@ -167,7 +167,7 @@ def _bytes(x: Tensor) -> Tensor:
 
 def _signed(largest: float) -> Tensor:
     """[62] float32 magnitudes by level: evenly from zero to the largest, then the same negative."""
-    bins = torch.linspace(0.0, largest, BINS)
+    bins = torch.linspace(0.0, largest, BINS, dtype=torch.float32)
     return torch.cat([bins, -bins])
 
 
@@ -178,14 +178,14 @@ def _tables() -> dict[str, Tensor]:
         "factor": factor.float(),
         "rest": (1.0 - factor).float(),
         "mask": (256 - 2 ** (8 - bits)).to(torch.uint8).repeat(2),
-        "threshold": (255 * torch.linspace(1.0, 0.0, BINS)).repeat(2),
+        "threshold": (255 * torch.linspace(1.0, 0.0, BINS, dtype=torch.float32)).repeat(2),
     }
 
 
 # What the magnitudes of a level come to: [62] each.
 _TABLES = _tables()
 # Of red, green and blue, in float32.
-_LUMA = torch.tensor([0.2989, 0.587, 0.114]).tolist()
+_LUMA = torch.tensor([0.2989, 0.587, 0.114], dtype=torch.float32).tolist()
 
 
 @lru_cache

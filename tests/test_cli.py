@@ -59,7 +59,7 @@ def test_usage(args: list[str]) -> None:
     ("args", "expected"),
     [
         (["trian"], "no command 'trian': give one of train, evaluate, compare, config"),
-        (["train"], "give one recipe, not none: one of debug, fast, quickstart, tutorial"),
+        (["train"], "give one recipe, not none: one of best, debug, fast, quickstart"),
         (["train", "fast", "more"], "give one recipe, not fast more"),
         (["train", "quikstart"], "did you mean quickstart?"),
         (["train", "fast", "--train.epochs"], "--train.epochs needs a value"),

@@ -83,12 +83,13 @@ def test_the_seed_changes_the_run(runs: dict[int, Path], tmp_path: Path) -> None
     assert not math.isclose(other["train/loss"], first["train/loss"], rel_tol=1e-4)
 
 
-def test_gradients_in_bf16_on_the_wire_are_near_the_whole_ones(
-    runs: dict[int, Path], tmp_path: Path
-) -> None:
-    words = (*ARGS, "--train.epochs", "1", "--train.gradient_compression", "bf16")
-    train(tmp_path / "run", *words, processes=2, program=FLOAT64)
-    (first, *_, last), whole = rows(tmp_path / "run")[:10], rows(runs[2])
+def test_gradients_in_bf16_on_the_wire_are_near_the_whole_ones(tmp_path: Path) -> None:
+    """By SGD, to which a small error stays small: Muon makes small directions as long as others."""
+    words = ("--data.train_size", "601", "--optim.warmup_epochs", "5")
+    for name in ("no", "bf16"):
+        args = (*words, "--train.gradient_compression", name)
+        train(tmp_path / name, *args, processes=2, program=FLOAT64)
+    (first, *_, last), whole = rows(tmp_path / "bf16")[:10], rows(tmp_path / "no")
     assert first["train/loss"] == pytest.approx(whole[0]["train/loss"], rel=TOLERANCE)
     for row, other in ((first, whole[0]), (last, whole[9])):
         assert row["train/lr"] == other["train/lr"]
