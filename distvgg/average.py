@@ -57,6 +57,8 @@ class Average:
         means and variances of all layers in one float64 vector."""
         buffers = self._buffers()
         total = torch.zeros_like(torch.cat(buffers), dtype=torch.float64)
+        if not self._layers:
+            return total
         for layer in self._layers:
             layer.train()
         for images in batches:
@@ -75,4 +77,4 @@ class Average:
 
     def _buffers(self) -> list[Tensor]:
         found = [b for m in self._layers for b in (m.running_mean, m.running_var) if b is not None]
-        return found or [torch.zeros(0)]
+        return found or [self._average[0].new_zeros(0)]

@@ -123,11 +123,12 @@ def shared_work(model: nn.Module, config: Config) -> tuple[tuple[int, ...], int]
     if config.optim.name != "muon":
         return (), 0
     from distvgg.muon import orthogonalise_flops
+    from distvgg.optim import muon_dtype, parameter_groups
 
-    muon = [p for p in model.parameters() if p.ndim > 1][:-1]
-    steps = config.optim.muon_steps
+    muon, *_ = (group["params"] for group in parameter_groups(model, config.optim))
+    steps, size = config.optim.muon_steps, muon_dtype(config.train.precision).itemsize
     flops = tuple(orthogonalise_flops(len(p), p[0].numel(), steps) for p in muon)
-    return flops, sum(p.numel() for p in muon) * (4 if config.train.precision == "no" else 2)
+    return flops, size * sum(p.numel() for p in muon)
 
 
 def measure(config: Config, seconds: float = SECONDS) -> Gpu:

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from pydantic import TypeAdapter
 
-from distvgg.config import UserError
-from distvgg.run_folder import CONFUSION_FILE, write_whole
+from distvgg.run_folder import CONFUSION_FILE, read_json, write_whole
 
 if TYPE_CHECKING:
     from distvgg.data import Dataset
@@ -110,12 +108,5 @@ def read_confusion(run_dir: Path) -> Confusion | None:
     Raises:
         UserError: the file is damaged.
     """
-    path = run_dir / CONFUSION_FILE
-    try:
-        return TypeAdapter(Confusion).validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(
-            f"{path} is damaged: delete it, and distvgg evaluate {run_dir} prints what it told"
-        ) from error
+    remedy = f"distvgg evaluate {run_dir} prints what it told"
+    return read_json(run_dir / CONFUSION_FILE, Confusion, remedy)

@@ -297,7 +297,7 @@ class SharedResults:
         costs: of computing them, in any one unit.
 
     Attributes:
-        mine: the numbers of those that this rank computes, into `results[i]`.
+        mine: the numbers of those that this rank computes, into `self[i]`.
     """
 
     def __init__(

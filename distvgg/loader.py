@@ -1,8 +1,8 @@
 """DeviceLoader: a split resident on the device -> the micro-batches of a step.
 
 The uint8 images go to the device once; order and augmentation draws go there an epoch at a time; a
-step then only indexes, and copies nothing from host to device. On a CPU the images stay the mapped
-pages of the cache, which all processes share.
+step then only indexes, and copies nothing from host to device but what TrivialAugment needs. On a
+CPU the images stay the mapped pages of the cache, which all processes share.
 """
 
 from collections.abc import Iterator

@@ -34,7 +34,7 @@ def lr_at(step: int, config: OptimConfig, steps: int, warmup_steps: int) -> floa
 def build_optimizer(
     model: nn.Module,
     config: OptimConfig,
-    muon_dtype: torch.dtype = torch.bfloat16,
+    precision: str = "bf16",
     *,
     rank: int = 0,
     world_size: int = 1,
@@ -42,7 +42,9 @@ def build_optimizer(
     """The optimizer over the groups of `parameter_groups`; Muon shares out its work among ranks."""
     groups = parameter_groups(model, config)
     if config.name == "muon":
-        return Muon(groups, config.muon_steps, muon_dtype, rank=rank, world_size=world_size)
+        return Muon(
+            groups, config.muon_steps, muon_dtype(precision), rank=rank, world_size=world_size
+        )
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
     sgd = torch.optim.SGD(
@@ -57,7 +59,7 @@ def build_optimizer(
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Matrices and filters, which decay; biases, and BatchNorm's weights, which both decay unless
-    `decay_norm_and_bias` is off. With Muon the matrices and filters but the last are its own.
+    `decay_norm_and_bias` is off. Muon has all matrices and filters but the last, and comes first.
     `lr_ratio` of a group is that of its learning rate to `config.lr`."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [(n, p) for n, p in model.named_parameters() if p.ndim <= 1]
@@ -88,6 +90,11 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         groups[0]["params"] = matrices[-1:]
         groups.insert(0, muon)
     return [{"lr": config.lr * group["lr_ratio"]} | group for group in groups if group["params"]]
+
+
+def muon_dtype(precision: str) -> torch.dtype:
+    """What Muon computes and sends in: rounded where everything else is."""
+    return torch.get_default_dtype() if precision == "no" else torch.bfloat16
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

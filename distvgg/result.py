@@ -10,12 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import TypeAdapter
-
 from distvgg import metrics
-from distvgg.config import Config, UserError
+from distvgg.config import Config
 from distvgg.provenance import commit, hardware, versions
-from distvgg.run_folder import RESULT_FILE, WEIGHTS_FILE, write_whole
+from distvgg.run_folder import RESULT_FILE, WEIGHTS_FILE, read_json, write_whole
 from distvgg.sampling import Plan
 
 if TYPE_CHECKING:
@@ -108,15 +106,8 @@ def read_result(run_dir: Path) -> Result | None:
     Raises:
         UserError: the file is damaged.
     """
-    path = run_dir / RESULT_FILE
-    try:
-        return TypeAdapter(Result).validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(
-            f"{path} is damaged: delete it, and the same command goes on from the last checkpoint"
-        ) from error
+    remedy = "the same command goes on from the last checkpoint"
+    return read_json(run_dir / RESULT_FILE, Result, remedy)
 
 
 def save_result(result: Result, run_dir: Path) -> None:

@@ -139,8 +139,7 @@ def build(config: Config, folder: Path) -> Run:
     optimizer = build_optimizer(
         vgg,
         config.optim,
-        # Rounded where everything else is.
-        torch.get_default_dtype() if config.train.precision == "no" else torch.bfloat16,
+        config.train.precision,
         rank=accelerator.process_index,
         world_size=world_size,
     )

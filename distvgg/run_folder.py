@@ -13,8 +13,13 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import TypeVar
+
+from pydantic import TypeAdapter
 
 from distvgg.config import Config, RunError, UserError, load
+
+T = TypeVar("T")
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -133,6 +138,23 @@ def leave_run_folder(run_dir: Path, *, requeue: bool) -> None:
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The checkpoints in `checkpoints/`, oldest first; not those that a kill left unfinished."""
     return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name))
+
+
+def read_json(path: Path, kind: type[T], remedy: str) -> T | None:
+    """What a JSON file of a run folder holds, None where there is none.
+
+    Args:
+        remedy: what follows when the file is deleted.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: delete it, and {remedy}") from error
 
 
 def write_whole(path: Path, content: bytes, *, writer: str = "") -> None:

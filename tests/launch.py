@@ -76,6 +76,20 @@ def run(
     )
 
 
+def run_module(*words: str) -> str:
+    """What `python -m WORDS` prints from the root of the checkout; it must end well."""
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        env=os.environ | CPU,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 class Started:
     """A training that is under way, its launcher and workers in a session of their own."""
 

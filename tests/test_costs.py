@@ -2,9 +2,6 @@
 what it is to find, and what the project claims of memory and of decoding is true of it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +14,13 @@ from benchmarks.costs import PARTS
 from distvgg.config import load
 from distvgg.loader import DeviceLoader, Pixels
 from distvgg.sampling import Plan
-from launch import CPU, ROOT
+from launch import run_module
 
 
 def quick(name: str, out: Path, *words: str) -> dict[str, Any]:
     """What a benchmark found in its quick form."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", "--quick", *words, "--out", str(out)],
-        env=os.environ | CPU,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("| "), done.stdout
+    printed = run_module(f"benchmarks.{name}", "--quick", *words, "--out", str(out))
+    assert printed.startswith("| "), printed
     findings: dict[str, Any] = json.loads(out.read_text())
     assert findings["command"].startswith(f"python -m benchmarks.{name} --quick")
     return findings

@@ -42,7 +42,7 @@ def test_steps_equal_torchs_muon_and_sgd() -> None:
     config = OptimConfig(name="muon", lr=0.1, muon_lr=0.03, weight_decay=0.01)
     model = build_vgg(ModelConfig(depth=11, width=0.1, init="dirac"), 10, seed=0)
     model = model.to(memory_format=torch.channels_last)
-    ours = build_optimizer(model, config, torch.float32)
+    ours = build_optimizer(model, config, "no")
     filters = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)][:-1]
     rest = [p for p in model.parameters() if not any(p is f for f in filters)]
     flat = [nn.Parameter(w.detach().flatten(1).clone()) for w in filters]

@@ -1,8 +1,5 @@
 """The search among recipes: pairs of seeds, what it does not read, how it goes on."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,7 @@ import yaml
 from benchmarks.search import Search, interval, search
 from distvgg.config import UserError, load
 from distvgg.result import read_result
-from launch import CPU, ROOT, TINY
+from launch import TINY, run_module
 
 PROXY = dict(zip([w[2:] for w in TINY[::2]], TINY[1::2], strict=True))
 
@@ -44,19 +41,10 @@ def test_a_wrong_override_is_found_before_anything_runs(tmp_path: Path) -> None:
 def test_cases_run_in_pairs_and_a_second_start_only_reads(tmp_path: Path) -> None:
     file, out = tmp_path / "search.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(plan().model_dump()))
-    words = [sys.executable, "-m", "benchmarks.search", str(file), "--out", str(out)]
 
     def table() -> list[list[str]]:
-        done = subprocess.run(
-            [*words, "--jobs", "2"],
-            env=os.environ | CPU,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stderr
-        return [[c.strip() for c in row.split("|")[1:-1]] for row in done.stdout.splitlines()]
+        printed = run_module("benchmarks.search", str(file), "--out", str(out), "--jobs", "2")
+        return [[c.strip() for c in row.split("|")[1:-1]] for row in printed.splitlines()]
 
     first = table()
     header, _, baseline, slow = first
