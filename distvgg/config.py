@@ -172,8 +172,6 @@ class OptimConfig(Section):
     """Weight decay."""
     decay_norm_and_bias: bool = True
     """Decay BatchNorm weights and all biases as well."""
-    bias_lr_ratio: float = Field(1.0, gt=0)
-    """Learning rate of biases relative to `lr`; those of BatchNorm bear 64 (Jordan, 2024)."""
     clip_norm: float | None = Field(None, gt=0)
     """Clip the global gradient norm to this. None: no clipping."""
     muon_lr: float = Field(0.04, gt=0)

@@ -58,24 +58,15 @@ def build_optimizer(
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Matrices and filters, which decay; biases, and BatchNorm's weights, which both decay unless
+    """Matrices and filters, which decay; biases and BatchNorm's weights, which do unless
     `decay_norm_and_bias` is off. Muon has all matrices and filters but the last, and comes first.
     `lr_ratio` of a group is that of its learning rate to `config.lr`."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [(n, p) for n, p in model.named_parameters() if p.ndim <= 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
     vector_decay = config.weight_decay if config.decay_norm_and_bias else 0.0
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": config.weight_decay, "lr_ratio": 1.0},
-        {
-            "params": [p for name, p in vectors if name.endswith("bias")],
-            "weight_decay": vector_decay,
-            "lr_ratio": config.bias_lr_ratio,
-        },
-        {
-            "params": [p for name, p in vectors if not name.endswith("bias")],
-            "weight_decay": vector_decay,
-            "lr_ratio": 1.0,
-        },
+        {"params": vectors, "weight_decay": vector_decay, "lr_ratio": 1.0},
     ]
     if config.name == "muon":
         sgd = {"orthogonalised": False, "momentum": config.momentum, "nesterov": config.nesterov}

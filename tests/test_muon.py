@@ -78,7 +78,7 @@ def test_the_learning_rates_of_both_keep_their_ratio() -> None:
     model = build_vgg(ModelConfig(depth=11, width=0.05), 10, seed=0)
     optimizer = build_optimizer(model, OptimConfig(name="muon", lr=0.2, muon_lr=0.05))
     set_lr(optimizer, 0.1)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.1, 0.1, 0.1]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.1, 0.1]
 
 
 def test_a_failed_step_changes_nothing() -> None:
