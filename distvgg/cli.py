@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -20,11 +20,14 @@ from distvgg import preemption
 from distvgg.config import Config, ContactError, RunError, UserError, load, recipe_names
 from distvgg.hardware import BenchOptions, read_options
 
+Split = Literal["test", "val", "train"]
+SPLITS: dict[str, Split] = {split: split for split in get_args(Split)}
+
 USAGE = """\
 usage: distvgg COMMAND ...
 
   train RECIPE [--run-dir DIR] [--section.field VALUE ...]   again: goes on, or shows the result
-  evaluate RUN_DIR [--split test|val]                        its weights, or a checkpoint's
+  evaluate RUN_DIR [--split test|val|train]                  its weights, or a checkpoint's
   compare RUN_DIR... [--out FILE]                            runs as one table, seeds averaged
   config RECIPE [--section.field VALUE ...]                  the whole config as YAML
   doctor [RECIPE] [--prepare] [as train]                     what works here, and what to fix
@@ -121,11 +124,11 @@ def _evaluate(words: list[str]) -> str:
     if "help" in options:
         _help(evaluate)
     split = options.pop("split", "test")
-    if len(positional) != 1 or options or split not in ("test", "val"):
+    if len(positional) != 1 or options or split not in SPLITS:
         raise UserError(
-            "give one run folder or checkpoint: distvgg evaluate RUN_DIR [--split test|val]"
+            "give one run folder or checkpoint: distvgg evaluate RUN_DIR [--split test|val|train]"
         )
-    return evaluate(Path(positional[0]), "val" if split == "val" else "test")
+    return evaluate(Path(positional[0]), SPLITS[split])
 
 
 def _compare(words: list[str]) -> str:
@@ -156,16 +159,14 @@ def train(
     return train(config, run_dir or default_run_dir(recipe, config)).text()
 
 
-def evaluate(
-    run_dir: Annotated[Path, tyro.conf.Positional], split: Literal["test", "val"] = "test"
-) -> str:
+def evaluate(run_dir: Annotated[Path, tyro.conf.Positional], split: Split = "test") -> str:
     """Measure the weights of a finished run, or of a checkpoint, and name the classes that they
     confuse most.
 
     Args:
         run_dir: folder of the run, or one of its checkpoints/step_*.
-        split: test, for the final weights of a finished run alone, or the validation images that
-            were held out of train.
+        split: test, for the final weights of a finished run alone; val, the images held out of
+            train; or train, the images trained on, as they are.
     """
     from distvgg.evaluate import evaluate_run
 

@@ -17,7 +17,7 @@ from distvgg.run_folder import CONFUSION_FILE, read_json, write_whole
 if TYPE_CHECKING:
     from distvgg.data import Dataset
 
-SplitName = Literal["val", "test"]
+SplitName = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)

@@ -181,11 +181,13 @@ def evaluate_over_ranks(
 
 @left_in_order()
 def evaluate_run(path: Path, split: SplitName) -> str:
-    """Measures the weights of a finished run, or on validation of any of a run's checkpoints,
-    again: reads only the run folder and the data.
+    """Measures the weights of a finished run, or on train and validation of any of a run's
+    checkpoints, again: reads only the run folder and the data.
 
     Args:
         path: a run folder, or one of its `checkpoints/step_*`.
+        split: train, the images trained on, as they are: what a run has learned by heart is the
+            gap to the others.
 
     Returns:
         The metrics and the pairs of classes that are confused most often, for a reader.
@@ -205,10 +207,10 @@ def evaluate_run(path: Path, split: SplitName) -> str:
         _refuse_test(path, run_dir, config)
     accelerator = start(config)
     dataset = load_dataset(config.data)
-    rows = None
-    data = dataset.test
-    if split == "val":
-        data, rows = dataset.train, train_val_indices(dataset.train.labels, config.data)[1]
+    data, rows = dataset.test, None
+    if split != "test":
+        train, val = train_val_indices(dataset.train.labels, config.data)
+        data, rows = dataset.train, train if split == "train" else val
     if data is None:
         raise UserError(f"{config.data.path} has no test split: take --split val")
     model = VGG(config.model, dataset.num_classes)
@@ -253,8 +255,9 @@ def describe(found: Evaluation, confusion: Confusion) -> str:
     """An evaluation for a reader."""
     row = {f"{confusion.split}/{name}": value for name, value in found.row.items()}
     error = 100 * found.row[metrics.CALIBRATION_ERROR]
+    unsaid = "train " if confusion.split == "train" else ""  # as in the rows of a training
     parts = [
-        f"{metrics.describe(row)}, calibration error {error:.2f}%",
+        f"{unsaid}{metrics.describe(row)}, calibration error {error:.2f}%",
         describe_pairs(confusion, "class"),
     ]
     if (coarse := by_superclass(confusion)) is not None:

@@ -78,7 +78,7 @@ def test_usage(args: list[str]) -> None:
         (["bench", "--images_per_sec", "1000", "--fixed_ms", "300"], "fixed_ms 300 must be less"),
         (["evaluate"], "give one run folder"),
         (["evaluate", "/nowhere"], "is not the folder of a finished run"),
-        (["evaluate", "x", "--split", "train"], "--split test|val"),
+        (["evaluate", "x", "--split", "all"], "--split test|val|train"),
         (["compare"], "give run folders: distvgg compare RUN_DIR... [--out FILE]"),
         (["compare", "x", "--sort", "test"], "give run folders"),
         (["compare", "x", "--out="], "give run folders"),

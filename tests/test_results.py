@@ -13,12 +13,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from distvgg.config import UserError, load
 from distvgg.confusion import read_confusion
+from distvgg.data import load_dataset, train_val_indices
 from distvgg.evaluate import evaluate_run
-from distvgg.model import training_flops
+from distvgg.model import build_vgg, training_flops
 from launch import ROOT, rows, run
 
 # Kept from the recipe: flip, checkpoints, rows. Less is trained, and of test all is measured.
@@ -84,6 +89,27 @@ def test_evaluate_gives_the_numbers_of_the_run_and_the_worst_pairs(finished: lis
         f"{what} taken for another, and how many images:" for what in ("class", "superclass")
     ]
     assert len(re.findall(r" class_\d\d as class_\d\d +\d+", done.stdout)) == 10
+
+
+def test_what_was_trained_on_is_measured_as_it_is(tmp_path: Path) -> None:
+    config = load("debug", {"model.width": 0.02})
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    dataset = load_dataset(config.data)
+    model = build_vgg(config.model, dataset.num_classes, seed=0).eval()
+    model.classifier[-1].weight.data *= 100  # or else all images look alike
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    trained, held_out = train_val_indices(dataset.train.labels, config.data)
+
+    def loss(rows: np.ndarray) -> str:
+        x = (dataset.train.images[rows] / 255 - dataset.mean) / dataset.std
+        labels = torch.from_numpy(dataset.train.labels[rows])
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(x).float().permute(0, 3, 1, 2))
+        return f"{F.cross_entropy(logits, labels):.3f}"
+
+    assert loss(trained) != loss(held_out)
+    said = run(["evaluate", str(tmp_path), "--split", "train"]).stdout
+    assert f"train loss {loss(trained)}, top1" in said
 
 
 def test_test_is_for_the_final_weights_alone(finished: list[Path], tmp_path: Path) -> None:
