@@ -67,6 +67,10 @@ def _folder(out: Path, name: str, seed: int) -> Path:
     return out / f"{name}-seed{seed}"
 
 
+def _log(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")  # the name of a case may have a dot in it
+
+
 def _train(recipe: str, overrides: Overrides, folder: Path, jobs: int) -> Result:
     words = [
         w
@@ -75,7 +79,7 @@ def _train(recipe: str, overrides: Overrides, folder: Path, jobs: int) -> Result
     ]
     folder.parent.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with folder.with_suffix(".log").open("w") as log:
+    with _log(folder).open("w") as log:
         done = subprocess.run(
             [sys.executable, "-m", "distvgg", "train", recipe, "--run-dir", str(folder), *words],
             env={"OMP_NUM_THREADS": str(threads)} | os.environ,
@@ -84,7 +88,7 @@ def _train(recipe: str, overrides: Overrides, folder: Path, jobs: int) -> Result
         )
     result = read_result(folder) if done.returncode == 0 else None
     if result is None:
-        raise SystemExit(f"{folder} failed: see {folder.with_suffix('.log')}")
+        raise SystemExit(f"{folder} failed: see {_log(folder)}")
     print(f"{folder.name}  {metrics.describe(result.val)}", file=sys.stderr, flush=True)
     return result
 

@@ -19,7 +19,7 @@ def plan(**changes: object) -> Search:
             "recipe": "quickstart",
             "proxy": PROXY,
             "seeds": [0, 1],
-            "cases": {"sgd": {}, "slow": {"optim.lr": 1e-5}},
+            "cases": {"sgd": {}, "lr-0.00001": {"optim.lr": 1e-5}},
         }
         | changes
     )
@@ -50,14 +50,15 @@ def test_cases_run_in_pairs_and_a_second_start_only_reads(tmp_path: Path) -> Non
     header, _, baseline, slow = first
     assert header[1] == "val top-1, seeds 0 1"
     accuracies = {}
-    for name in ("sgd", "slow"):
+    for name in ("sgd", "lr-0.00001"):
         for seed in (0, 1):
             folder = out / f"{name}-seed{seed}"
             result, config = read_result(folder), load(str(folder / "config.yaml"))
             assert result is not None
+            assert (out / f"{name}-seed{seed}.log").exists()
             assert (result.test, config.seed) == (None, seed)
             accuracies[name, seed] = 100 * result.val["top1"]
     assert baseline[1] == f"{accuracies['sgd', 0]:.2f} {accuracies['sgd', 1]:.2f}"
-    gain = sum(accuracies["slow", s] - accuracies["sgd", s] for s in (0, 1)) / 2
+    gain = sum(accuracies["lr-0.00001", s] - accuracies["sgd", s] for s in (0, 1)) / 2
     assert slow[3] == f"{gain:+.2f}"
     assert table() == first
