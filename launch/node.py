@@ -243,8 +243,12 @@ def launch(node: Node, processes: int, train: list[str], run_dir: Path) -> int:
 
 
 def explain(failed: "ChildFailedError") -> int:
-    """The exit code of the worker that failed first; says so where the worker itself could not."""
-    rank, failure = failed.get_first_failure()
+    """The exit code of the worker that failed first; says so where the worker itself could not.
+
+    Of workers that ended between two looks of the launcher the killed one is the cause: others end
+    by themselves once they have lost contact with it.
+    """
+    rank, failure = min(failed.failures.items(), key=lambda f: (f[1].exitcode >= 0, f[1].timestamp))
     if failure.exitcode >= 0:
         return failure.exitcode
     name = signal.Signals(-failure.exitcode).name

@@ -65,11 +65,22 @@ def test_signals_to_the_launcher_save_and_exit_0(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "REQUEUE").exists()
 
 
-def test_a_killed_worker_is_named_and_gives_the_exit_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize("the_other_ends_too", [False, True])
+def test_a_killed_worker_is_named_and_gives_the_exit_code(
+    tmp_path: Path, the_other_ends_too: bool
+) -> None:
     process = start(tmp_path / "run", "--train.epochs", "100")
     until_step(process, tmp_path / "run", 3)
-    workers = psutil.Process(process.pid).children()
-    os.kill(max(w.pid for w in workers if "train" in w.cmdline()), signal.SIGKILL)
+    launcher = psutil.Process(process.pid)
+    other, killed = sorted(
+        (w for w in launcher.children() if "train" in w.cmdline()), key=lambda w: w.pid
+    )
+    if the_other_ends_too:  # before the launcher looks
+        launcher.suspend()
+    killed.kill()
+    while the_other_ends_too and other.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.02)
+    launcher.resume()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL
     assert re.search(r"distvgg: error: process 1 on \S+ was killed by SIGKILL", stderr)
