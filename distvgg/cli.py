@@ -12,16 +12,23 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import tyro
 
 from distvgg import preemption
-from distvgg.config import Config, ContactError, RunError, UserError, load, recipe_names
+from distvgg.config import (
+    Config,
+    ContactError,
+    RunError,
+    SplitName,
+    UserError,
+    load,
+    recipe_names,
+)
 from distvgg.hardware import BenchOptions, read_options
 
-Split = Literal["test", "val", "train"]
-SPLITS: dict[str, Split] = {split: split for split in get_args(Split)}
+SPLITS: dict[str, SplitName] = {split: split for split in get_args(SplitName)}
 
 USAGE = """\
 usage: distvgg COMMAND ...
@@ -159,7 +166,7 @@ def train(
     return train(config, run_dir or default_run_dir(recipe, config)).text()
 
 
-def evaluate(run_dir: Annotated[Path, tyro.conf.Positional], split: Split = "test") -> str:
+def evaluate(run_dir: Annotated[Path, tyro.conf.Positional], split: SplitName = "test") -> str:
     """Measure the weights of a finished run, or of a checkpoint, and name the classes that they
     confuse most.
 

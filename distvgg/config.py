@@ -50,6 +50,7 @@ Depth = Annotated[
 _no = BeforeValidator(lambda v: "no" if v is False else v)
 Precision = Annotated[Literal["auto", "no", "fp16", "bf16"], _no]
 Compression = Annotated[Literal["no", "bf16"], _no]
+SplitName = Literal["test", "val", "train"]
 # What flip was before it had three values.
 _SWITCH = {True: "random", False: "no", "true": "random", "false": "no"}
 Flip = Annotated[

@@ -8,16 +8,15 @@ import json
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from distvgg.config import SplitName
 from distvgg.run_folder import CONFUSION_FILE, read_json, write_whole
 
 if TYPE_CHECKING:
     from distvgg.data import Dataset
-
-SplitName = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from distvgg import metrics
 from distvgg.checkpoint import DamageError, read
-from distvgg.config import Config, UserError, load
-from distvgg.confusion import Confusion, SplitName, by_superclass, describe_pairs
+from distvgg.config import Config, SplitName, UserError, load
+from distvgg.confusion import Confusion, by_superclass, describe_pairs
 from distvgg.data import Dataset, load_dataset, train_val_indices
 from distvgg.distributed import left_in_order, place, start, summing
 from distvgg.loader import EvalLoader, Pixels

@@ -32,7 +32,7 @@ from distvgg.config import UserError  # noqa: E402
 from distvgg.run_folder import REQUEUE_FILE  # noqa: E402
 
 if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 NOWHERE = "192.0.2.1"  # RFC 5737. Asked for a route only: the default one
 # What ends the launcher and is handed on to the workers, which save. Its own list lacks the last
@@ -245,10 +245,16 @@ def launch(node: Node, processes: int, train: list[str], run_dir: Path) -> int:
 def explain(failed: "ChildFailedError") -> int:
     """The exit code of the worker that failed first; says so where the worker itself could not.
 
-    Of workers that ended between two looks of the launcher the killed one is the cause: others end
-    by themselves once they have lost contact with it.
+    Times are whole seconds. Of the first second a killed worker is the cause, then one that gave up
+    by itself, as all do that lose contact with another, and last one that the launcher ended.
     """
-    rank, failure = min(failed.failures.items(), key=lambda f: (f[1].exitcode >= 0, f[1].timestamp))
+
+    def order(failure: "ProcessFailure") -> tuple[int, int]:
+        if failure.exitcode >= 0:
+            return failure.timestamp, 1
+        return failure.timestamp, 2 if failure.exitcode == -signal.SIGTERM else 0
+
+    rank, failure = min(failed.failures.items(), key=lambda item: order(item[1]))
     if failure.exitcode >= 0:
         return failure.exitcode
     name = signal.Signals(-failure.exitcode).name

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from launch import CPU, ROOT, TINY, rows, run
 
@@ -85,6 +87,23 @@ def test_a_killed_worker_is_named_and_gives_the_exit_code(
     assert process.returncode == 128 + signal.SIGKILL
     assert re.search(r"distvgg: error: process 1 on \S+ was killed by SIGKILL", stderr)
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([(0, 1), (0, -signal.SIGKILL)], 128 + signal.SIGKILL),
+        ([(0, -signal.SIGTERM), (0, 1)], 1),  # the launcher ends the others
+        ([(30, -signal.SIGKILL), (0, 3)], 3),  # and kills who does not heed it
+    ],
+)
+def test_the_exit_code_is_that_of_the_cause(ends: list[tuple[int, int]], expected: int) -> None:
+    failures = {}
+    for rank, (second, code) in enumerate(ends):
+        failures[rank] = ProcessFailure(rank, pid=1, exitcode=code, error_file="")
+        failures[rank].timestamp = second
+    explain = runpy.run_path(str(ROOT / NODE[0]))["explain"]
+    assert explain(ChildFailedError("train", failures)) == expected
 
 
 def test_gpus_that_torch_does_not_see_are_an_error(tmp_path: Path) -> None:
