@@ -42,9 +42,11 @@ class Section(BaseModel):
 
 
 # A command line hands over text, which pydantic turns into numbers but not into Literal integers.
-Depth = Annotated[
-    Literal[11, 13, 16, 19],
-    BeforeValidator(lambda v: int(v) if isinstance(v, str) and v.isdigit() else v),
+_integer = BeforeValidator(lambda v: int(v) if isinstance(v, str) and v.strip().isdigit() else v)
+Depth = Annotated[Literal[11, 13, 16, 19], _integer]
+Stages = Annotated[
+    tuple[Annotated[Literal[1, 2, 3, 4, 5], _integer], ...],
+    BeforeValidator(lambda v: v.strip("[]").split(",") if isinstance(v, str) else v),
 ]
 # YAML 1.1 reads an unquoted `no` as false.
 _no = BeforeValidator(lambda v: "no" if v is False else v)
@@ -100,6 +102,10 @@ class ModelConfig(Section):
     """Multiplies the channels of each convolution and the units of the head."""
     head_width: int = Field(512, ge=1)
     """Units of the two hidden linear layers: 512 for CIFAR, 4096 in the paper."""
+    max_pools: Stages = (1, 2, 3, 4, 5)
+    """Stages of convolutions that end in a max-pool, as in 1,2,3,5: all five in the paper. Without
+    the fourth, the fifth sees an image of 32 pixels as 4x4 in place of 2x2, at a quarter more
+    arithmetic."""
     pool_size: int = Field(1, ge=1, le=16)
     """Side of the grid that enters the head: 1 for CIFAR, 7 in the paper."""
     dropout: float = Field(0.5, ge=0, lt=1)

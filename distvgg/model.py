@@ -41,15 +41,16 @@ class VGG(nn.Module):
 
         layers: list[nn.Module] = []
         channels = 3
-        for stage in STAGES[config.depth]:
+        for number, stage in enumerate(STAGES[config.depth], start=1):
             for out in map(scaled, stage):
                 layers.append(Conv3x3(channels, out))
                 if config.batch_norm:
                     layers.append(nn.BatchNorm2d(out))
                 layers.append(nn.ReLU(inplace=True))
                 channels = out
-            layers.append(nn.MaxPool2d(2, 2))
-        layers[-1] = LastPool()
+            # A dropped pool keeps its place, and the layers after it their keys.
+            pool = LastPool() if number == len(STAGES[config.depth]) else nn.MaxPool2d(2, 2)
+            layers.append(pool if number in config.max_pools else nn.Identity())
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(config.pool_size)
         hidden = scaled(config.head_width)

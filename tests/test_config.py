@@ -22,6 +22,7 @@ def test_overrides_win_over_the_recipe_and_text_becomes_typed() -> None:
         {
             "train.epochs": "0.5",
             "model.depth": "19",
+            "model.max_pools": "1, 2,5",
             "model.batch_norm": "false",
             "optim.lr": "1e-3",
             "optim.clip_norm": "none",
@@ -31,6 +32,7 @@ def test_overrides_win_over_the_recipe_and_text_becomes_typed() -> None:
     )
     assert config.train.epochs == 0.5
     assert config.model.depth == 19
+    assert config.model.max_pools == (1, 2, 5)
     assert config.model.batch_norm is False
     assert config.optim.lr == 0.001
     assert config.optim.clip_norm is None
@@ -40,7 +42,10 @@ def test_overrides_win_over_the_recipe_and_text_becomes_typed() -> None:
 
 
 def test_a_config_survives_its_own_yaml(tmp_path: Path) -> None:
-    config = load("quickstart", {"train.precision": "no", "data.train_size": "100"})
+    config = load(
+        "quickstart",
+        {"train.precision": "no", "data.train_size": "100", "model.max_pools": "[1, 3]"},
+    )
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml())
     assert load(str(path)) == config
@@ -142,6 +147,7 @@ def test_unknown_keys_are_answered_with_the_nearest_name() -> None:
 def test_values_out_of_range_are_named_with_the_range() -> None:
     assert "train.epochs must be greater than 0 (got '-1')" in message("fast", train__epochs="-1")
     assert "model.depth must be 11, 13, 16 or 19" in message("fast", model__depth="12")
+    assert "model.max_pools.1 must be 1, 2, 3, 4 or 5" in message("fast", model__max_pools="1,6")
     assert "'auto', 'no', 'fp16' or 'bf16'" in message("fast", train__precision="fp8")
     assert "optim.lr must be a valid number" in message("fast", optim__lr="fast")
     assert "finite" in message("fast", optim__lr="nan")

@@ -1,5 +1,7 @@
 """VGG against torchvision's: the same keys, shapes, weights both ways, and outputs."""
 
+from typing import Any
+
 import pytest
 import torch
 import torchvision
@@ -36,6 +38,19 @@ def test_outputs_equal_torchvisions_with_its_weights(batch_norm: bool) -> None:
         with torch.inference_mode():
             torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
     theirs.load_state_dict(ours.state_dict())
+
+
+def test_a_dropped_pool_leaves_the_other_layers_and_their_keys_alone() -> None:
+    torch.manual_seed(0)
+    theirs = torchvision.models.vgg16_bn(num_classes=10)
+    ours = VGG(ModelConfig(max_pools=(1, 2, 3, 5), **PAPER), 10).eval()
+    ours.load_state_dict(theirs.state_dict())
+    pools = [m for m in theirs.features if isinstance(m, torch.nn.MaxPool2d)]
+    pools[3].kernel_size = pools[3].stride = 1
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert ours.features(images).shape == (2, 512, 2, 2)
+        torch.testing.assert_close(ours(images), theirs.eval()(images))
 
 
 @pytest.mark.parametrize("size", [16, 17, 24, 31, 32, 48, 224])
@@ -96,8 +111,17 @@ def test_initial_weights_are_a_function_of_the_seed_alone() -> None:
     assert not torch.equal(other.features[0].weight, first["features.0.weight"])
 
 
-@pytest.mark.parametrize("config", [{"width": 0.25}, {"depth": 11, **PAPER}, {"image_size": 16}])
-def test_flops_are_what_torch_counts(config: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"width": 0.25},
+        {"depth": 11, **PAPER},
+        {"image_size": 16},
+        {"max_pools": (1, 3), "width": 0.25},
+        {"max_pools": ()},
+    ],
+)
+def test_flops_are_what_torch_counts(config: dict[str, Any]) -> None:
     model = ModelConfig(**config)
     vgg = build_vgg(model, 100, seed=0).to("meta")  # where no kernel leaves out what is zero
     images = torch.empty(2, 3, model.image_size, model.image_size, device="meta")
