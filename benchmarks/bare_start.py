@@ -4,9 +4,8 @@ measures distvgg's own start against.
     python -m benchmarks.bare_start [--step] [--width 1.0] [--precision bf16]
 
 Imports torch and accelerate, makes an Accelerator, builds the network; with `--step` an optimizer
-too, and takes one step of 256 images, four micro-batches of 64, in the arithmetic of the recipe
-`fast`, on one fixed batch of noise. Then prints the seconds of that step. Imports nothing of
-distvgg.
+too, and takes one step of 256 images, four micro-batches of 64, on one fixed batch of noise. Then
+prints the seconds of that step. Imports nothing of distvgg.
 """
 
 import argparse

@@ -33,7 +33,7 @@ import psutil
 from benchmarks.checkpoint_cost import synchronize
 from benchmarks.input_path import noise
 from benchmarks.measure import in_turns, ratio, report, save, spread, table
-from benchmarks.runs import training
+from benchmarks.runs import training, words_of
 from distvgg.config import Config, load
 from distvgg.data import load_dataset
 from distvgg.distributed import StepSums, batch_norm_layers, device_here
@@ -44,9 +44,9 @@ from distvgg.run import Run, build
 from distvgg.tracking import Tracking
 
 PARTS = ("processes", "cadence", "growth")
-# Images in a dataset, in a global batch, in an evaluation.
-COUNTS = [2_000, 10_000, 50_000, 200_000], [64, 256, 1024], [1_000, 5_000, 10_000]
-QUICK_COUNTS = [500, 2_000], [64, 256], [500, 1_000]
+# Images in a dataset, micro-batches in a global batch, images in an evaluation.
+COUNTS = [2_000, 10_000, 50_000, 200_000], [1, 4, 16], [1_000, 5_000, 10_000]
+QUICK_COUNTS = [500, 2_000], [1, 4], [500, 1_000]
 BLOCK = 2048  # images in a timed block of steps
 QUICK: dict[str, Any] = {"data.name": "synthetic", "model.width": 0.05, "train.precision": "no"}
 TARGET = 0.02  # the share of training time that a validation may take
@@ -94,7 +94,7 @@ def processes(overrides: dict[str, Any], rounds: int, rows: int) -> dict[str, An
     config = load("fast", overrides)
     steps = max(1, BLOCK // config.train.global_batch_size)
     words = ["fast", "--track.wandb", "false", "--track.every_steps", str(steps)]
-    words += [word for name, value in overrides.items() for word in (f"--{name}", str(value))]
+    words += words_of(overrides)
 
     def images_per_sec(n: int) -> float:
         env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(max(1, cores // n))}
@@ -165,8 +165,9 @@ def tracking(run: Run, config: Config, folder: Path) -> Tracking:
 
 def growth(run: Run, rounds: int, quick: bool) -> dict[str, Any]:
     """Cost by dataset size, global batch and evaluation size."""
-    sizes, batches, evaluations = QUICK_COUNTS if quick else COUNTS
+    sizes, accumulations, evaluations = QUICK_COUNTS if quick else COUNTS
     usual = run.plan.global_batch_size
+    batches = [n * run.plan.micro_batch_size for n in accumulations]
     by_size = {n: on_noise(run, n, usual) for n in sizes}
     by_batch = {batch: on_noise(run, sizes[0], batch) for batch in batches}
     cases: dict[str, Callable[[], float]] = {}

@@ -41,6 +41,7 @@ from torchvision import transforms  # type: ignore[import-untyped]
 
 from benchmarks import measure
 from benchmarks.chaos import rows
+from benchmarks.runs import PLAIN
 from distvgg.config import Config, RunError, load
 from distvgg.data import load_dataset
 from distvgg.distributed import device_here, resolve_precision
@@ -55,14 +56,6 @@ ROOT = Path(__file__).parent.parent
 REFERENCE = "distvgg"
 LR = 0.01  # about distvgg's in its first steps of warm-up: no loop runs away in so few
 TUTORIAL_SIDE = 227
-# What `fast` learns by beyond what its peers do.
-PLAIN: dict[str, Any] = {
-    "model.dropout": 0.5,
-    "model.init": "he",
-    "train.micro_batch_size": 64,
-    "optim.name": "sgd",
-    "augment.flip": "random",
-}
 
 
 @dataclass(frozen=True)
@@ -500,8 +493,8 @@ def main() -> int:
 
 
 def configured(path: str | None, device: torch.device, *, quick: bool) -> Config:
-    """The `fast` recipe as its peers train, with SGD and micro-batches of 64, its precision
-    settled; narrow and on synthetic images to be quick."""
+    """The `fast` recipe as its peers train, its precision settled; narrow and on synthetic images
+    to be quick."""
     precision = "bf16" if resolve_precision("auto", device) == "bf16" else "no"
     overrides: dict[str, Any] = PLAIN | {"train.precision": precision}
     if path is not None:

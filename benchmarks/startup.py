@@ -3,11 +3,11 @@
     python -m benchmarks.startup [--data.path FOLDER] [--rounds 5] [--quick] [--out FILE]
         [--parts first_step imports help decode memory]
 
-- **first step**: from the start of `python -m distvgg train fast` with a warm cache until its
-  metrics.jsonl holds the first step's row, against the bare minimum (`benchmarks.bare_start`), with
-  and without a step, until that prints. The same with the seconds of the bare step itself taken
-  off, so that a large network does not hide the start. Once more under `-X importtime`: whose
-  imports those are.
+- **first step**: from the start of `python -m distvgg train fast`, plain as peers train it, with a
+  warm cache until its metrics.jsonl holds the first step's row, against the bare minimum
+  (`benchmarks.bare_start`), with and without a step, until that prints. The same with the seconds
+  of the bare step itself taken off, so that a large network does not hide the start. Once more
+  under `-X importtime`: whose imports those are.
 - **help**: until `--help` and `train fast --help` have ended.
 - **decode**: until an empty DISTVGG_CACHE is filled, by one process and by two at once. Who decodes
   burns processor time, who waits for the other does not.
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import in_turns, ratio, report, save, spread, table
-from benchmarks.runs import ROOT, training
+from benchmarks.runs import PLAIN, ROOT, training, words_of
 from distvgg.config import load
 from distvgg.data import cache_entry, load_dataset
 from distvgg.distributed import device_here, resolve_precision
@@ -59,9 +59,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="synthetic set, narrow network")
     parser.add_argument("--out", type=Path, help="a JSON file")
     options = parser.parse_args()
-    words = ["fast", *(["--data.path", options.path] if options.path else [])]
+    words = ["fast", *words_of(PLAIN), *(["--data.path", options.path] if options.path else [])]
     if options.quick:
-        words = ["fast", "--data.name", "synthetic", *NARROW]
+        words = ["fast", *words_of(PLAIN), "--data.name", "synthetic", *NARROW]
     rounds = 1 if options.quick else options.rounds
     load_dataset(config_of(words).data)  # warms the cache
 

@@ -75,7 +75,7 @@ def test_usage(args: list[str]) -> None:
         (["bench", "--gpus", "8"], "no option --gpus: give one of gpu, peak_share"),
         (["bench", "--gpu", "v100"], "--gpu must be 'h100' or 'a100'"),
         (["bench", "--images_per_sec", "0"], "--images_per_sec must be greater than 0"),
-        (["bench", "--images_per_sec", "1000", "--fixed_ms", "300"], "fixed_ms 300 must be less"),
+        (["bench", "--images_per_sec", "1000", "--fixed_ms", "600"], "fixed_ms 600 must be less"),
         (["evaluate"], "give one run folder"),
         (["evaluate", "/nowhere"], "is not the folder of a finished run"),
         (["evaluate", "x", "--split", "all"], "--split test|val|train"),

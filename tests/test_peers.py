@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import peers
+from benchmarks.runs import PLAIN
 from distvgg.config import RunError, load
 from distvgg.convolution import Conv3x3
 from distvgg.model import build_vgg
@@ -86,7 +87,7 @@ def test_the_network_of_the_loops_is_ours_of_torchs_layers() -> None:
 
 
 def test_a_batch_in_parts_makes_the_step_of_the_whole() -> None:
-    config = load("fast", peers.PLAIN).replace(
+    config = load("fast", PLAIN).replace(
         model__width=0.05, model__batch_norm=False, model__dropout=0.0, train__precision="no"
     )
     images, labels = torch.randn(32, 3, 32, 32), torch.arange(32)
