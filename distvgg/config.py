@@ -44,10 +44,10 @@ class Section(BaseModel):
 # A command line hands over text, which pydantic turns into numbers but not into Literal integers.
 _integer = BeforeValidator(lambda v: int(v) if isinstance(v, str) and v.strip().isdigit() else v)
 Depth = Annotated[Literal[11, 13, 16, 19], _integer]
-Stages = Annotated[
-    tuple[Annotated[Literal[1, 2, 3, 4, 5], _integer], ...],
-    BeforeValidator(lambda v: v.strip("[]").split(",") if isinstance(v, str) else v),
-]
+_list = BeforeValidator(
+    lambda v: () if v is None else v.strip("[]").split(",") if isinstance(v, str) else v
+)
+Stages = Annotated[tuple[Annotated[Literal[1, 2, 3, 4, 5], _integer], ...], _list]
 # YAML 1.1 reads an unquoted `no` as false.
 _no = BeforeValidator(lambda v: "no" if v is False else v)
 Precision = Annotated[Literal["auto", "no", "fp16", "bf16"], _no]
@@ -103,9 +103,9 @@ class ModelConfig(Section):
     head_width: int = Field(512, ge=1)
     """Units of the two hidden linear layers: 512 for CIFAR, 4096 in the paper."""
     max_pools: Stages = (1, 2, 3, 4, 5)
-    """Stages of convolutions that end in a max-pool, as in 1,2,3,5: all five in the paper. Without
-    the fourth, the fifth sees an image of 32 pixels as 4x4 in place of 2x2, at a quarter more
-    arithmetic."""
+    """Stages of convolutions that end in a max-pool, as in 1,2,3,5, or none: all five in the
+    paper. Without the fourth, the fifth sees an image of 32 pixels as 4x4 in place of 2x2, at a
+    quarter more arithmetic."""
     pool_size: int = Field(1, ge=1, le=16)
     """Side of the grid that enters the head: 1 for CIFAR, 7 in the paper."""
     dropout: float = Field(0.5, ge=0, lt=1)
@@ -325,7 +325,8 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
     def flat(self) -> dict[str, Any]:
-        """Every field by its dotted name, as typed on the command line."""
+        """Every field by its dotted name, as typed on the command line; a list as text, since
+        trackers take only numbers and text."""
         return dict(_flatten(self.model_dump()))
 
     def replace(self, **dotted: Any) -> "Config":
@@ -401,6 +402,8 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, tuple):
+            yield f"{prefix}{key}", ",".join(map(str, value)) or None
         else:
             yield f"{prefix}{key}", value
 

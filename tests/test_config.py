@@ -51,6 +51,15 @@ def test_a_config_survives_its_own_yaml(tmp_path: Path) -> None:
     assert load(str(path)) == config
 
 
+@pytest.mark.parametrize("pools", [(), (1, 2, 5)])
+def test_a_config_survives_its_own_flat_form(pools: tuple[int, ...]) -> None:
+    """Which trackers get: numbers and text only."""
+    config = load("quickstart", {"model.max_pools": pools})
+    flat = config.flat()
+    assert {type(v) for v in flat.values()} <= {int, float, str, bool, type(None)}
+    assert load("quickstart", flat) == config
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_packaged_recipes_load_and_say_what_to_expect(name: str) -> None:
     assert load(name)
