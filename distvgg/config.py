@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 
 class UserError(ValueError):
@@ -47,7 +55,11 @@ Depth = Annotated[Literal[11, 13, 16, 19], _integer]
 _list = BeforeValidator(
     lambda v: () if v is None else v.strip("[]").split(",") if isinstance(v, str) else v
 )
-Stages = Annotated[tuple[Annotated[Literal[1, 2, 3, 4, 5], _integer], ...], _list]
+Stages = Annotated[
+    tuple[Annotated[Literal[1, 2, 3, 4, 5], _integer], ...],
+    _list,
+    AfterValidator(lambda v: tuple(sorted(set(v)))),
+]
 # YAML 1.1 reads an unquoted `no` as false.
 _no = BeforeValidator(lambda v: "no" if v is False else v)
 Precision = Annotated[Literal["auto", "no", "fp16", "bf16"], _no]

@@ -22,7 +22,7 @@ def test_overrides_win_over_the_recipe_and_text_becomes_typed() -> None:
         {
             "train.epochs": "0.5",
             "model.depth": "19",
-            "model.max_pools": "1, 2,5",
+            "model.max_pools": "5,1, 2,5",
             "model.batch_norm": "false",
             "optim.lr": "1e-3",
             "optim.clip_norm": "none",
