@@ -338,7 +338,7 @@ class Config(Section):
 
     def flat(self) -> dict[str, Any]:
         """Every field by its dotted name, as typed on the command line; a list as text, since
-        trackers take only numbers and text."""
+        trackers take no tuple, and an empty one as None."""
         return dict(_flatten(self.model_dump()))
 
     def replace(self, **dotted: Any) -> "Config":

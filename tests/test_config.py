@@ -53,7 +53,7 @@ def test_a_config_survives_its_own_yaml(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pools", [(), (1, 2, 5)])
 def test_a_config_survives_its_own_flat_form(pools: tuple[int, ...]) -> None:
-    """Which trackers get: numbers and text only."""
+    """Which trackers get: plain values only."""
     config = load("quickstart", {"model.max_pools": pools})
     flat = config.flat()
     assert {type(v) for v in flat.values()} <= {int, float, str, bool, type(None)}
