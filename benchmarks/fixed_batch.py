@@ -5,6 +5,7 @@ Invariant: a loop is a function that takes one step; nothing in it waits for the
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -63,7 +64,19 @@ def captured(step: Step) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+    return Replay(graph, step)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A captured step. The graph's kernels go by addresses and keep nothing alive: the step holds
+    the weights and images that lie there, which others would be given otherwise."""
+
+    graph: torch.cuda.CUDAGraph
+    step: Step
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def data_loader(config: Config, arrays: Arrays, device: torch.device, workers: int) -> Step:
