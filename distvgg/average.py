@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distvgg.distributed import batch_norm_layers
 from distvgg.model import VGG
+from distvgg.tree_sum import ExchangeQueue, TreePlan, TreeSum
 
 STATISTICS_STEPS = 8
 """The steps just taken whose images BatchNorm's statistics are measured on."""
@@ -52,29 +53,35 @@ class Average:
         torch._foreach_lerp_(self._average, self._weights, 1 - decay)
 
     @torch.no_grad()
-    def measure(self, batches: Iterable[Tensor]) -> Tensor:
-        """What BatchNorm measures with the average weights, summed over batches [m, 3, s, s]: the
-        means and variances of all layers in one float64 vector."""
-        buffers = self._buffers()
-        total = torch.zeros_like(torch.cat(buffers), dtype=torch.float64)
-        if not self._layers:
-            return total
+    def measure(
+        self, batches: Iterable[Tensor], plan: TreePlan, queue: ExchangeQueue, step: int
+    ) -> None:
+        """Sets BatchNorm's statistics to the mean, over some steps' batches, of what it measures on
+        each with the average weights. Every rank must call it.
+
+        Args:
+            batches: [m, 3, s, s] each, this rank's of one step after the other.
+            plan: of the sum over the batches of a step.
+            step: after which this is.
+        """
+        self.measured_at = step
+        if not (buffers := self._buffers()):
+            return
+        flat = torch.cat(buffers)
+        of_step, total, steps = TreeSum(plan, [flat], torch.float64), flat.double().zero_(), 0
         for layer in self._layers:
             layer.train()
         for images in batches:
             self.network(images)
-            total += torch.cat(buffers)
+            of_step.add([torch.cat(buffers)])
+            if of_step.complete:
+                queue.start(of_step)
+                queue.finish()
+                total += of_step.total[0]
+                steps += 1
         self.network.eval()
-        return total
-
-    @torch.no_grad()
-    def set_statistics(self, mean: Tensor, step: int) -> None:
-        """Sets the statistics to the mean over batches of what was measured after a step."""
-        buffers = self._buffers()
-        parts = torch.split(mean.to(buffers[0].dtype), [b.numel() for b in buffers])
-        torch._foreach_copy_(buffers, parts)
-        self.measured_at = step
+        mean = (total / (steps * plan.n)).to(flat.dtype)
+        torch._foreach_copy_(buffers, torch.split(mean, [b.numel() for b in buffers]))
 
     def _buffers(self) -> list[Tensor]:
-        found = [b for m in self._layers for b in (m.running_mean, m.running_var) if b is not None]
-        return found or [self._average[0].new_zeros(0)]
+        return [b for m in self._layers for b in (m.running_mean, m.running_var) if b is not None]

@@ -63,7 +63,6 @@ Stages = Annotated[
 # YAML 1.1 reads an unquoted `no` as false.
 _no = BeforeValidator(lambda v: "no" if v is False else v)
 Precision = Annotated[Literal["auto", "no", "fp16", "bf16"], _no]
-Compression = Annotated[Literal["no", "bf16"], _no]
 SplitName = Literal["test", "val", "train"]
 # What flip was before it had three values.
 _SWITCH = {True: "random", False: "no", "true": "random", "false": "no"}
@@ -144,10 +143,6 @@ class TrainConfig(Section):
     precision: Precision = "auto"
     """Mixed precision. auto: what the launcher was given, else bf16 where the device is fast at it,
     else fp16 on a GPU, else no."""
-    gradient_compression: Compression = "no"
-    """bf16: gradients travel between processes in half the bytes, for a slow network. They are
-    rounded before they are added, so that the curve depends on the number of processes from the
-    third digit of a gradient on."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Label smoothing of the training loss (Szegedy et al., 2016, section 7)."""
     compile: bool = False

@@ -1,7 +1,8 @@
-"""All that depends on how many processes there are: the Accelerator, reductions, BatchNorm.
+"""All that depends on how many processes there are: the Accelerator, collectives, BatchNorm.
 
 Invariant: what leaves this module is the same on every rank, and the same for every number of
-processes up to the order of floating-point sums.
+processes, to the last bit. What is summed over ranks has a slot of its own for each micro-batch or
+batch, to which others add zero, or goes along the tree of `tree_sum.py`.
 """
 
 import math
@@ -21,7 +22,8 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from distvgg.config import Config, ContactError, RunError, UserError
 from distvgg.memory import keep_freed_memory
-from distvgg.sampling import Plan, share_out
+from distvgg.sampling import share_out
+from distvgg.tree_sum import ExchangeQueue, TreePlan, TreeSum, levels_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,8 +62,7 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
     """
     from accelerate import Accelerator, PartialState
     from accelerate.utils import (
-        DDPCommunicationHookType,
-        DistributedDataParallelKwargs,
+        GradientAccumulationPlugin,
         ProjectConfiguration,
         TorchDynamoPlugin,
         parse_flag_from_env,
@@ -83,17 +84,14 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     folders = run_dir and ProjectConfiguration(str(run_dir), str(run_dir / "tensorboard"))
-    compiled = TorchDynamoPlugin(backend="inductor") if config.train.compile else None
-    compressed = config.train.gradient_compression == "bf16"
-    hook = DDPCommunicationHookType.BF16 if compressed else DDPCommunicationHookType.NO
-    reducing = DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=hook)
     return Accelerator(
         mixed_precision=resolve_precision(
             config.train.precision, state.device, os.environ.get("ACCELERATE_MIXED_PRECISION")
         ),
         project_config=folders,
-        dynamo_plugin=compiled,
-        kwargs_handlers=[reducing],
+        # Without these two accelerate takes what the environment says.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(backend="inductor" if config.train.compile else "no"),
     )
 
 
@@ -115,30 +113,25 @@ def _store_of_this_attempt() -> dict[str, Any]:
 def distribute(
     accelerator: "Accelerator", model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Lets accelerate wrap a model and its optimizer: mixed precision, all-reduce, compilation.
+    """Lets accelerate wrap a model and its optimizer: mixed precision, loss scaling, compilation.
 
-    The bare model stays usable and shares its weights with the wrapped one.
+    `evaluation_mode` leaves out DistributedDataParallel alone: gradients are summed by
+    `gradients.GradientReducer`, in an order that does not depend on the ranks.
     """
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    for module in wrapped.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            # Buffers are averaged (StepSums), never broadcast from rank 0.
-            module.broadcast_buffers = False
-    return wrapped, optimizer
+    wrapped = accelerator.prepare_model(model, evaluation_mode=True)
+    return wrapped, accelerator.prepare_optimizer(optimizer)
 
 
-def settle_gradient_buckets(accelerator: "Accelerator", model: nn.Module, images: Tensor) -> None:
-    """Takes one backward for nothing, after which DDP lays its buckets in the order in which
-    gradients arrive. It does so once, after the first backward of a process: without this, the
-    first step after a resume would add up gradients in another order than the same step of a run
-    that was never stopped, which shows in the last bit from three processes on (torch 2.14)."""
-    if accelerator.num_processes == 1:
-        return
-    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model(images).sum().backward()
-    model.zero_grad()
-    for name, buffer in model.named_buffers():
-        buffer.copy_(statistics[name])
+def tree_plan(accelerator: "Accelerator", micro_batches: int) -> TreePlan:
+    """How the ranks of this run sum over so many micro-batches of a step."""
+    world_size = accelerator.num_processes
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size > 1 else 1
+    return TreePlan(
+        micro_batches,
+        accelerator.process_index,
+        world_size,
+        levels_of(world_size, from_main(accelerator, lambda: ranks_per_node)),
+    )
 
 
 def has_nvidia_hardware(root: Path = Path("/")) -> bool:
@@ -217,37 +210,42 @@ def batch_norm_layers(model: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 class StepSums:
-    """What all ranks must know of a step, in one small all-reduce that hides behind backward: the
-    loss and hits of each micro-batch, the wish to stop, and the statistics that BatchNorm took.
+    """What all ranks must know of a step: the loss and hits of each micro-batch and the wish to
+    stop, in one small all-reduce, and the statistics that BatchNorm took, summed along the tree.
+    Both hide behind backward.
 
     Invariant: after `finish` every rank holds the same bits, whichever of them ran what. BatchNorm
     takes one update a step, with the mean over all micro-batches: a function of the step alone, and
     so is a checkpoint at any step. The layers' own momentum is 1, which leaves in their buffers
     what a micro-batch measured; one that changed within a step would be compiled anew for each
     value, and not at all from the ninth on (torch 2.14).
+
+    Args:
+        queue: runs the exchanges of the step; others' may be in it.
     """
 
     def __init__(
-        self, accelerator: "Accelerator", plan: Plan, layers: list[nn.BatchNorm2d]
+        self,
+        accelerator: "Accelerator",
+        plan: TreePlan,
+        layers: list[nn.BatchNorm2d],
+        queue: ExchangeQueue,
     ) -> None:
         for layer in layers:
             layer.momentum = 1.0
-        self._world_size, self._micro_batches = accelerator.num_processes, plan.micro_batches
+        self._plan, self._queue = plan, queue
         self._buffers = [
             b for m in layers for b in (m.running_mean, m.running_var) if b is not None
         ]
-        sizes = [b.numel() for b in self._buffers]
         # Another rank's micro-batches are zero here, and adding zero is exact.
-        n = plan.micro_batches
-        parts = [n, n, 1, sum(sizes)]
+        parts = [plan.n, plan.n, 1]
         self._flat = torch.zeros(sum(parts), dtype=torch.float64, device=accelerator.device)
-        self._losses, self._hits, self._stop, self._statistics = torch.split(self._flat, parts)
-        self._running = self._joined()
-        self._running_parts = torch.split(self._running, sizes)
+        self._losses, self._hits, self._stop = torch.split(self._flat, parts)
         self._pending: dist.Work | None = None
-
-    def _joined(self) -> Tensor:
-        return torch.cat(self._buffers) if self._buffers else torch.zeros(0)
+        if self._buffers:
+            self._running = torch.cat(self._buffers)
+            self._running_parts = torch.split(self._running, [b.numel() for b in self._buffers])
+            self._statistics = TreeSum(plan, [self._running], torch.float64)
 
     @torch.no_grad()
     def add(self, k: int, summed_loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -256,14 +254,16 @@ class StepSums:
         self._losses[k] = summed_loss
         self._hits[k] = (logits.argmax(1) == labels).sum()
         if self._buffers:
-            self._statistics += self._joined()
+            self._statistics.add([torch.cat(self._buffers)])
 
     @torch.no_grad()
     def start(self, stop: bool) -> None:
         """Begins the reduction; to be called by every rank after its last forward of a step."""
         self._stop.fill_(float(stop))
-        if self._world_size > 1:
+        if self._plan.world_size > 1:
             self._pending = dist.all_reduce(self._flat, async_op=True)
+        if self._buffers:
+            self._queue.start(self._statistics)
 
     @torch.no_grad()
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -274,11 +274,12 @@ class StepSums:
             float64 on the device: [G/m] losses and [G/m] hits by micro-batch, and how many ranks
             wish to stop.
         """
+        self._queue.finish()
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
         if self._buffers:
-            mean = (self._statistics / self._micro_batches).to(self._running.dtype)
+            mean = (self._statistics.total[0] / self._plan.n).to(self._running.dtype)
             self._running.lerp_(mean, BATCH_NORM_MOMENTUM)
             torch._foreach_copy_(self._buffers, self._running_parts)
         totals = self._losses.clone(), self._hits.clone(), self._stop.clone()
@@ -312,17 +313,18 @@ class SharedResults:
     ) -> None:
         self.dtype, self.device = dtype, device
         self._world_size = world_size
-        owners, starts, ends = share_out(costs, world_size), [], [0] * world_size
-        for owner, shape in zip(owners, shapes, strict=True):
-            starts.append(ends[owner])
-            ends[owner] += math.prod(shape)
+        owners = share_out(costs, world_size)
         self.mine = {i for i, owner in enumerate(owners) if owner == rank}
-        # A row for each rank, as long as the longest.
-        self._rows = torch.zeros(world_size, max(ends), dtype=dtype, device=device)
-        self._results = [
-            self._rows[owner].narrow(0, start, math.prod(shape)).view(shape)
-            for owner, start, shape in zip(owners, starts, shapes, strict=True)
-        ]
+        sizes = [math.prod(shape) for shape in shapes]
+        # One after the other by owner, so that an owner's are one message.
+        order = sorted(range(len(shapes)), key=lambda i: owners[i])
+        flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        views = dict(zip(order, torch.split(flat, [sizes[i] for i in order]), strict=True))
+        self._results = [views[i].view(shape) for i, shape in enumerate(shapes)]
+        of_owner = {r: sum(sizes[i] for i in order if owners[i] == r) for r in sorted(set(owners))}
+        self._messages = dict(
+            zip(of_owner, torch.split(flat, list(of_owner.values())), strict=True)
+        )
 
     def __getitem__(self, i: int) -> Tensor:
         return self._results[i]
@@ -331,8 +333,8 @@ class SharedResults:
         """Hands this rank's results to all others; every rank must call it."""
         if self._world_size == 1:
             return
-        # Not all_gather: its forms without a copy have another name in each version of torch.
-        pending = [dist.broadcast(row, r, async_op=True) for r, row in enumerate(self._rows)]
+        # Only owners send: of 1,024 ranks as many as there are matrices.
+        pending = [dist.broadcast(m, r, async_op=True) for r, m in self._messages.items()]
         for work in pending:
             assert work is not None  # this rank is in the group
             work.wait()

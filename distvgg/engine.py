@@ -8,7 +8,7 @@ checkpoints leave a trace in what follows. Progress is one integer.
 import json
 import math
 import os
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -104,24 +104,20 @@ def fit(run: Run, tracking: Tracking) -> Result:
 
 
 def train_step(run: Run, micro_batches: list[MicroBatch], lr: float) -> None:
-    """One optimizer step over this rank's micro-batches; gradients are summed over ranks.
+    """One optimizer step over this rank's micro-batches; gradients are summed over all.
 
     A step whose loss or gradient is not finite changes no weight, nor does any later one (in fp16,
     which skips such steps by itself, a later one may); the host learns of it from `run.watch`.
     """
-    for a, batch in enumerate(micro_batches, start=1):
-        last = a == len(micro_batches)
-        # All-reduce once a step: with the last micro-batch's backward, overlapping it.
-        with nullcontext() if last else run.accelerator.no_sync(run.model):
-            torch.manual_seed(batch.dropout_seed)
-            logits = run.model(batch.images)
-            loss = summed_loss(run, logits, batch)
-            run.sums.add(batch.k, loss, logits, batch.main_labels)
-            if last:
-                run.sums.start(preemption.requested())
-            # A sum over G: accumulation and ranks need no second correction, but DDP averages.
-            scale = run.accelerator.num_processes / run.plan.global_batch_size
-            run.accelerator.backward(loss * scale)
+    for batch in micro_batches:
+        torch.manual_seed(batch.dropout_seed)
+        logits = run.model(batch.images)
+        loss = summed_loss(run, logits, batch)
+        run.sums.add(batch.k, loss, logits, batch.main_labels)
+        if batch is micro_batches[-1]:
+            run.sums.start(preemption.requested())
+        run.accelerator.backward(loss / run.plan.global_batch_size)
+    run.gradients.finish()
     losses, hits, stop = run.sums.finish()
     run.meter.add(losses.sum(), hits.sum(), run.plan.global_batch_size)
     norm = clipped_grad_norm(run)

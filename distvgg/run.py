@@ -34,10 +34,10 @@ from distvgg.distributed import (
     distribute,
     from_main,
     place,
-    settle_gradient_buckets,
     start,
-    summing,
+    tree_plan,
 )
+from distvgg.gradients import GradientReducer
 from distvgg.loader import DeviceLoader, EvalLoader, Pixels
 from distvgg.metrics import Clock, TrainMeter
 from distvgg.metrics_file import Mark, holds
@@ -52,6 +52,7 @@ from distvgg.run_folder import (
     take_run_folder,
 )
 from distvgg.sampling import Plan, derive_seed
+from distvgg.tree_sum import ExchangeQueue, TreePlan
 from distvgg.watch import Watch
 
 if TYPE_CHECKING:
@@ -90,9 +91,9 @@ class TrainState(BaseModel, extra="forbid"):
 @dataclass(frozen=True)
 class Run:
     """The parts of one training run. `vgg` is the bare network; `model` runs it with mixed
-    precision, gradient all-reduce and compilation as accelerate arranged them. The network that is
-    evaluated and kept is that of `average`, where the config asks for one. `failed` is 1 on the
-    device from the first non-finite step on. `checkpoints` and `lock` are the main process's."""
+    precision and compilation as accelerate arranged them. The network that is evaluated and kept is
+    that of `average`, where the config asks for one. `failed` is 1 on the device from the first
+    non-finite step on. `checkpoints` and `lock` are the main process's."""
 
     config: Config
     folder: Path
@@ -106,7 +107,10 @@ class Run:
     average: Average | None
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    tree: TreePlan
+    queue: ExchangeQueue
     sums: StepSums
+    gradients: GradientReducer
     failed: Tensor
     meter: TrainMeter
     clock: Clock
@@ -159,8 +163,10 @@ def build(config: Config, folder: Path) -> Run:
         accelerator.prepare_model(average.network, evaluation_mode=True)
     fp16 = accelerator.scaler is not None
     pixels = Pixels(dataset, dataset.train, config.model.image_size, device)
-    loader = DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index)
-    settle_gradient_buckets(accelerator, model, loader.micro_batches(state.step)[0].images)
+    tree = tree_plan(accelerator, plan.micro_batches)
+    queue = ExchangeQueue(device)
+    gradients = GradientReducer(vgg.parameters(), tree, queue)
+    gradients.attach()
     return Run(
         config=config,
         folder=folder,
@@ -168,13 +174,16 @@ def build(config: Config, folder: Path) -> Run:
         dataset=dataset,
         plan=plan,
         steps=plan.steps(config.train.epochs),
-        loader=loader,
+        loader=DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index),
         val_loader=EvalLoader(pixels, val_rows, config.eval.batch_size),
         vgg=vgg,
         average=average,
         model=model,
         optimizer=optimizer,
-        sums=StepSums(accelerator, plan, batch_norm_layers(vgg)),
+        tree=tree,
+        queue=queue,
+        sums=StepSums(accelerator, tree, batch_norm_layers(vgg), queue),
+        gradients=gradients,
         failed=torch.zeros((), dtype=torch.float32, device=device),
         meter=meter,
         clock=Clock(
@@ -197,8 +206,7 @@ def network(run: Run) -> VGG:
     if average.measured_at != step:
         steps = range(max(0, step - STATISTICS_STEPS), step)
         batches = (batch.images for s in steps for batch in run.loader.micro_batches(s))
-        total = summing(run.accelerator)(average.measure(batches))
-        average.set_statistics(total / (len(steps) * run.plan.micro_batches), step)
+        average.measure(batches, run.tree, run.queue, step)
     return average.network
 
 
