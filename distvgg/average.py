@@ -75,7 +75,7 @@ class Average:
             self.network(images)
             of_step.add([torch.cat(buffers)])
             if of_step.complete:
-                queue.start(of_step)
+                queue.start(of_step.exchange())
                 queue.finish()
                 total += of_step.total[0]
                 steps += 1

@@ -23,7 +23,15 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from distvgg.config import Config, ContactError, RunError, UserError
 from distvgg.memory import keep_freed_memory
 from distvgg.sampling import share_out
-from distvgg.tree_sum import ExchangeQueue, TreePlan, TreeSum, levels_of
+from distvgg.tree_sum import (
+    ExchangeQueue,
+    Messages,
+    Ranks,
+    TreePlan,
+    TreeSum,
+    all_gather,
+    levels_of,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -122,16 +130,12 @@ def distribute(
     return wrapped, accelerator.prepare_optimizer(optimizer)
 
 
-def tree_plan(accelerator: "Accelerator", micro_batches: int) -> TreePlan:
-    """How the ranks of this run sum over so many micro-batches of a step."""
+def ranks_of(accelerator: "Accelerator") -> Ranks:
+    """This process among all, and how they exchange: within a node first."""
     world_size = accelerator.num_processes
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size > 1 else 1
-    return TreePlan(
-        micro_batches,
-        accelerator.process_index,
-        world_size,
-        levels_of(world_size, from_main(accelerator, lambda: ranks_per_node)),
-    )
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size > 1 else 1
+    levels = levels_of(world_size, from_main(accelerator, lambda: per_node))
+    return Ranks(accelerator.process_index, world_size, levels)
 
 
 def has_nvidia_hardware(root: Path = Path("/")) -> bool:
@@ -260,10 +264,10 @@ class StepSums:
     def start(self, stop: bool) -> None:
         """Begins the reduction; to be called by every rank after its last forward of a step."""
         self._stop.fill_(float(stop))
-        if self._plan.world_size > 1:
+        if self._plan.ranks.world_size > 1:
             self._pending = dist.all_reduce(self._flat, async_op=True)
         if self._buffers:
-            self._queue.start(self._statistics)
+            self._queue.start(self._statistics.exchange())
 
     @torch.no_grad()
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,11 +295,13 @@ class SharedResults:
     """Matrices of which each is computed by one rank and wanted by all.
 
     Who computes which is a function of costs and ranks alone (`sampling.share_out`). Invariant:
-    after `exchange` every rank holds the same bits.
+    after `exchange` every rank holds the same bits, and what is computed for one matrix does not
+    depend on who computes it, nor on what else that rank computes.
 
     Args:
         shapes: of the matrices, (rows, columns).
         costs: of computing them, in any one unit.
+        ranks: this process among all.
 
     Attributes:
         mine: the numbers of those that this rank computes, into `self[i]`.
@@ -307,37 +313,46 @@ class SharedResults:
         costs: Sequence[float],
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
+        ranks: Ranks,
     ) -> None:
-        self.dtype, self.device = dtype, device
-        self._world_size = world_size
-        owners = share_out(costs, world_size)
-        self.mine = {i for i, owner in enumerate(owners) if owner == rank}
-        sizes = [math.prod(shape) for shape in shapes]
-        # One after the other by owner, so that an owner's are one message.
+        self.dtype, self.device, self._ranks = dtype, device, ranks
+        owners = share_out(costs, ranks.world_size)
+        self.mine = {i for i, owner in enumerate(owners) if owner == ranks.rank}
+        # One after the other by owner: what a rank computes is one segment.
         order = sorted(range(len(shapes)), key=lambda i: owners[i])
-        flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
-        views = dict(zip(order, torch.split(flat, [sizes[i] for i in order]), strict=True))
+        sizes = [math.prod(shapes[i]) for i in order]
+        self._flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        views = dict(zip(order, torch.split(self._flat, sizes), strict=True))
         self._results = [views[i].view(shape) for i, shape in enumerate(shapes)]
-        of_owner = {r: sum(sizes[i] for i in order if owners[i] == r) for r in sorted(set(owners))}
-        self._messages = dict(
-            zip(of_owner, torch.split(flat, list(of_owner.values())), strict=True)
+        self._segments: dict[int, tuple[int, int]] = {}
+        end = 0
+        for i, size in zip(order, sizes, strict=True):
+            first, _ = self._segments.get(owners[i], (end, end))
+            end += size
+            self._segments[owners[i]] = first, end
+        others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
+        self._to_shards = Messages(
+            [(peer, self._common(ranks.rank, peer)) for peer in others],
+            [(peer, self._common(peer, ranks.rank)) for peer in others],
         )
 
     def __getitem__(self, i: int) -> Tensor:
         return self._results[i]
 
-    def exchange(self) -> None:
-        """Hands this rank's results to all others; every rank must call it."""
-        if self._world_size == 1:
-            return
-        # Only owners send: of 1,024 ranks as many as there are matrices.
-        pending = [dist.broadcast(m, r, async_op=True) for r, m in self._messages.items()]
-        for work in pending:
-            assert work is not None  # this rank is in the group
-            work.wait()
+    def exchange(self) -> Iterator[Messages]:
+        """Hands this rank's results to all others: first to the ranks that hold their shards, then
+        these to all. So results, and not ranks, decide how many bytes travel."""
+        if self._ranks.world_size > 1:
+            yield self._to_shards
+        yield from all_gather(self._ranks, self._flat)
+
+    def _common(self, owner: int, holder: int) -> Tensor:
+        """What one rank computes of the shard that another holds."""
+        shard = self._ranks.shard(self._flat, holder)
+        first, end = self._segments.get(owner, (0, 0))
+        first = max(first, shard.storage_offset())
+        end = min(end, shard.storage_offset() + shard.numel())
+        return self._flat[first : max(first, end)]
 
 
 class HostCopy:

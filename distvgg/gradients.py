@@ -87,4 +87,4 @@ class GradientReducer:
         for p in bucket:
             p.grad = None
         if total.complete:
-            self._queue.start(total)
+            self._queue.start(total.exchange())

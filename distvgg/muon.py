@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from distvgg.distributed import SharedResults
+from distvgg.tree_sum import ExchangeQueue, Ranks
 
 # Of the quintic a x + b x^3 + c x^5, chosen there for its slope at zero: singular values end within
 # 0.7 to 1.2 rather than at one.
@@ -75,6 +76,8 @@ class Muon(torch.optim.Optimizer):
         groups: with `lr`, `momentum`, `nesterov`, `weight_decay`, `orthogonalised` each.
         newton_schulz_steps: of the iteration.
         dtype: that updates are orthogonalised in, and travel in.
+        ranks: this process among all.
+        queue: runs their exchange.
     """
 
     # As fused optimizers: GradScaler hands over `found_inf` and does not wait for the device.
@@ -85,9 +88,8 @@ class Muon(torch.optim.Optimizer):
         groups: Sequence[dict[str, Any]],
         newton_schulz_steps: int,
         dtype: torch.dtype,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
+        ranks: Ranks,
+        queue: ExchangeQueue,
     ) -> None:
         super().__init__(groups, {})
         self._newton_schulz_steps = newton_schulz_steps
@@ -99,9 +101,8 @@ class Muon(torch.optim.Optimizer):
         muon = [p for g in self.param_groups if g["orthogonalised"] for p in g["params"]]
         shapes = [(len(p), p[0].numel()) for p in muon]
         costs = [orthogonalise_flops(*shape, newton_schulz_steps) for shape in shapes]
-        self._updates = SharedResults(
-            shapes, costs, dtype, muon[0].device, rank=rank, world_size=world_size
-        )
+        self._updates = SharedResults(shapes, costs, dtype, muon[0].device, ranks)
+        self._queue = queue
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -123,7 +124,8 @@ class Muon(torch.optim.Optimizer):
                 matrix = _rows(momentum).flatten(1).to(self._updates.dtype)
                 update = orthogonalise(matrix, self._newton_schulz_steps)
                 self._updates[i].copy_(torch.where(failed, 0.0, update))
-        self._updates.exchange()
+        self._queue.start(self._updates.exchange())
+        self._queue.finish()
         for i, (p, group) in enumerate(muon):
             weights = _rows(p)
             scale = torch.where(failed, 1.0, math.sqrt(len(p)) / p.norm())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distvgg.config import OptimConfig
 from distvgg.muon import Muon
+from distvgg.tree_sum import ExchangeQueue, Ranks
 
 
 def lr_at(step: int, config: OptimConfig, steps: int, warmup_steps: int) -> float:
@@ -35,16 +36,15 @@ def build_optimizer(
     model: nn.Module,
     config: OptimConfig,
     precision: str = "bf16",
-    *,
-    rank: int = 0,
-    world_size: int = 1,
+    ranks: Ranks | None = None,
+    queue: ExchangeQueue | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer over the groups of `parameter_groups`; Muon shares out its work among ranks."""
+    """The optimizer over the groups of `parameter_groups`; Muon shares out its work among ranks
+    (None: this process is alone)."""
     groups = parameter_groups(model, config)
     if config.name == "muon":
-        return Muon(
-            groups, config.muon_steps, muon_dtype(precision), rank=rank, world_size=world_size
-        )
+        queue = queue or ExchangeQueue(next(model.parameters()).device)
+        return Muon(groups, config.muon_steps, muon_dtype(precision), ranks or Ranks(), queue)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
     sgd = torch.optim.SGD(

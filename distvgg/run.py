@@ -34,8 +34,8 @@ from distvgg.distributed import (
     distribute,
     from_main,
     place,
+    ranks_of,
     start,
-    tree_plan,
 )
 from distvgg.gradients import GradientReducer
 from distvgg.loader import DeviceLoader, EvalLoader, Pixels
@@ -140,13 +140,8 @@ def build(config: Config, folder: Path) -> Run:
     torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
     vgg = build_vgg(config.model, dataset.num_classes, derive_seed(config.seed, "weights"))
     place(vgg, accelerator, config)
-    optimizer = build_optimizer(
-        vgg,
-        config.optim,
-        config.train.precision,
-        rank=accelerator.process_index,
-        world_size=world_size,
-    )
+    ranks, queue = ranks_of(accelerator), ExchangeQueue(device)
+    optimizer = build_optimizer(vgg, config.optim, config.train.precision, ranks, queue)
     meter = TrainMeter(device)
     average = Average(vgg, config.optim.ema_decay) if config.optim.ema_decay else None
 
@@ -163,8 +158,7 @@ def build(config: Config, folder: Path) -> Run:
         accelerator.prepare_model(average.network, evaluation_mode=True)
     fp16 = accelerator.scaler is not None
     pixels = Pixels(dataset, dataset.train, config.model.image_size, device)
-    tree = tree_plan(accelerator, plan.micro_batches)
-    queue = ExchangeQueue(device)
+    tree = TreePlan(plan.micro_batches, ranks)
     gradients = GradientReducer(vgg.parameters(), tree, queue)
     gradients.attach()
     return Run(

@@ -108,26 +108,47 @@ class Placement(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TreePlan:
-    """Who adds up what: n leaves over `world_size` ranks, in contiguous runs of equal length.
+class Ranks:
+    """This process among all, and the levels in which they exchange.
 
     Args:
         levels: the radices of the exchange, whose product is `world_size`.
     """
 
-    n: int
     rank: int = 0
     world_size: int = 1
     levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        assert self.n % self.world_size == 0
         assert prod(self.levels) == self.world_size
         assert 0 <= self.rank < self.world_size
 
+    def peers(self, level: int, rank: int) -> list[int]:
+        """The ranks that exchange with one in a level, that one among them, by their digit."""
+        stride, radix = prod(self.levels[:level]), self.levels[level]
+        first = rank - rank // stride % radix * stride
+        return [first + digit * stride for digit in range(radix)]
+
+    def shard(self, vector: Tensor, rank: int) -> Tensor:
+        """The part of a vector that a rank holds between the two halves of an exchange."""
+        for level, radix in enumerate(self.levels):
+            vector = vector.tensor_split(radix)[self.peers(level, rank).index(rank)]
+        return vector
+
+
+@dataclass(frozen=True)
+class TreePlan:
+    """Who adds up what: n leaves over all ranks, in contiguous runs of equal length."""
+
+    n: int
+    ranks: Ranks = Ranks()
+
+    def __post_init__(self) -> None:
+        assert self.n % self.ranks.world_size == 0
+
     def leaves(self, first: int, ranks: int = 1) -> range:
         """The leaves of some adjacent ranks."""
-        each = self.n // self.world_size
+        each = self.n // self.ranks.world_size
         return range(first * each, (first + ranks) * each)
 
     @cached_property
@@ -136,7 +157,7 @@ class TreePlan:
         added to the left half at once, so that a pair takes one slot."""
         found: list[Placement] = []
         stack: list[Node] = []
-        for k in self.leaves(self.rank):
+        for k in self.leaves(self.ranks.rank):
             stack.append((k, k + 1))
             depth = len(stack)
             while len(stack) > 1 and siblings(stack[-2], stack[-1], self.n):
@@ -145,7 +166,7 @@ class TreePlan:
             merges = depth - len(stack)
             is_new = merges == 0
             found.append(Placement(depth - 1 if is_new else depth - 2, is_new, max(0, merges - 1)))
-        assert stack == cover(self.n, self.leaves(self.rank))
+        assert stack == cover(self.n, self.leaves(self.ranks.rank))
         return found
 
     @property
@@ -154,16 +175,10 @@ class TreePlan:
         least 1, where these are a power of two."""
         return 1 + max(placement.slot for placement in self.placements)
 
-    def peers(self, level: int) -> list[int]:
-        """The ranks that exchange with this one in a level, this one among them, by their digit."""
-        stride, radix = prod(self.levels[:level]), self.levels[level]
-        first = self.rank - self.rank // stride % radix * stride
-        return [first + digit * stride for digit in range(radix)]
-
     def nodes(self, level: int, rank: int) -> list[Node]:
         """The partial sums that a rank brings into a level: those of all ranks that share its
         higher digits."""
-        ranks = prod(self.levels[:level])
+        ranks = prod(self.ranks.levels[:level])
         return cover(self.n, self.leaves(rank // ranks * ranks, ranks))
 
 
@@ -228,39 +243,46 @@ class TreeSum:
         """Sums over ranks. What is yielded must have arrived before going on."""
         assert self.complete
         self._added = 0
-        plan = self._plan
-        sums = list(self._slots[: len(plan.nodes(0, plan.rank))])
-        shard = sums[0]
-        passed: list[tuple[list[int], tuple[Tensor, ...], int]] = []
-        for level in range(len(plan.levels)):
-            peers = plan.peers(level)
-            mine = peers.index(plan.rank)
-            shards = [s.tensor_split(len(peers)) for s in sums]
-            passed.append((peers, shard.tensor_split(len(peers)), mine))
-            shard = passed[-1][1][mine]
-            nodes = [plan.nodes(level, peer) for peer in peers]
+        n, ranks = self._plan.n, self._plan.ranks
+        sums = list(self._slots[: len(self._plan.nodes(0, ranks.rank))])
+        for level in range(len(ranks.levels)):
+            peers = ranks.peers(level, ranks.rank)
+            nodes = [self._plan.nodes(level, peer) for peer in peers]
+            parts = [s.tensor_split(len(peers)) for s in sums]
             messages = Messages([], [])
             pieces: list[Tensor] = []
             for digit, peer in enumerate(peers):
-                if digit == mine:
-                    pieces += [s[mine] for s in shards]
+                if peer == ranks.rank:
+                    pieces += [part[digit] for part in parts]
                     continue
-                messages.sends.extend((peer, s[digit]) for s in shards)
-                received = [torch.empty_like(shard) for _ in nodes[digit]]
+                messages.sends.extend((peer, part[digit]) for part in parts)
+                mine = parts[0][peers.index(ranks.rank)]
+                received = [torch.empty_like(mine) for _ in nodes[digit]]
                 messages.receives.extend((peer, piece) for piece in received)
                 pieces += received
             yield messages
-            pairs, remaining = additions([node for found in nodes for node in found], plan.n)
+            pairs, remaining = additions([node for found in nodes for node in found], n)
             for i, j in pairs:
                 pieces[i] += pieces[j]
             sums = [pieces[i] for i in remaining]
         (total,) = sums
-        if total.data_ptr() != shard.data_ptr():  # else it was added up in place
-            shard.copy_(total)
-        for peers, summed, mine in reversed(passed):
-            others = list(zip(peers, summed, strict=True))
-            _, own = others.pop(mine)
-            yield Messages([(peer, own) for peer, _ in others], others)
+        own = ranks.shard(self._slots[0], ranks.rank)
+        if total.data_ptr() != own.data_ptr():  # else it was added up in place
+            own.copy_(total)
+        yield from all_gather(ranks, self._slots[0])
+
+
+def all_gather(ranks: Ranks, vector: Tensor) -> Iterator[Messages]:
+    """Hands every rank's shard of a vector to all others, level by level. What is yielded must
+    have arrived before going on."""
+    stages: list[dict[int, Tensor]] = []
+    for level, radix in enumerate(ranks.levels):
+        peers = ranks.peers(level, ranks.rank)
+        stages.append(dict(zip(peers, vector.tensor_split(radix), strict=True)))
+        vector = stages[-1][ranks.rank]
+    for shards in reversed(stages):
+        own = shards.pop(ranks.rank)
+        yield Messages([(peer, own) for peer in shards], list(shards.items()))
 
 
 class _Pending(NamedTuple):
@@ -290,13 +312,13 @@ class ExchangeQueue:
         )
 
     @torch.no_grad()
-    def start(self, total: TreeSum) -> None:
-        """Begins the exchange of a sum whose leaves on this rank are all added."""
+    def start(self, exchange: Iterator[Messages]) -> None:
+        """Begins an exchange: a generator of messages that goes on when they have arrived."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with self._beside():
             self._advance()
-            self._continue(total.exchange())
+            self._continue(exchange)
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distvgg.tree_sum import Messages, TreePlan, TreeSum, cover, levels_of
+from distvgg.tree_sum import Messages, Ranks, TreePlan, TreeSum, cover, levels_of
 from launch import ROOT, run
 
 WORLD_SIZES = (1, 2, 3, 4, 6)
@@ -83,10 +83,10 @@ def test_every_rank_has_the_sum_by_definition(
     n, world_size, levels = plan
     leaves = some_leaves(n, size)
     expected = by_definition(leaves)
-    ranks = [TreePlan(n, rank, world_size, levels) for rank in range(world_size)]
+    ranks = [TreePlan(n, Ranks(rank, world_size, levels)) for rank in range(world_size)]
     sums = [TreeSum(p, [torch.empty(size)], torch.float32) for p in ranks]
     for p, total in zip(ranks, sums, strict=True):
-        for k in p.leaves(p.rank):
+        for k in p.leaves(p.ranks.rank):
             assert not total.complete
             total.add([leaves[k]])
         assert total.complete
@@ -131,7 +131,7 @@ def test_a_rank_holds_few_partial_sums(n: int, data: st.DataObject) -> None:
     world_size = data.draw(st.sampled_from(divisors(n)))
     rank = data.draw(st.integers(0, world_size - 1))
     accumulation = n // world_size
-    plan = TreePlan(n, rank, world_size, levels_of(world_size, 1, largest=world_size))
+    plan = TreePlan(n, Ranks(rank, world_size, levels_of(world_size, 1)))
     sent = len(cover(n, plan.leaves(rank)))
     if accumulation & (accumulation - 1) == 0:
         assert plan.slots == max(1, math.log2(accumulation))
@@ -147,7 +147,7 @@ def test_where_one_partial_sum_travels_as_many_bytes_do_as_in_a_ring(
 ) -> None:
     n, world_size, size = 16, 8, 64
     sums = [
-        TreeSum(TreePlan(n, rank, world_size, levels), [torch.empty(size)], torch.float32)
+        TreeSum(TreePlan(n, Ranks(rank, world_size, levels)), [torch.empty(size)], torch.float32)
         for rank in range(world_size)
     ]
     for rank, total in enumerate(sums):

@@ -6,7 +6,7 @@ import sys
 import torch
 from accelerate import Accelerator
 
-from distvgg.tree_sum import ExchangeQueue, TreePlan, TreeSum
+from distvgg.tree_sum import ExchangeQueue, Ranks, TreePlan, TreeSum
 from test_tree_sum import by_definition, some_leaves
 
 LEVELS = {1: [()], 2: [(2,)], 3: [(3,)], 4: [(4,), (2, 2)], 6: [(6,), (2, 3), (3, 2)]}
@@ -17,7 +17,7 @@ def main() -> None:
     rank, world_size = accelerator.process_index, accelerator.num_processes
     queue = ExchangeQueue(accelerator.device)
     for levels in LEVELS[world_size]:
-        plans = [TreePlan(12 * a, rank, world_size, levels) for a in (1, 5, 8)]
+        plans = [TreePlan(12 * a, Ranks(rank, world_size, levels)) for a in (1, 5, 8)]
         cases = [
             (p, size, t) for p in plans for size, t in ((3, torch.float64), (5000, torch.float32))
         ]
@@ -26,7 +26,7 @@ def main() -> None:
             for (p, size, t), total in zip(cases, sums, strict=True):
                 for k in p.leaves(rank):
                     total.add([some_leaves(p.n, size, t)[k]])
-                queue.start(total)
+                queue.start(total.exchange())
             queue.finish()
             for (p, size, t), total in zip(cases, sums, strict=True):
                 expected = by_definition(some_leaves(p.n, size, t))
