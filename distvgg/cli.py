@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import tyro
+import yaml
 
 from distvgg import preemption
 from distvgg.config import (
@@ -246,9 +247,24 @@ def resolve(words: list[str]) -> tuple[str, Config, Path]:
 
 
 def default_run_dir(recipe: str, config: Config) -> Path:
-    """The same folder for the same config, on every process and every time."""
-    digest = hashlib.sha256(config.to_yaml().encode()).hexdigest()[:8]
-    return Path("runs") / f"{Path(recipe).stem}-{digest}"
+    """The same folder for the same config, on every process and every time. Its name is of the
+    values that are not the defaults, so that a new field changes none."""
+    folder, old = (
+        Path("runs") / f"{Path(recipe).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        for text in (config.to_yaml(exclude_defaults=True), _yaml_of_0_1(config))
+    )
+    return old if old.exists() and not folder.exists() else folder
+
+
+def _yaml_of_0_1(config: Config) -> str:
+    """All fields that a config had in version 0.1, whose run folders were named after them."""
+    values = config.model_dump()
+    train = values["train"]
+    del train["cpu_threads"]
+    at = list(train).index("precision") + 1
+    fields = [*train.items()]
+    values["train"] = dict([*fields[:at], ("gradient_compression", "no"), *fields[at:]])
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def _split(words: list[str]) -> tuple[list[str], dict[str, str]]:

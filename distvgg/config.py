@@ -147,6 +147,10 @@ class TrainConfig(Section):
     """Label smoothing of the training loss (Szegedy et al., 2016, section 7)."""
     compile: bool = False
     """torch.compile the model. Slower on a CPU."""
+    cpu_threads: int = Field(1, ge=1)
+    """Threads of each process on a CPU; a GPU takes no notice. Kernels for another number of threads
+    add in another order: unlike the number of processes, this is part of the result's definition,
+    and OMP_NUM_THREADS does not reach it."""
     channels_last: bool = True
     """NHWC memory order: 2.2 times faster than NCHW together with bf16 on a CPU."""
     start_size: int | None = Field(None, ge=16)
@@ -156,6 +160,19 @@ class TrainConfig(Section):
     """The share of the run's steps after which `start_size` has grown to the full size."""
     detect_anomaly: bool = False
     """Point at the operation that made a NaN in backward. Slow: for debugging."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_gradient_compression(cls, values: Any) -> Any:
+        """Config files of version 0.1 have the field, and `no` in it was what is done now."""
+        if not isinstance(values, dict) or "gradient_compression" not in values:
+            return values
+        if values["gradient_compression"] not in ("no", False):
+            raise ValueError(
+                "train.gradient_compression is gone: rounded gradients made the curve depend on the"
+                " number of processes, and gave no speed; drop it"
+            )
+        return {k: v for k, v in values.items() if k != "gradient_compression"}
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "TrainConfig":
@@ -329,8 +346,8 @@ class Config(Section):
             )
         return self
 
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+    def to_yaml(self, *, exclude_defaults: bool = False) -> str:
+        return yaml.safe_dump(self.model_dump(exclude_defaults=exclude_defaults), sort_keys=False)
 
     def flat(self) -> dict[str, Any]:
         """Every field by its dotted name, as typed on the command line; a list as text, since
