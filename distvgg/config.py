@@ -148,9 +148,9 @@ class TrainConfig(Section):
     compile: bool = False
     """torch.compile the model. Slower on a CPU."""
     cpu_threads: int = Field(1, ge=1)
-    """Threads of each process on a CPU; a GPU takes no notice. Kernels for another number of threads
-    add in another order: unlike the number of processes, this is part of the result's definition,
-    and OMP_NUM_THREADS does not reach it."""
+    """Threads of each process on a CPU; without effect on a GPU. Kernels for another number of
+    threads add in another order: unlike the number of processes, this is part of the result's
+    definition, and OMP_NUM_THREADS does not reach it."""
     channels_last: bool = True
     """NHWC memory order: 2.2 times faster than NCHW together with bf16 on a CPU."""
     start_size: int | None = Field(None, ge=16)

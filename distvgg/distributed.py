@@ -349,9 +349,9 @@ class SharedResults:
     def _common(self, owner: int, holder: int) -> Tensor:
         """What one rank computes of the shard that another holds."""
         shard = self._ranks.shard(self._flat, holder)
+        start = int(shard.storage_offset())
         first, end = self._segments.get(owner, (0, 0))
-        first = max(first, shard.storage_offset())
-        end = min(end, shard.storage_offset() + shard.numel())
+        first, end = max(first, start), min(end, start + shard.numel())
         return self._flat[first : max(first, end)]
 
 

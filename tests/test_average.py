@@ -7,6 +7,7 @@ from torch.optim.swa_utils import update_bn
 from distvgg.average import Average
 from distvgg.config import ModelConfig
 from distvgg.model import build_vgg
+from distvgg.tree_sum import ExchangeQueue, TreePlan
 
 
 def test_the_average_follows_its_definition() -> None:
@@ -31,9 +32,9 @@ def test_batchnorm_measures_what_torchs_update_bn_does() -> None:
     vgg = build_vgg(ModelConfig(depth=11, width=0.05), 10, seed=0).double()
     average = Average(vgg, decay=0.5)
     torch.manual_seed(0)
-    batches = torch.randn(5, 8, 3, 32, 32, dtype=torch.float64)
-    total = average.measure(batches[:2]) + average.measure(batches[2:])
-    average.set_statistics(total / 5, step=7)
+    batches = torch.randn(6, 8, 3, 32, 32, dtype=torch.float64)
+    queue = ExchangeQueue(torch.device("cpu"))
+    average.measure(batches, TreePlan(3), queue, step=7)  # two steps of three
     assert average.measured_at == 7
     update_bn(batches, vgg)
     for ours, theirs in zip(average.network.modules(), vgg.modules(), strict=True):
@@ -46,5 +47,6 @@ def test_batchnorm_measures_what_torchs_update_bn_does() -> None:
 def test_without_batchnorm_there_is_nothing_to_measure() -> None:
     vgg = build_vgg(ModelConfig(depth=11, width=0.05, batch_norm=False), 10, seed=0)
     average = Average(vgg, decay=0.5)
-    average.set_statistics(average.measure(torch.randn(2, 4, 3, 32, 32)), step=1)
+    queue = ExchangeQueue(torch.device("cpu"))
+    average.measure(torch.randn(2, 4, 3, 32, 32), TreePlan(2), queue, step=1)
     assert average.measured_at == 1

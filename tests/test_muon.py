@@ -11,6 +11,8 @@ from distvgg.distributed import SharedResults
 from distvgg.model import build_vgg
 from distvgg.muon import A, B, C, orthogonalise
 from distvgg.optim import build_optimizer, set_lr, skip_step_if
+from distvgg.tree_sum import Ranks
+from test_tree_sum import over_ranks
 
 
 @pytest.mark.parametrize("shape", [(7, 20), (20, 7), (9, 9)])
@@ -99,26 +101,29 @@ def test_a_failed_step_changes_nothing() -> None:
     assert all(map(torch.equal, before, step(1.0)))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
-def test_each_result_is_computed_by_one_rank_and_fairly(world_size: int) -> None:
+@pytest.mark.parametrize("levels", [(), (2,), (3,), (2, 2), (8,), (4, 16)])
+def test_each_result_is_computed_by_one_rank_and_reaches_all(levels: tuple[int, ...]) -> None:
     costs = [9.0, 1.0, 4.0, 4.0, 4.0, 4.0, 2.0, 2.0]
     shapes = [(2, int(c)) for c in costs]
+    world_size = math.prod(levels)
     ranks = [
         SharedResults(
-            shapes,
-            costs,
-            torch.float32,
-            torch.device("cpu"),
-            rank=r,
-            world_size=world_size,
+            shapes, costs, torch.float32, torch.device("cpu"), Ranks(rank, world_size, levels)
         )
-        for r in range(world_size)
+        for rank in range(world_size)
     ]
     assert sorted(i for rank in ranks for i in rank.mine) == list(range(len(costs)))
     loads = [sum(costs[i] for i in rank.mine) for rank in ranks]
     assert max(loads) <= sum(costs) / world_size + max(costs)
     for rank in ranks:
-        for i in range(len(costs)):
+        for i in rank.mine:
             assert rank[i].shape == shapes[i]
             rank[i].fill_(i)
-        assert all((rank[i] == i).all() for i in range(len(costs)))  # they do not overlap
+    sent = over_ranks([rank.exchange() for rank in ranks])
+    for rank in ranks:
+        assert all((rank[i] == i).all() for i in range(len(costs)))
+    # What it computed, and the shards that it hands on: however many ranks there are.
+    numbers = sum(math.prod(shape) for shape in shapes)
+    for rank, elements in zip(ranks, sent, strict=True):
+        own = sum(math.prod(shapes[i]) for i in rank.mine)
+        assert elements <= own + numbers + 2 * world_size

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import pytest
@@ -50,11 +50,10 @@ def some_leaves(n: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor
     return (torch.randn(n, size, generator=generator) * 2.0**exponents).to(dtype)
 
 
-def over_ranks(sums: Sequence[TreeSum]) -> list[int]:
+def over_ranks(exchanges: Sequence[Iterator[Messages]]) -> list[int]:
     """Runs the exchanges of all ranks in one process, stage by stage; the elements that each rank
     has sent."""
-    exchanges = [total.exchange() for total in sums]
-    sent = [0] * len(sums)
+    sent = [0] * len(exchanges)
     while True:
         stages = [next(exchange, None) for exchange in exchanges]
         if None in stages:
@@ -90,7 +89,7 @@ def test_every_rank_has_the_sum_by_definition(
             assert not total.complete
             total.add([leaves[k]])
         assert total.complete
-    over_ranks(sums)
+    over_ranks([total.exchange() for total in sums])
     for total in sums:
         assert torch.equal(total.total[0], expected)
 
@@ -154,7 +153,7 @@ def test_where_one_partial_sum_travels_as_many_bytes_do_as_in_a_ring(
         for k in (2 * rank, 2 * rank + 1):
             total.add([some_leaves(n, size)[k]])
     share = Fraction(world_size - 1, world_size)
-    assert over_ranks(sums) == [2 * share * size] * world_size
+    assert over_ranks([total.exchange() for total in sums]) == [2 * share * size] * world_size
 
 
 def test_parts_keep_their_shapes_and_strides() -> None:
