@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_args
 import tyro
 import yaml
 
-from distvgg import preemption
+from distvgg import environment, preemption
 from distvgg.config import (
     Config,
     ContactError,
@@ -49,6 +49,7 @@ Recipes: {recipes}; every field with its meaning: distvgg train RECIPE --help"""
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command of the command line; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    environment.clear()  # before a command loads torch
     if not words or words[0] in ("-h", "--help"):
         print(USAGE.format(recipes=", ".join(recipe_names())))
         return 0 if words else 2
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text, code = str(stop), 130 if stop.by_user else 0
     except KeyboardInterrupt:
         return 130
-    if _rank() == 0:
+    if environment.rank() == 0:
         try:
             print(text, flush=True)
         except BrokenPipeError:  # `| head` has read enough; at exit Python would flush once more
@@ -209,7 +210,7 @@ def doctor(
     Args:
         run_dir: folder of the run, as of train.
     """
-    if _rank():
+    if environment.rank():
         return ""  # of several processes, the main one checks for all
     from distvgg.doctor import examine
 
@@ -297,15 +298,11 @@ def _help(command: Callable[..., Any]) -> None:
     )
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
 def _complain(error: Exception, *, at_once: bool = False) -> None:
     """Prints the line once. A mistake is found by all processes alike, so the main one speaks and
     the launcher ends the others; one that is still there seconds later has a mistake of its own,
     as has one that lost the others (`at_once`)."""
-    if rank := _rank():
+    if rank := environment.rank():
         if not at_once and preemption.wait(30):
             return
         print(f"distvgg: error on process {rank}: {error}", file=sys.stderr, flush=True)

@@ -20,8 +20,10 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from distvgg import environment
 from distvgg.config import Config, ContactError, RunError, UserError
 from distvgg.memory import keep_freed_memory
+from distvgg.provenance import machine
 from distvgg.sampling import share_out
 from distvgg.tree_sum import (
     ExchangeQueue,
@@ -65,8 +67,8 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
     scheduler (a prepared one steps once per process), no loader, and no accumulation count.
 
     Raises:
-        UserError: several processes that know nothing of each other; a precision that the device
-            does not have.
+        UserError: several processes that know nothing of each other; another kind of training; a
+            precision that the device does not have.
     """
     from accelerate import Accelerator, PartialState
     from accelerate.utils import (
@@ -76,6 +78,8 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
         parse_flag_from_env,
     )
 
+    environment.clear()
+    environment.refuse()
     # Accelerator reads this variable, PartialState alone does not.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu, **_store_of_this_attempt())
@@ -86,7 +90,13 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
             " the same thing: set ACCELERATE_USE_CPU=true where there is no GPU, and start with"
             " accelerate launch"
         )
+    if state.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise UserError(
+            f"accelerate starts {state.distributed_type.value} here, which distvgg does not have:"
+            " launch with --config_file accelerate_config.yaml"
+        )
     if state.device.type == "cpu":
+        torch.set_num_threads(config.train.cpu_threads)
         keep_freed_memory()
     # Batch shapes never change; the run must be the same when it is run again.
     torch.backends.cudnn.benchmark = False
@@ -97,7 +107,7 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
             config.train.precision, state.device, os.environ.get("ACCELERATE_MIXED_PRECISION")
         ),
         project_config=folders,
-        # Without these two accelerate takes what the environment says.
+        # Said, so that accelerate does not ask the environment.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_plugin=TorchDynamoPlugin(backend="inductor" if config.train.compile else "no"),
     )
@@ -136,6 +146,14 @@ def ranks_of(accelerator: "Accelerator") -> Ranks:
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size > 1 else 1
     levels = levels_of(world_size, from_main(accelerator, lambda: per_node))
     return Ranks(accelerator.process_index, world_size, levels)
+
+
+def machines(accelerator: "Accelerator") -> list[dict[str, str]]:
+    """Every rank's device and versions, by rank; all ranks must call it."""
+    from accelerate.utils import gather_object
+
+    found: list[dict[str, str]] = gather_object([machine(accelerator.device)])
+    return found
 
 
 def has_nvidia_hardware(root: Path = Path("/")) -> bool:

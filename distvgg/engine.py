@@ -56,7 +56,7 @@ def train(config: Config, run_dir: Path) -> Result:
     with left_in_order(), lost_contact():
         run = build(config, run_dir)
         if run.accelerator.is_main_process:  # accelerate's own print speaks once a node
-            print(summary(run), flush=True)
+            print("\n".join([summary(run), *(f"note: {note}" for note in run.notes)]), flush=True)
         state = run.state
         tracking = Tracking(
             run.accelerator, run.config, run_dir, run.steps, state.step, state.metrics
@@ -391,11 +391,13 @@ def summary(run: Run) -> str:
     model, plan, accelerator = run.config.model, run.plan, run.accelerator
     size = sum(p.numel() for p in run.vgg.parameters()) / 1e6
     name = f"VGG-{model.depth}{'-BN' if model.batch_norm else ''}"
+    on_cpu = accelerator.device.type == "cpu"
+    threads = f", {run.config.train.cpu_threads} thread(s) each" if on_cpu else ""
     return (
         f"{name} of {size:.1f}M parameters on {run.config.data.name}:"
         f" {plan.n_samples:,} train, {run.val_loader.n_samples:,} val images\n"
         f"{run.steps:,} steps of {plan.global_batch_size} = {accelerator.num_processes} process(es)"
         f" x {plan.accumulation} x {plan.micro_batch_size}, {accelerator.mixed_precision} on"
-        f" {accelerator.device.type}, into {run.folder}"
+        f" {accelerator.device.type}{threads}, into {run.folder}"
         + (f"\nresumed after step {run.state.step:,}" if run.state.step else "")
     )

@@ -36,6 +36,19 @@ def hardware(device: "torch.device") -> str:
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) a process"
 
 
+def machine(device: "torch.device") -> dict[str, str]:
+    """What rounds the numbers of a run, beside its config: the kind of device, with the instruction
+    set that kernels are chosen for, and versions."""
+    import torch
+
+    if device.type == "cuda":
+        cudnn = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+        found = {"device": torch.cuda.get_device_name(device)} | versions()
+        return found | {"cuda": str(torch.version.cuda), "cudnn": cudnn}
+    name = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
+    return {"device": f"{name} ({torch.backends.cpu.get_cpu_capability()})"} | versions()
+
+
 def commit() -> str | None:
     """The commit of a checkout that the package runs from, `-dirty` where the package differs from
     it; None for an installed package."""

@@ -5,6 +5,8 @@ rest is a function of config and data. It is the same on every rank after every 
 """
 
 import hashlib
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from distvgg import metrics, preemption
+from distvgg import environment, metrics, preemption
 from distvgg.average import STATISTICS_STEPS, Average
 from distvgg.checkpoint import (
     Checkpoint,
@@ -33,6 +35,7 @@ from distvgg.distributed import (
     batch_norm_layers,
     distribute,
     from_main,
+    machines,
     place,
     ranks_of,
     start,
@@ -86,6 +89,8 @@ class TrainState(BaseModel, extra="forbid"):
     """(step, number of processes) of every start that a checkpoint came of."""
     data: str = ""
     """Digest of the data."""
+    machine: dict[str, str] = {}
+    """Device and versions of the newest start."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,8 @@ class Run:
     """The parts of one training run. `vgg` is the bare network; `model` runs it with mixed
     precision and compilation as accelerate arranged them. The network that is evaluated and kept is
     that of `average`, where the config asks for one. `failed` is 1 on the device from the first
-    non-finite step on. `checkpoints` and `lock` are the main process's."""
+    non-finite step on. `checkpoints` and `lock` are the main process's. `notes` are what the user
+    should know of the machine and the environment, a line each."""
 
     config: Config
     folder: Path
@@ -118,6 +124,7 @@ class Run:
     state: TrainState
     checkpoints: Checkpoints | None
     lock: int | None
+    notes: list[str]
 
 
 def build(config: Config, folder: Path) -> Run:
@@ -130,6 +137,7 @@ def build(config: Config, folder: Path) -> Run:
     """
     accelerator = start(config, folder)
     device = accelerator.device
+    asked = config.train.precision
     config = config.replace(train__precision=accelerator.mixed_precision)
     locks: list[int] = []  # taken by the main process alone
     from_main(accelerator, lambda: locks.append(take_run_folder(folder, config)))
@@ -151,6 +159,11 @@ def build(config: Config, folder: Path) -> Run:
     if found is not None:
         state = _restore(found, state, vgg, average, optimizer, meter, accelerator)
     state.starts.append((state.step, accelerator.num_processes))
+    found_machines = machines(accelerator)
+    notes = machine_notes(found_machines, state.machine, config, device)
+    state.machine = found_machines[0]
+    if asked == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16"):
+        notes.append(f"precision {config.train.precision}, as the launcher was told")
 
     model, optimizer = distribute(accelerator, vgg, optimizer)
     model.train()
@@ -189,7 +202,43 @@ def build(config: Config, folder: Path) -> Run:
         state=state,
         checkpoints=checkpoints,
         lock=locks[0] if locks else None,
+        notes=notes,
     )
+
+
+def machine_notes(
+    machines: Sequence[Mapping[str, str]],
+    before: Mapping[str, str],
+    config: Config,
+    device: torch.device,
+) -> list[str]:
+    """What could change the bits of a run or its speed from here on, a line each.
+
+    Args:
+        machines: device and versions of every rank.
+        before: those of the start that the checkpoint came of; empty for a new run.
+    """
+    notes, here = [], machines[0]
+    changed = [f"{k} {v} (was {before[k]})" for k, v in here.items() if before.get(k, v) != v]
+    if changed:
+        notes.append(f"bits may differ from here on: the run goes on with {', '.join(changed)}")
+    if len(kinds := sorted({m["device"] for m in machines})) > 1:
+        notes.append(
+            "processes compute on devices of different kinds, so that bits depend on which computes"
+            f" what: {', '.join(kinds)}"
+        )
+    on_cpu = device.type == "cpu"
+    threads, cores = config.train.cpu_threads, len(os.sched_getaffinity(0))
+    if on_cpu and (wanted := threads * int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > cores:
+        notes.append(
+            f"{wanted} threads (train.cpu_threads {threads}) share {cores} core(s): slower, to the"
+            " same bits"
+        )
+    if cleared := environment.cleared(threads if on_cpu else None):
+        notes.append(f"set in the environment, without effect: {', '.join(cleared)}")
+    if taken := environment.taken():
+        notes.append(f"set in the environment before torch was loaded, taken: {', '.join(taken)}")
+    return notes
 
 
 def network(run: Run) -> VGG:

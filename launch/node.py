@@ -94,8 +94,6 @@ def main(words: list[str]) -> int:
             Plan(1, batch.global_batch_size, batch.micro_batch_size, world_size=total)
         except UserError as error:
             return complain(node, error, everywhere=True)
-    # The launcher's own default is one thread a process.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     if node.nodes > 1:
         find_the_others(node)
     return launch(node, processes, train, run_dir)

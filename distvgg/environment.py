@@ -1,0 +1,113 @@
+"""Environment variables: those that would change the numbers of a run are cleared or refused.
+
+Owns the lists of them, from the sources of accelerate 1.15 and torch 2.14. Invariant: after `clear`
+and `refuse` no variable reaches the numbers but those that `taken` names. Which device and how many
+processes there are is for the launcher to say, and changes no number. Imports no torch: what torch
+and its libraries read when they are loaded has to be cleared before.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+
+from distvgg.config import UserError
+
+# Other kinds of training, which accelerate turns on by a variable of its launcher's.
+_KINDS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+}
+# Numbers of processes that accelerate believes of MPI.
+_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# By the value with which a variable says nothing: what `accelerate launch` sets by itself.
+_ACCELERATE = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",  # divides every loss
+    "ACCELERATE_DYNAMO_BACKEND": "no",  # train.compile
+    "ACCELERATE_DYNAMO_MODE": "default",
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": "false",
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": "false",
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "false",
+}
+# Read when torch and its libraries are loaded: which kernels, in how many threads, how precise.
+_LIBRARIES = (
+    *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"),
+    *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
+    *("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE"),
+    *("OMP_DYNAMIC", "OMP_THREAD_LIMIT"),  # fewer threads than train.cpu_threads, or a deadlock
+    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG"),
+    *("TORCH_BLAS_PREFER_CUBLASLT", "PYTORCH_TUNABLEOP_ENABLED"),
+    *("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"),
+)
+
+_cleared: dict[str, str] = {}
+
+
+def clear() -> None:
+    """Removes what would change the numbers. To be called before torch is loaded; of what torch has
+    read already, `taken` tells."""
+    names = [*_ACCELERATE, *(() if "torch" in sys.modules else _LIBRARIES)]
+    for name in names:
+        if (value := os.environ.pop(name, None)) is not None:
+            _cleared[name] = value
+
+
+def refuse(environment: Mapping[str, str] = os.environ) -> None:
+    """Checks that the launcher starts this kind of training.
+
+    Raises:
+        UserError: it starts another kind, or is none that is known here.
+    """
+    for name, kind in _KINDS.items():
+        if environment.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on"):
+            raise UserError(
+                f"{name}={environment[name]} asks for {kind}, which distvgg does not have:"
+                " unset it, or launch with --config_file accelerate_config.yaml"
+            )
+    if "WORLD_SIZE" in environment:
+        return
+    for name in _MPI:
+        if environment.get(name, "1") not in ("", "0", "1"):
+            raise UserError(
+                f"{name}={environment[name]} without WORLD_SIZE: distvgg is started by accelerate"
+                " launch or torchrun, not by MPI; unset it for one process"
+            )
+    if "LOCAL_RANK" in environment:
+        raise UserError(
+            "LOCAL_RANK without WORLD_SIZE, as a launcher leaves them in a shell: unset LOCAL_RANK"
+            " for one process"
+        )
+
+
+def rank() -> int:
+    """This process's rank, without a process group: 0 where it was not launched as one of many."""
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+
+
+def cleared(cpu_threads: int | None) -> list[str]:
+    """What was set and has no effect, as `NAME=VALUE (what has)`.
+
+    Args:
+        cpu_threads: of a run on a CPU; None on a GPU.
+    """
+    instead = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "train.micro_batch_size",
+        "ACCELERATE_DYNAMO_BACKEND": "train.compile",
+    }
+    found = [
+        f"{name}={value}" + (f" ({instead[name]})" if name in instead else "")
+        for name, value in _cleared.items()
+        if value.lower() != _ACCELERATE.get(name)
+    ]
+    # A launcher sets 1.
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    if cpu_threads is not None and threads not in ("1", str(cpu_threads)):
+        found.append(f"OMP_NUM_THREADS={threads} (train.cpu_threads)")
+    return found
+
+
+def taken() -> list[str]:
+    """What was read before it could be cleared, as `NAME=VALUE`."""
+    return [f"{name}={os.environ[name]}" for name in _LIBRARIES if name in os.environ]
