@@ -21,7 +21,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -36,11 +35,11 @@ from benchmarks.measure import in_turns, ratio, report, save, spread, table
 from benchmarks.runs import training, words_of
 from distvgg.config import Config, load
 from distvgg.data import load_dataset
-from distvgg.distributed import StepSums, batch_norm_layers, device_here
+from distvgg.distributed import device_here
 from distvgg.engine import measure, train_row, train_step, validate
-from distvgg.loader import DeviceLoader, EvalLoader, Pixels
+from distvgg.loader import EvalLoader, Pixels
 from distvgg.metrics import IMAGES_PER_SEC
-from distvgg.run import Run, build
+from distvgg.run import Run, build, of_global_batch
 from distvgg.tracking import Tracking
 
 PARTS = ("processes", "cadence", "growth")
@@ -166,6 +165,7 @@ def tracking(run: Run, config: Config, folder: Path) -> Tracking:
 def growth(run: Run, rounds: int, quick: bool) -> dict[str, Any]:
     """Cost by dataset size, global batch and evaluation size."""
     sizes, accumulations, evaluations = QUICK_COUNTS if quick else COUNTS
+    run.gradients.detach()
     usual = run.plan.global_batch_size
     batches = [n * run.plan.micro_batch_size for n in accumulations]
     by_size = {n: on_noise(run, n, usual) for n in sizes}
@@ -203,12 +203,9 @@ def growth(run: Run, rounds: int, quick: bool) -> dict[str, Any]:
 
 def on_noise(run: Run, n: int, global_batch_size: int) -> Run:
     """The same run on n random images, in global batches of another size."""
-    plan = replace(run.plan, n_samples=n, global_batch_size=global_batch_size)
     dataset = noise(n)
     pixels = Pixels(dataset, dataset.train, run.config.model.image_size, run.accelerator.device)
-    loader = DeviceLoader(run.config, pixels, np.arange(n), plan, run.accelerator.process_index)
-    sums = StepSums(run.accelerator, plan, batch_norm_layers(run.vgg))
-    return replace(run, plan=plan, loader=loader, sums=sums)
+    return of_global_batch(run, global_batch_size, pixels, np.arange(n))
 
 
 def seconds(run: Run, what: Callable[[], Any]) -> float:
@@ -230,7 +227,10 @@ def step_seconds(run: Run, steps: int) -> float:
             run.state.step += 1
             run.clock.step_done(micro_batches[0].side)
 
-    return seconds(run, take) / steps
+    run.gradients.attach()
+    taken = seconds(run, take) / steps
+    run.gradients.detach()
+    return taken
 
 
 def images_per_sec(run: Run) -> float:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from distvgg.distributed import batch_norm_layers
 from distvgg.model import VGG
-from distvgg.tree_sum import ExchangeQueue, TreePlan, TreeSum
+from distvgg.reduction_plan import TreePlan
+from distvgg.tree_sum import ExchangeQueue, TreeSum
 
 STATISTICS_STEPS = 8
 """The steps just taken whose images BatchNorm's statistics are measured on."""

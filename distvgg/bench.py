@@ -21,7 +21,6 @@ from distvgg.config import Config, UserError
 from distvgg.hardware import HARDWARE, BenchOptions, fabric_of, gpu_of
 from distvgg.model import VGG
 from distvgg.provenance import commit, hardware, versions
-from distvgg.sampling import Plan
 from distvgg.scaling import (
     TARGET,
     Gpu,
@@ -178,29 +177,30 @@ def step_times(
     """
     from distvgg.data import train_val_indices
     from distvgg.engine import train_step
-    from distvgg.loader import DeviceLoader, Pixels
+    from distvgg.loader import Pixels
+    from distvgg.run import of_global_batch
 
-    config, plan, device = run.config, run.plan, run.accelerator.device
+    config, device = run.config, run.accelerator.device
     rows, _ = train_val_indices(run.dataset.train.labels, config.data)
     pixels = Pixels(run.dataset, run.dataset.train, config.model.image_size, device)
-    rank = run.accelerator.process_index
-    loaders = {}
-    for accumulation in lengths:
-        # A rank of more: it runs fewer of the step's micro-batches.
-        ranks = plan.micro_batches // accumulation
-        share = Plan(plan.n_samples, plan.global_batch_size, plan.micro_batch_size, ranks)
-        loaders[accumulation] = DeviceLoader(config, pixels, rows, share, rank)
+    each = run.plan.world_size * run.plan.micro_batch_size
+    run.gradients.detach()
+    runs = {length: of_global_batch(run, length * each, pixels, rows) for length in lengths}
     times: Times = {accumulation: [] for accumulation in lengths}
     for nth in range(rounds):
         for accumulation in lengths if nth % 2 else reversed(lengths):
+            timed = runs[accumulation]
+            timed.gradients.attach()
             synchronize(device)
             started = time.perf_counter()
             for _ in range(block):
-                train_step(run, loaders[accumulation].micro_batches(run.state.step), lr=0.0)
+                train_step(timed, timed.loader.micro_batches(run.state.step), lr=0.0)
                 run.state.step += 1
                 run.watch.look()
             synchronize(device)
             times[accumulation].append((time.perf_counter() - started) / block)
+            timed.gradients.detach()
+    run.gradients.attach()
     return times
 
 

@@ -24,16 +24,9 @@ from distvgg import environment
 from distvgg.config import Config, ContactError, RunError, UserError
 from distvgg.memory import keep_freed_memory
 from distvgg.provenance import machine
+from distvgg.reduction_plan import Ranks, TreePlan, levels_of
 from distvgg.sampling import share_out
-from distvgg.tree_sum import (
-    ExchangeQueue,
-    Messages,
-    Ranks,
-    TreePlan,
-    TreeSum,
-    all_gather,
-    levels_of,
-)
+from distvgg.tree_sum import ExchangeQueue, Messages, TreeSum, all_gather
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -7,31 +7,14 @@ after `finish` each has that of the whole step, with the same bits on every rank
 reach into the bits, since every element is summed along the same tree.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from distvgg.tree_sum import ExchangeQueue, TreePlan, TreeSum
-
-MIB = 2**20
-# The first bucket is small, so that its messages are on their way early; others are large enough
-# that latency does not count. DistributedDataParallel has the same sizes.
-FIRST_BUCKET, BUCKET = MIB, 25 * MIB
-
-
-def buckets(sizes: Sequence[int]) -> list[range]:
-    """Divides gradients, of these sizes in bytes in the order in which backward has them, into
-    buckets. A bucket is closed by the gradient that fills it."""
-    found: list[range] = []
-    first, filled = 0, 0
-    for i, size in enumerate(sizes):
-        filled += size
-        if filled >= (BUCKET if found else FIRST_BUCKET):
-            found.append(range(first, i + 1))
-            first, filled = i + 1, 0
-    return [*found, range(first, len(sizes))] if filled else found
+from distvgg.reduction_plan import TreePlan, buckets
+from distvgg.tree_sum import ExchangeQueue, TreeSum
 
 
 class GradientReducer:
@@ -53,7 +36,9 @@ class GradientReducer:
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        """Takes the gradients of every backward from here on."""
+        """Takes the gradients of every backward from here on, if it does not yet."""
+        if self._handles:
+            return
         for number, bucket in enumerate(self._buckets):
             for p in bucket:
                 taken = partial(self._arrived, number)

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from distvgg.distributed import SharedResults
-from distvgg.tree_sum import ExchangeQueue, Ranks
+from distvgg.reduction_plan import Ranks
+from distvgg.tree_sum import ExchangeQueue
 
 # Of the quintic a x + b x^3 + c x^5, chosen there for its slope at zero: singular values end within
 # 0.7 to 1.2 rather than at one.

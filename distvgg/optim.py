@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from distvgg.config import OptimConfig
 from distvgg.muon import Muon
-from distvgg.tree_sum import ExchangeQueue, Ranks
+from distvgg.reduction_plan import Ranks
+from distvgg.tree_sum import ExchangeQueue
 
 
 def lr_at(step: int, config: OptimConfig, steps: int, warmup_steps: int) -> float:

@@ -8,11 +8,12 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ValidationError
@@ -47,6 +48,7 @@ from distvgg.metrics_file import Mark, holds
 from distvgg.model import VGG, build_vgg, training_flops
 from distvgg.optim import build_optimizer
 from distvgg.preemption import Preempted
+from distvgg.reduction_plan import TreePlan
 from distvgg.run_folder import (
     CHECKPOINTS,
     METRICS_FILE,
@@ -55,7 +57,7 @@ from distvgg.run_folder import (
     take_run_folder,
 )
 from distvgg.sampling import Plan, derive_seed
-from distvgg.tree_sum import ExchangeQueue, TreePlan
+from distvgg.tree_sum import ExchangeQueue
 from distvgg.watch import Watch
 
 if TYPE_CHECKING:
@@ -239,6 +241,21 @@ def machine_notes(
     if taken := environment.taken():
         notes.append(f"set in the environment before torch was loaded, taken: {', '.join(taken)}")
     return notes
+
+
+def of_global_batch(run: Run, size: int, pixels: Pixels, rows: np.ndarray) -> Run:
+    """The same run over some rows in global batches of another size, for measurements. Its
+    `gradients` are not attached, and those of the first must not be beside them."""
+    plan = replace(run.plan, n_samples=len(rows), global_batch_size=size)
+    tree = TreePlan(plan.micro_batches, run.tree.ranks)
+    return replace(
+        run,
+        plan=plan,
+        loader=DeviceLoader(run.config, pixels, rows, plan, run.accelerator.process_index),
+        tree=tree,
+        sums=StepSums(run.accelerator, tree, batch_norm_layers(run.vgg), run.queue),
+        gradients=GradientReducer(run.vgg.parameters(), tree, run.queue),
+    )
 
 
 def network(run: Run) -> VGG:

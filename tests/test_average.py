@@ -7,7 +7,8 @@ from torch.optim.swa_utils import update_bn
 from distvgg.average import Average
 from distvgg.config import ModelConfig
 from distvgg.model import build_vgg
-from distvgg.tree_sum import ExchangeQueue, TreePlan
+from distvgg.reduction_plan import TreePlan
+from distvgg.tree_sum import ExchangeQueue
 
 
 def test_the_average_follows_its_definition() -> None:

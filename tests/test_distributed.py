@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from distvgg.distributed import StepSums
-from distvgg.tree_sum import ExchangeQueue, TreePlan
+from distvgg.reduction_plan import TreePlan
+from distvgg.tree_sum import ExchangeQueue
 from launch import FLOAT64, Started, assert_same_run, rows, train
 
 # 12 micro-batches a step, so that ranks have 12, 6, 4, 3 and 2 of them: powers of two and not.

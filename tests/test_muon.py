@@ -11,7 +11,7 @@ from distvgg.distributed import SharedResults
 from distvgg.model import build_vgg
 from distvgg.muon import A, B, C, orthogonalise
 from distvgg.optim import build_optimizer, set_lr, skip_step_if
-from distvgg.tree_sum import Ranks
+from distvgg.reduction_plan import Ranks
 from test_tree_sum import over_ranks
 
 
