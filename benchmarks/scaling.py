@@ -4,7 +4,7 @@
 
 One thread a process, gloo, each run started by `accelerate launch`; steps are distvgg's own, on
 synthetic images. Nothing is fitted: what a micro-batch and a step by itself take is measured on one
-process, latency and bandwidth by all-reduces of one number and of 16 MiB between two, and the model
+process, latency and bandwidth by exchanges of one number and of 16 MiB between two, and the model
 predicts the steps of two. A process beside another has less of the caches, the memory and the
 clock; so the constants are measured twice, alone and beside a second run that computes the same
 and talks to nobody. The difference between the two predictions is what sharing a machine costs;
@@ -37,8 +37,10 @@ from distvgg.bench import (
     step_times,
 )
 from distvgg.config import Config, load
-from distvgg.run import build
-from distvgg.scaling import MIB, Fabric, Gpu, Link, Setup, step
+from distvgg.reduction_plan import MIB, TreePlan
+from distvgg.run import Run, build
+from distvgg.scaling import Fabric, Gpu, Link, Setup, step
+from distvgg.tree_sum import TreeSum
 
 ROOT = Path(__file__).parent.parent
 LARGE = 16 * MIB
@@ -122,7 +124,7 @@ def launch(words: list[str], *processes: int) -> list[Any]:
 
 
 def work(config: Config, steps: int, file: Path) -> None:
-    """One rank of a run: times steps and, with a second rank, all-reduces; the main one writes."""
+    """One rank of a run: times steps and, with a second rank, exchanges; the main one writes."""
     with TemporaryDirectory() as folder:
         ranks = int(os.environ.get("WORLD_SIZE", 1))
         run = build(rehearsal(config, ranks), Path(folder) / "run")
@@ -131,7 +133,7 @@ def work(config: Config, steps: int, file: Path) -> None:
         if run.accelerator.num_processes == 1:
             found["shared"] = shared_seconds(run)
         if run.accelerator.num_processes > 1:
-            found |= {"small": all_reduce_seconds(1), "large": all_reduce_seconds(LARGE // 4)}
+            found |= {"small": exchange_seconds(run, 2), "large": exchange_seconds(run, LARGE // 4)}
         if run.accelerator.is_main_process:
             file.write_text(json.dumps(found))
         # gloo now and then aborts a rank that leaves while another still talks to it.
@@ -139,13 +141,17 @@ def work(config: Config, steps: int, file: Path) -> None:
         run.accelerator.end_training()
 
 
-def all_reduce_seconds(numbers: int, rounds: int = 20) -> float:
-    """The median time of an all-reduce of so many float32."""
+def exchange_seconds(run: Run, numbers: int, rounds: int = 20) -> float:
+    """The median time of the exchange of a sum of so many float32."""
+    plan = TreePlan(run.plan.world_size, run.tree.ranks)
     values, seconds = torch.zeros(numbers), []
+    total = TreeSum(plan, [values], torch.float32)
     for _ in range(rounds + 3):
+        total.add([values])
         dist.barrier()
         started = time.perf_counter()
-        dist.all_reduce(values)
+        run.queue.start(total.exchange())
+        run.queue.finish()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[3:])
 
@@ -184,7 +190,7 @@ def pool(runs: list[Any]) -> Times:
 
 
 def gloo(runs: list[Any]) -> Fabric:
-    """Two processes' links, by equation 3: latency from the small all-reduce, bandwidth from what
+    """Two processes' links, by equation 3: latency from the small exchange, bandwidth from what
     the large one takes longer."""
     small, large = (statistics.median(run[size] for run in runs) for size in ("small", "large"))
     link = Link(LARGE / (large - small), ring_hop=small / 2, tree_hop=small / 2)

@@ -117,17 +117,17 @@ def job_of(config: Config) -> Job:
     return Job(tuple(layers), config.train.micro_batch_size, statistics_, shared, results)
 
 
-def shared_work(model: nn.Module, config: Config) -> tuple[tuple[int, ...], int]:
-    """What ranks share out in a step: operations of each piece, and bytes of all results."""
+def shared_work(model: nn.Module, config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What ranks share out in a step: operations of each piece, and bytes of its result."""
     if config.optim.name != "muon":
-        return (), 0
+        return (), ()
     from distvgg.muon import orthogonalise_flops
     from distvgg.optim import muon_dtype, parameter_groups
 
     muon, *_ = (group["params"] for group in parameter_groups(model, config.optim))
     steps, size = config.optim.muon_steps, muon_dtype(config.train.precision).itemsize
     flops = tuple(orthogonalise_flops(len(p), p[0].numel(), steps) for p in muon)
-    return flops, size * sum(p.numel() for p in muon)
+    return flops, tuple(size * p.numel() for p in muon)
 
 
 def measure(config: Config, seconds: float = SECONDS) -> Gpu:

@@ -83,7 +83,7 @@ def additions(nodes: Sequence[Node], n: int) -> tuple[list[tuple[int, int]], lis
     return pairs, [number for _, number in stack]
 
 
-def levels_of(world_size: int, ranks_per_node: int, largest: int = 16) -> tuple[int, ...]:
+def levels_of(world_size: int, ranks_per_node: int, largest: int = 8) -> tuple[int, ...]:
     """The radices of the exchange: the ranks of a node, then the nodes in factors of at most
     `largest` where they have such. One level alone where nodes are not equally full."""
     if ranks_per_node < 1 or world_size % ranks_per_node:

@@ -4,43 +4,49 @@ Owns the arithmetic alone. What one GPU takes is measured (`bench.py`) or given;
 below. Imports no torch. A rank takes A micro-batches a step, t seconds each, of which `forward`
 and `backward`; W ranks are on N nodes. In seconds and bytes:
 
-    (1) step       = (A - 1) t + forward + end + fixed + shared + wait
-    (2) end        = max(backward, done of the last bucket);
-        done(b)    = max(ready(b), done(b - 1)) + all_reduce(n(b))
-    (3) ring(n)    = launch + 2 (W - N) ring_in + 2 (N - 1) ring_out + 2 (W - 1)/W n / B
-    (4) tree(n)    = launch + 2 (W/N - 1) tree_in + 2 log2(N) tree_out + 2 n / B
-        all_reduce = the smaller;  B = min(inside, GPUs on a node * between)
-    (5) wait       = jitter A t E[the largest of W standard normals]
-    (6) shared     = the largest of W shares + gather(its results);
-        gather(n)  = launch + (W - N) ring_in + (N - 1) ring_out + (W - 1)/W n / B
+    (1) step        = (A - 1) t + forward + end + fixed + shared + wait
+    (2) end         = max(backward, done of the last message);
+        done(b)     = max(ready(b), done(b - 1)) + its exchange
+    (3) exchange(n) = back(n) + sum over levels l of
+                      launch + (g_l - 1) c_l hop_l + c_l (g_l - 1)/g_l n/P_l / B_l
+        back(n)     = the same sum with c_l = 1
+    (4) ring(n)     = launch + 2 (W - N) ring_in + 2 (N - 1) ring_out + 2 (W - 1)/W n / B
+        tree(n)     = launch + 2 (W/N - 1) tree_in + 2 log2(N) tree_out + 2 n / B
+        all_reduce  = the smaller;  B = min(inside, GPUs on a node * between)
+    (5) wait        = jitter A t E[the largest of W standard normals]
+    (6) shared      = the largest of W shares + launch + messages hop + largest results / B_L
+                      + back(all results)
 
-(1), (2): gradients travel once a step, in the buckets of DistributedDataParallel, each as soon as
-the last micro-batch's backward has it, in order (Li et al., "PyTorch Distributed", VLDB 2020,
-section 3.2.3). First comes StepSums' reduction, which starts before the backward. (3) is the
-bandwidth-optimal ring (Patarasuk and Yuan, JPDC 2009) with a latency for each hop (Thakur,
-Rabenseifner and Gropp, IJHPCA 2005), (4) the double binary tree (Sanders, Speck and Traeff,
-Parallel Computing 2009), which NCCL spans between nodes, with a chain within each. Both cross
-nodes through all their network cards at once, and pipeline: the slower kind of link counts. That
-is the cost model by which NCCL itself chooses (ncclTopoTuneModel in its src/graph/tuning.cc, 2022).
-(5) is Blom's approximation (1958), which for many ranks grows as sqrt(2 ln W). (6) is what Muon
-orthogonalises: pieces that ranks share out, and whose results go once round the ring.
+(1), (2): gradients travel once a step, in buckets, each as soon as the last micro-batch's backward
+has it, in order. Before them, with the last forward, go StepSums' all-reduce (4) and the exchange
+of BatchNorm's statistics. (3) is the exchange of `reduction_plan.py`: in level l each rank sends
+c_l partial sums of its shard to each of g_l - 1 peers, P_l being the product of the radices before,
+over the link of that level; messages leave one after the other, each in the time of a hop, as in
+LogGP (Alexandrov et al., SPAA 1995), with the gap between messages taken to be as long as a hop.
+(4) is the bandwidth-optimal ring (Patarasuk and Yuan, JPDC 2009) with a latency for each hop
+(Thakur, Rabenseifner and Gropp, IJHPCA 2005), and the double binary tree (Sanders, Speck and
+Traeff, Parallel Computing 2009), which NCCL spans between nodes, with a chain within each. Both
+cross nodes through all their network cards at once, and pipeline: the slower kind of link counts.
+That is the cost model by which NCCL itself chooses (ncclTopoTuneModel in its src/graph/tuning.cc,
+2022). (5) is Blom's approximation (1958), which for many ranks grows as sqrt(2 ln W). (6) is what
+Muon orthogonalises: pieces that ranks share out, and whose results go to the ranks that hold their
+shards, over the link of the last level, and from these to all.
 
-Left out: reduction in the switch (NVLink SHARP), which would be faster; congestion and other jobs
-on the network, which would be slower.
+Left out: reduction in the switch (NVLink SHARP), which the exchange does not use; the additions of
+partial sums, 3 n bytes of a GPU's own memory; congestion and other jobs on the network, which would
+be slower.
 """
 
-import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
 
+from distvgg.reduction_plan import Ranks, TreePlan, buckets, levels_of
 from distvgg.sampling import share_out
 
-MIB = 2**20
-# DistributedDataParallel's defaults (torch 2.14): the bucket that is ready first is small.
-FIRST_BUCKET, BUCKET = MIB, 25 * MIB
 TARGET = 0.9
 
 
@@ -84,8 +90,8 @@ class Job:
     """Numbers in BatchNorm's running statistics."""
     shared: tuple[int, ...] = ()
     """Floating-point operations of each piece of work that ranks share out in a step."""
-    results: int = 0
-    """Bytes of what comes of it all."""
+    results: tuple[int, ...] = ()
+    """Bytes of what comes of each."""
 
     @property
     def flops(self) -> int:
@@ -98,8 +104,8 @@ class Job:
         return sum(layer.forward for layer in self.layers) / self.flops
 
     def sums(self, micro_batches: int) -> int:
-        """Bytes of StepSums: float64 losses and hits, the wish to stop, running statistics."""
-        return 8 * (2 * micro_batches + 1 + self.statistics)
+        """Bytes of StepSums' all-reduce: float64 losses and hits, the wish to stop."""
+        return 8 * (2 * micro_batches + 1)
 
 
 class Gpu(NamedTuple):
@@ -166,21 +172,62 @@ def all_reduce(n: int, ranks: int, fabric: Fabric) -> float:
     return min(ring(n, ranks, fabric), tree(n, ranks, fabric)) if ranks > 1 else 0.0
 
 
+def levels(ranks: int, gpus_per_node: int) -> tuple[int, ...]:
+    """The radices of the exchange among so many ranks."""
+    return levels_of(ranks, min(ranks, gpus_per_node))
+
+
+def exchange(n: int, ranks: int, accumulation: int, fabric: Fabric) -> float:
+    """Seconds of the exchange of a sum of `n` bytes: equation 3. Nothing for one rank."""
+    sums = partial_sums(ranks, accumulation, fabric.gpus_per_node)
+    return _stages(n, ranks, sums, fabric) + _stages(n, ranks, (1,) * len(sums), fabric)
+
+
+def _stages(n: float, ranks: int, sums: Sequence[int], fabric: Fabric) -> float:
+    """Seconds of one half of an exchange, in which `sums` shards go to each peer, by level."""
+    seconds, inside = 0.0, 1
+    for radix, c in zip(levels(ranks, fabric.gpus_per_node), sums, strict=True):
+        link = fabric.inside if inside * radix <= fabric.gpus_per_node else fabric.between
+        n /= radix  # the shards of this level
+        seconds += fabric.launch + (radix - 1) * c * (link.ring_hop + n / link.bandwidth)
+        inside *= radix
+    return seconds
+
+
+@lru_cache
+def partial_sums(ranks: int, accumulation: int, gpus_per_node: int) -> tuple[int, ...]:
+    """The partial sums that a rank sends to a peer in each level, at most."""
+    radices = levels(ranks, gpus_per_node)
+    plan = TreePlan(ranks * accumulation, Ranks(0, ranks, radices))
+    blocks = [math.prod(radices[:level]) for level in range(len(radices))]
+    return tuple(
+        max(len(plan.nodes(level, rank)) for rank in range(0, ranks, block))
+        for level, block in enumerate(blocks)
+    )
+
+
 def shared_seconds(setup: Setup, ranks: int) -> tuple[float, float]:
     """The slowest rank's share of the work that ranks share out, and the exchange of what comes of
     it, in seconds: equation 6."""
     job, fabric = setup.job, setup.fabric
     if not job.shared:
         return 0.0, 0.0
-    loads = [0.0] * ranks
-    for owner, flops in zip(share_out(job.shared, ranks), job.shared, strict=True):
+    loads, results = [0.0] * ranks, [0] * ranks
+    for owner, flops, size in zip(
+        share_out(job.shared, ranks), job.shared, job.results, strict=True
+    ):
         loads[owner] += flops
+        results[owner] += size
     share = setup.gpu.shared * max(loads) / sum(job.shared)
     if ranks == 1:
         return share, 0.0
-    nodes, bandwidth = _reach(ranks, fabric)
-    hops = (ranks - nodes) * fabric.inside.ring_hop + (nodes - 1) * fabric.between.ring_hop
-    return share, fabric.launch + hops + (ranks - 1) / ranks * job.results / bandwidth
+    total, largest = sum(results), max(results)
+    holders = min(ranks - 1, math.ceil(largest / total * ranks) + 1)
+    nodes, _ = _reach(ranks, fabric)
+    link = fabric.inside if nodes == 1 else fabric.between
+    scatter = fabric.launch + holders * link.ring_hop + largest / link.bandwidth
+    once = (1,) * len(levels(ranks, fabric.gpus_per_node))
+    return share, scatter + _stages(total, ranks, once, fabric)
 
 
 def _reach(ranks: int, fabric: Fabric) -> tuple[int, float]:
@@ -191,36 +238,35 @@ def _reach(ranks: int, fabric: Fabric) -> tuple[int, float]:
     return nodes, min(fabric.inside.bandwidth, fabric.gpus_per_node * fabric.between.bandwidth)
 
 
-def buckets(layers: Sequence[Layer]) -> list[tuple[float, int]]:
+def ready_buckets(layers: Sequence[Layer]) -> list[tuple[float, int]]:
     """The gradient buckets, from the last layer backwards: (share of the backward after which a
-    bucket is complete, its bytes). A bucket is closed by the gradient that fills it."""
+    bucket is complete, its bytes)."""
     total = sum(layer.backward for layer in layers)
-    found: list[tuple[float, int]] = []
-    done, filled = 0, 0
+    gradients: list[tuple[float, int]] = []
+    done = 0
     for layer in reversed(layers):
         done += layer.backward
-        for gradient in layer.gradients:
-            filled += gradient
-            if filled >= (BUCKET if found else FIRST_BUCKET):
-                found.append((done / total, filled))
-                filled = 0
-    return [*found, (1.0, filled)] if filled else found
+        gradients += [(done / total, n) for n in layer.gradients]
+    return [
+        (gradients[bucket[-1]][0], sum(gradients[i][1] for i in bucket))
+        for bucket in buckets([n for _, n in gradients])
+    ]
 
 
 def backward_end(
-    backward: float, messages: Sequence[tuple[float, int]], ranks: int, fabric: Fabric
+    backward: float, messages: Sequence[tuple[float, float]], *, overlaps: bool = True
 ) -> float:
     """Seconds from the start of the last backward until the gradients are summed: equation 2.
 
     Args:
         backward: seconds of computing it.
-        messages: (share of the backward after which it can go, bytes), in order.
+        messages: (share of the backward after which it can go, seconds), in order.
     """
-    if not fabric.overlaps:
-        return backward + sum(all_reduce(n, ranks, fabric) for _, n in messages)
+    if not overlaps:
+        return backward + sum(seconds for _, seconds in messages)
     done = 0.0
-    for ready, n in messages:
-        done = max(ready * backward, done) + all_reduce(n, ranks, fabric)
+    for ready, seconds in messages:
+        done = max(ready * backward, done) + seconds
     return max(backward, done)
 
 
@@ -229,13 +275,25 @@ def slowest(ranks: int) -> float:
     return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
 
 
+def messages(setup: Setup, ranks: int, accumulation: int) -> list[tuple[float, float]]:
+    """What ranks tell each other beside the last backward, in order: (share of it after which that
+    can go, seconds). Nothing for one rank."""
+    if ranks == 1:
+        return []
+    job, fabric = setup.job, setup.fabric
+    sums = all_reduce(job.sums(ranks * accumulation), ranks, fabric)
+    sent = [(0.0, 8 * job.statistics), *ready_buckets(job.layers)]
+    return [(0.0, sums)] + [
+        (ready, exchange(n, ranks, accumulation, fabric)) for ready, n in sent if n
+    ]
+
+
 def step(setup: Setup, ranks: int, accumulation: int) -> Step:
     """One step of `ranks` ranks with so many micro-batches each: equation 1."""
-    job, gpu = setup.job, setup.gpu
+    job, gpu, fabric = setup.job, setup.gpu, setup.fabric
     micro_batches = ranks * accumulation
     backward = (1 - job.forward_share) * gpu.micro_batch
-    messages = [(0.0, job.sums(micro_batches)), *buckets(job.layers)]
-    end = backward_end(backward, messages, ranks, setup.fabric)
+    end = backward_end(backward, messages(setup, ranks, accumulation), overlaps=fabric.overlaps)
     share, gather = shared_seconds(setup, ranks)
     return Step(
         ranks,
@@ -258,8 +316,6 @@ def smallest_batch(setup: Setup, ranks: int, accumulation: int) -> int | None:
     def reaches(a: int) -> bool:
         return efficiency(setup, step(setup, ranks, a), accumulation) >= TARGET
 
-    candidates = range(1, 2**16)
-    found = bisect.bisect_left(candidates, True, key=reaches)
-    if found == len(candidates):
-        return None
-    return candidates[found] * ranks * setup.job.micro_batch_size
+    # Powers of two, of which one partial sum travels.
+    found = next((2**i for i in range(16) if reaches(2**i)), None)
+    return None if found is None else found * ranks * setup.job.micro_batch_size

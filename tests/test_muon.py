@@ -119,7 +119,7 @@ def test_each_result_is_computed_by_one_rank_and_reaches_all(levels: tuple[int, 
         for i in rank.mine:
             assert rank[i].shape == shapes[i]
             rank[i].fill_(i)
-    sent = over_ranks([rank.exchange() for rank in ranks])
+    sent, _ = over_ranks([rank.exchange() for rank in ranks])
     for rank in ranks:
         assert all((rank[i] == i).all() for i in range(len(costs)))
     # What it computed, and the shards that it hands on: however many ranks there are.

@@ -24,14 +24,18 @@ from distvgg import distributed, scaling
 from distvgg.bench import FEW, MANY, gpu_from, job_of, measure
 from distvgg.config import Config, load
 from distvgg.data import Dataset, Split
+from distvgg.gradients import GradientReducer
 from distvgg.hardware import BenchOptions, fabric_of, gpu_of
 from distvgg.loader import DeviceLoader, Pixels
 from distvgg.model import build_vgg, training_flops
 from distvgg.muon import orthogonalise, orthogonalise_flops
 from distvgg.optim import build_optimizer
+from distvgg.reduction_plan import MIB, Ranks, TreePlan
 from distvgg.sampling import Plan, epoch_permutation
 from distvgg.scaling import Fabric, Gpu, Job, Layer, Link, Setup
+from distvgg.tree_sum import ExchangeQueue, Messages, TreeSum
 from launch import run
+from test_tree_sum import over_ranks
 
 RANKS = 1024
 # One node of any size: the textbook's flat ring.
@@ -69,30 +73,70 @@ def test_one_gpu_does_not_communicate_or_wait() -> None:
     assert scaling.efficiency(setup, taken, 4) == pytest.approx(1)
 
 
+def test_an_exchange_takes_what_its_messages_do() -> None:
+    """By hand: 64 GPUs on 8 nodes exchange with 7 others in the node, then with 7 nodes; there and
+    back. With 3 micro-batches a rank up to two partial sums travel."""
+    assert scaling.levels(64, 8) == (8, 8)
+    fabric = NODES._replace(launch=1e-5)
+    inside = 1e-5 + 7 * (2e-6 + 1e6 / 8 / 1e9)
+    between = 1e-5 + 7 * (4e-6 + 1e6 / 64 / 1e8)
+    assert scaling.exchange(10**6, 64, 4, fabric) == pytest.approx(2 * (inside + between))
+    assert scaling.partial_sums(64, 3, 8) == (2, 2)
+    twice = inside + between + 2 * (inside + between) - 2e-5
+    assert scaling.exchange(10**6, 64, 3, fabric) == pytest.approx(twice)
+    assert scaling.exchange(10**6, 1, 3, fabric) == 0.0
+    # In one level of two ranks it is a ring of two.
+    assert scaling.exchange(10**6, 2, 1, FLAT) == pytest.approx(scaling.ring(10**6, 2, FLAT))
+
+
+@pytest.mark.parametrize(("ranks", "accumulation"), [(2, 1), (6, 2), (16, 1), (16, 3), (64, 2)])
+def test_the_model_counts_the_bytes_and_messages_that_are_sent(
+    ranks: int, accumulation: int
+) -> None:
+    """A link of which only bytes, or only messages, take time, against the real exchange."""
+    size, per_node = 64 * ranks, 8
+    plans = [
+        TreePlan(ranks * accumulation, Ranks(rank, ranks, scaling.levels(ranks, per_node)))
+        for rank in range(ranks)
+    ]
+    sums = [TreeSum(plan, [torch.zeros(size)], torch.float32) for plan in plans]
+    for plan, total in zip(plans, sums, strict=True):
+        for _ in plan.leaves(plan.ranks.rank):
+            total.add([torch.zeros(size)])
+    sent, messages = over_ranks([total.exchange() for total in sums])
+    for link, counted in ((Link(1, 0, 0), [4 * n for n in sent]), (Link(math.inf, 1, 1), messages)):
+        fabric = Fabric(per_node, 0.0, link, link)
+        predicted = scaling.exchange(4 * size, ranks, accumulation, fabric)
+        # The most that a rank sends in each level, added up: no less than any rank's own.
+        assert max(counted) == pytest.approx(predicted, rel=0.35)
+        assert max(counted) <= predicted * (1 + 1e-9)
+        if accumulation & (accumulation - 1) == 0 and ranks != 6:
+            assert counted == [pytest.approx(predicted)] * ranks
+
+
 def test_a_bucket_waits_for_its_gradients_and_for_the_one_before() -> None:
     """By hand: backward 1 s; the first of 0.4 s is ready at 0.5, the next of 0.4 at 0.6, the last
     of 0.1 at 1.0."""
-    fabric = FLAT._replace(inside=Link(1.0, 0.0, 0.0))  # two ranks: a byte takes a second
     messages = [(0.5, 0.4), (0.6, 0.4), (1.0, 0.1)]
-    assert scaling.backward_end(1.0, messages, 2, fabric) == pytest.approx(1.4)
-    assert scaling.backward_end(1.0, messages[:1], 2, fabric) == 1.0
-    alone = fabric._replace(overlaps=False)
-    assert scaling.backward_end(1.0, messages, 2, alone) == pytest.approx(1.9)
+    assert scaling.backward_end(1.0, messages) == pytest.approx(1.4)
+    assert scaling.backward_end(1.0, messages[:1]) == 1.0
+    assert scaling.backward_end(1.0, messages, overlaps=False) == pytest.approx(1.9)
 
 
-def test_shared_work_is_as_long_as_the_largest_share_and_its_results_go_round_once() -> None:
+def test_shared_work_is_as_long_as_the_largest_share_and_its_results_travel_once() -> None:
     """By hand: pieces of 5, 3, 2 and 2 operations are 7 and 5 on two ranks, and 5, 3, 2, 2 and
     nothing on five."""
     job = job_of(load("quickstart"))
     setup = Setup(
-        dataclasses.replace(job, shared=(5, 3, 2, 2), results=1000),
+        dataclasses.replace(job, shared=(5, 3, 2, 2), results=(500, 300, 100, 100)),
         Gpu(0.01, 0.0, 0.0, shared=1.2),
         FLAT._replace(launch=0.5),
     )
     assert scaling.shared_seconds(setup, 1) == (pytest.approx(1.2), 0.0)
     share, gather = scaling.shared_seconds(setup, 2)
     assert share == pytest.approx(0.7)
-    assert gather == pytest.approx(0.5 + 2e-6 + 500 / 1e9)
+    # 600 bytes to the holder of the other shard, then shards of 500.
+    assert gather == pytest.approx(0.5 + 2e-6 + 600 / 1e9 + 0.5 + 2e-6 + 500 / 1e9)
     assert scaling.shared_seconds(setup, 5)[0] == pytest.approx(0.5)
     assert scaling.step(setup, 2, 1).compute == pytest.approx(0.01 + 0.7)
 
@@ -100,9 +144,8 @@ def test_shared_work_is_as_long_as_the_largest_share_and_its_results_go_round_on
 def test_the_job_shares_out_what_muon_does() -> None:
     config = load("fast").replace(optim__name="muon", model__width=0.1)
     job = job_of(config)
-    optimizer = build_optimizer(build_vgg(config.model, 100, seed=0), config.optim, world_size=2)
-    rows = optimizer._updates._rows
-    assert 0.5 * rows.nbytes < job.results <= rows.nbytes
+    optimizer = build_optimizer(build_vgg(config.model, 100, seed=0), config.optim)
+    assert sum(job.results) == optimizer._updates._flat.nbytes
     matrix = torch.randn(20, 70)
     with FlopCounterMode(display=False) as counter:
         orthogonalise(matrix, steps=3)
@@ -145,8 +188,7 @@ def setups(draw: st.DrawFn) -> Setup:
 def test_no_step_is_faster_than_its_parts(setup: Setup, ranks: int, accumulation: int) -> None:
     job, fabric = setup.job, setup.fabric
     taken = scaling.step(setup, ranks, accumulation)
-    messages = [job.sums(ranks * accumulation), *(n for _, n in scaling.buckets(job.layers))]
-    talking = sum(scaling.all_reduce(n, ranks, fabric) for n in messages)
+    talking = sum(seconds for _, seconds in scaling.messages(setup, ranks, accumulation))
     forwards = (accumulation - 1 + job.forward_share) * setup.gpu.micro_batch
     assert taken.seconds >= taken.compute
     assert taken.seconds >= (forwards + talking) * (1 - 1e-9)
@@ -161,7 +203,7 @@ def test_no_step_is_faster_than_its_parts(setup: Setup, ranks: int, accumulation
 @given(setup=setups())
 def test_buckets_hold_every_gradient_once_and_are_ready_in_order(setup: Setup) -> None:
     layers = setup.job.layers
-    buckets = scaling.buckets(layers)
+    buckets = scaling.ready_buckets(layers)
     assert sum(n for _, n in buckets) == sum(sum(layer.gradients) for layer in layers)
     ready = [share for share, _ in buckets]
     assert ready == sorted(ready)
@@ -179,7 +221,7 @@ def test_the_smallest_efficient_batch_is_the_smallest(ranks: int) -> None:
     assert rest == 0
     reached = [
         scaling.efficiency(setup, scaling.step(setup, ranks, a), 4)
-        for a in (accumulation, accumulation - 1)
+        for a in (accumulation, accumulation // 2)
         if a
     ]
     assert reached[0] >= 0.9
@@ -200,8 +242,11 @@ def test_the_job_is_the_network(changes: dict[str, object]) -> None:
     assert sorted(gradients) == sorted(4 * p.numel() for p in vgg.parameters())
     plan = Plan(45_000, 256, 64)
     with world(0, ranks=1) as accelerator:
-        sums = distributed.StepSums(accelerator, plan, distributed.batch_norm_layers(vgg))
-        assert job.sums(plan.micro_batches) == sums._flat.numel() * sums._flat.element_size()
+        tree = TreePlan(plan.micro_batches)
+        layers, queue = distributed.batch_norm_layers(vgg), ExchangeQueue(accelerator.device)
+        sums = distributed.StepSums(accelerator, tree, layers, queue)
+        assert job.sums(plan.micro_batches) == sums._flat.nbytes
+        assert job.statistics == (sums._running.numel() if layers else 0)
 
 
 def test_constants_come_back_from_times_that_they_made() -> None:
@@ -223,7 +268,7 @@ def test_the_check_against_real_runs_finds_no_error_where_the_model_is_true() ->
 
     def made(ranks: int) -> dict[str, object]:
         seconds = {a: scaling.step(setup, ranks, a).seconds for a in (1, 2, 4)}
-        reduces = {"small": 2e-4, "large": 2e-4 + 16 * scaling.MIB / 1.3e9}
+        reduces = {"small": 2e-4, "large": 2e-4 + 16 * MIB / 1.3e9}
         times = {str(a): [s] * 4 for a, s in seconds.items()}
         return {"times": times, "shared": 0.1} | reduces
 
@@ -307,12 +352,11 @@ def images(n: int) -> Dataset:
 
 @pytest.mark.parametrize("rank", [0, 517, 1023])
 def test_a_step_of_one_rank_of_a_thousand(rank: int) -> None:
-    """Its data, the buckets that it sends, and what the reductions make of its own share."""
+    """Its data, what it sends, and its share of the gradient, which its leaf of the tree is."""
     config = load("fast").replace(
         train__global_batch_size=4 * RANKS, train__micro_batch_size=4, train__precision="no"
     )
     data, n = images(3000), 3000  # less than a step: a step sees epochs end within ranks
-    sent: list[int] = []
     with world(rank) as accelerator:
         assert (accelerator.num_processes, accelerator.process_index) == (RANKS, rank)
         plan = Plan(n, 4 * RANKS, 4, accelerator.num_processes)
@@ -323,53 +367,64 @@ def test_a_step_of_one_rank_of_a_thousand(rank: int) -> None:
 
         vgg = build_vgg(config.model, 100, seed=0)
         distributed.place(vgg, accelerator, config)
-        model, _ = distributed.distribute(accelerator, vgg, build_optimizer(vgg, config.optim))
-        assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
-        assert not model.broadcast_buffers
-
-        def hook(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-            # What DistributedDataParallel does by itself, but that the fake group's Work has no
-            # result for it to take.
-            values = bucket.buffer().div_(RANKS)
-            dist.all_reduce(values)
-            sent.append(values.numel() * values.element_size())
-            done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-            done.set_result(values)
-            return done
-
-        model.register_comm_hook(None, hook)
-        distributed.settle_gradient_buckets(accelerator, model, batch.images)
-        sent.clear()
+        tree = TreePlan(plan.micro_batches, Ranks(rank, RANKS, scaling.levels(RANKS, 8)))
+        silent, recorder = Recorder(carries_out=False), Recorder()
+        optimizer = build_optimizer(vgg, config.optim, "no", tree.ranks, recorder)
+        model, _ = distributed.distribute(accelerator, vgg, optimizer)
         norms = distributed.batch_norm_layers(vgg)
-        sums = distributed.StepSums(accelerator, plan, norms)
-        torch.manual_seed(batch.dropout_seed)
-        logits = model(batch.images)
-        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
-        sums.add(batch.k, loss, logits, batch.labels)
-        measured = norms[0].running_mean.clone()
-        sums.start(stop=rank == 0)
-        accelerator.backward(loss * RANKS / plan.global_batch_size)
-        losses, hits, stop = sums.finish()
+        for queue in (recorder, silent):
+            gradients = GradientReducer(vgg.parameters(), tree, queue)
+            gradients.attach()
+            sums = distributed.StepSums(accelerator, tree, norms, queue)
+            vgg.zero_grad()
+            torch.manual_seed(batch.dropout_seed)
+            logits = model(batch.images)
+            loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+            sums.add(batch.k, loss, logits, batch.labels)
+            sums.start(stop=rank == 0)
+            accelerator.backward(loss / plan.global_batch_size)
+            gradients.finish()
+            losses, hits, stop = sums.finish()
+            gradients.detach()
+        summed = [p.grad.clone() for p in vgg.parameters()]
 
-        # The one micro-batch that ran, in its place among 1,024; BatchNorm's update from 0 with the
-        # mean over all, of which one is there.
+        # The one micro-batch that ran, in its place among 1,024.
         assert losses.nonzero().flatten().tolist() == [rank]
         assert losses[rank] == loss.detach()
         assert hits.sum() == (logits.argmax(1) == batch.labels).sum()
         assert stop == (rank == 0)
-        torch.testing.assert_close(norms[0].running_mean, 0.1 * measured / RANKS)
-        gradients = [p.grad.clone() for p in vgg.parameters()]
+        # Statistics first, then buckets: what the model says, but for padding to whole lines.
+        job = job_of(config)
+        sums_ = [8 * job.statistics, *(size for _, size in scaling.ready_buckets(job.layers))]
+        assert recorder.sent == pytest.approx([2 * 1023 / 1024 * n for n in sums_], rel=0.01)
+        # Muon's results: what this rank computes, and its shards, however many ranks there are.
+        results = optimizer._updates
+        recorder.start(results.exchange())
+        own = sum(results[i].nbytes for i in results.mine)
+        assert recorder.sent[-1] <= own + results._flat.nbytes
 
-    alone = DeviceLoader(config, pixels, np.arange(n), Plan(n, 4 * RANKS, 4), 0).micro_batches(2)
-    assert torch.equal(batch.images, alone[rank].images)
-    assert torch.equal(batch.rows, alone[rank].rows)
-    assert batch.dropout_seed == alone[rank].dropout_seed
-    # Its share of the gradient of the whole batch: that of its loss, over G.
+    # Its leaf of the tree: the gradient of its micro-batch alone, over G.
     vgg.zero_grad()
     torch.manual_seed(batch.dropout_seed)
     loss = F.cross_entropy(vgg(batch.images), batch.labels, reduction="sum")
     (loss / plan.global_batch_size).backward()
-    for got, parameter in zip(gradients, vgg.parameters(), strict=True):
+    for got, parameter in zip(summed, vgg.parameters(), strict=True):
         torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-6)
-    # The model's buckets are those that DistributedDataParallel sends, in order.
-    assert sent == [size for _, size in scaling.buckets(job_of(config).layers)]
+    alone = DeviceLoader(config, pixels, np.arange(n), Plan(n, 4 * RANKS, 4), 0).micro_batches(2)
+    assert torch.equal(batch.images, alone[rank].images)
+    assert torch.equal(batch.rows, alone[rank].rows)
+    assert batch.dropout_seed == alone[rank].dropout_seed
+
+
+class Recorder(ExchangeQueue):
+    """Counts the bytes of each exchange, of which nothing is sent."""
+
+    def __init__(self, *, carries_out: bool = True) -> None:
+        super().__init__(torch.device("cpu"))
+        self._carries_out = carries_out
+        self.sent: list[int] = []
+
+    def start(self, exchange: Iterator[Messages]) -> None:
+        if self._carries_out:
+            sizes = [tensor.nbytes for stage in exchange for _, tensor in stage.sends]
+            self.sent.append(sum(sizes))
