@@ -1,14 +1,14 @@
 """Kills a training again and again, damages its checkpoints, and compares what it ends with.
 
-    python -m benchmarks.chaos [--kills 100] [--seed 0] [--processes 2] [--epochs 8] [--dir DIR]
+    python -m benchmarks.chaos [--kills 100] [--seed 0] [--processes 1,2,4] [--epochs 8] [--dir DIR]
 
-Trains the quickstart recipe once undisturbed. Then starts it over and over and sends SIGKILL, to
-all of its processes or to one, at moments drawn at random: in the start, in training, in an
-evaluation, while a checkpoint is written. Between two starts a checkpoint may lose a file, bytes or
-a bit. A run that comes to its end all the same must equal the undisturbed one: every row of
-metrics.jsonl but perf/*, and every byte of model.safetensors. Then the next begins in a new folder,
-until all kills are done. Prints, as one JSON object, what was hit; exits with 1 where anything
-differs.
+Trains the quickstart recipe once undisturbed. Then starts it over and over, on a number of
+processes drawn anew each time, and sends SIGKILL, to all of its processes or to one, at moments
+drawn at random: in the start, in training, in an evaluation, while a checkpoint is written. Between
+two starts a checkpoint may lose a file, bytes or a bit. A run that comes to its end all the same
+must equal the undisturbed one: every row of metrics.jsonl but perf/*, and every byte of
+model.safetensors. Then the next begins in a new folder, until all kills are done. Prints, as one
+JSON object, what was hit; exits with 1 where anything differs.
 """
 
 import argparse
@@ -43,14 +43,15 @@ TRAIN_SIZE = 9000  # of the synthetic set, without its validation images
 class Training:
     """One start of the run, in processes of its own under the real launcher."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+    def __init__(self, folder: Path, options: argparse.Namespace, processes: int) -> None:
         self.folder = folder
+        self.processes = processes
         self.before = len(rows(folder))
         self._options = options
         self._log = folder.with_name(f"{folder.name}.log").open("a+")
         self._log_start = self._log.tell()
         self._launcher = subprocess.Popen(
-            command(folder, options),
+            command(folder, options, processes),
             env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
@@ -62,7 +63,8 @@ class Training:
     def workers(self) -> list[psutil.Process]:
         """The processes that train."""
         with suppress(psutil.Error):
-            return list(psutil.Process(self._launcher.pid).children())
+            launcher = psutil.Process(self._launcher.pid)
+            return list(launcher.children()) if self.processes > 1 else [launcher]
         return []
 
     def ended(self) -> bool:
@@ -87,7 +89,7 @@ class Training:
         for process in everyone:
             with suppress(psutil.Error):
                 process.resume()
-        if len(victims) == len(everyone):
+        if len(victims) == len(everyone) and self._launcher.poll() is None:
             self._launcher.kill()
         self._launcher.wait(timeout=20)
         psutil.wait_procs(everyone, timeout=20)
@@ -116,26 +118,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", default="1,2,4", help="of which one is drawn at each start")
     parser.add_argument("--epochs", type=float, default=8.0, help="of the quickstart recipe")
     parser.add_argument("--dir", type=Path, help="where to keep the runs; default: nowhere")
     options = parser.parse_args()
     folder = options.dir or Path(tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    whole = Training(folder / "undisturbed", options)
-    whole.finish()
+    counts = [int(n) for n in options.processes.split(",")]
+    Training(folder / "undisturbed", options, counts[0]).finish()
     chaos = random.Random(options.seed)
+    starts: Counter[int] = Counter()
     hits: Counter[str] = Counter()
     victims: Counter[str] = Counter()
     damages: Counter[str] = Counter()
     runs, differing, kills = 0, [], 0
     aims: list[str] = []
+
+    def start(run: Path) -> Training:
+        processes = chaos.choice(counts)
+        starts[processes] += 1
+        return Training(run, options, processes)
+
     while kills < options.kills or runs == 0:
         run = folder / f"run{runs}"
         while kills < options.kills:
             aims = aims or chaos.sample(AIMS, len(AIMS))
-            training = Training(run, options)
+            training = start(run)
             if not wait_for(aims.pop(), training, chaos):
                 training.finish()  # it came to its end first, which must be a good one
                 break
@@ -148,7 +157,7 @@ def main() -> int:
             show(f"kill {kills}: {doing}, {len(rows(run))} rows")
             if chaos.random() < 0.3 and (damage := damage_a_checkpoint(run, chaos)):
                 damages[damage] += 1
-        Training(run, options).finish()
+        start(run).finish()
         runs += 1
         differing += [f"{run.name}: {what}" for what in differences(folder / "undisturbed", run)]
         show(f"run {runs} is over: {differing or 'no difference'}")
@@ -160,7 +169,7 @@ def main() -> int:
         "runs": runs,
         "rows_compared": len(rows(folder / "undisturbed")),
         "differences": differing,
-        "processes": options.processes,
+        "starts_by_processes": dict(sorted(starts.items())),
         "seed": options.seed,
         "seconds": round(time.monotonic() - started),
     }
@@ -170,12 +179,16 @@ def main() -> int:
     return 1 if differing else 0
 
 
-def command(folder: Path, options: argparse.Namespace) -> list[str]:
+def command(folder: Path, options: argparse.Namespace, processes: int) -> list[str]:
     """Many rows and checkpoints, so that much can go wrong; else the recipe as it is."""
-    return [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"),
+    launcher = [
+        *("-m", "accelerate.commands.launch", "--main_process_port", "0"),
         *("--config_file", str(ROOT / "accelerate_config.yaml")),
-        *("--num_processes", str(options.processes), "-m", "distvgg", "train", "quickstart"),
+        *("--num_processes", str(processes)),
+    ]
+    return [
+        *(sys.executable, *(launcher if processes > 1 else ())),
+        *("-m", "distvgg", "train", "quickstart"),
         *("--run-dir", str(folder), "--train.epochs", str(options.epochs)),
         *("--track.wandb", "false", "--track.every_steps", "1", "--checkpoint.every_steps", "10"),
     ]

@@ -111,11 +111,15 @@ class Cluster:
         """Runs a client on the controller's host, as a user does on a login node."""
         return subprocess.run(
             self.on(CONTROLLER, *words, cwd=cwd),
-            env=(os.environ if env is None else env) | {"SLURM_CONF": str(self._conf)},
+            env=self.environment(os.environ if env is None else env),
             capture_output=True,
             text=True,
             timeout=CLIENT_TIMEOUT,
         )
+
+    def environment(self, env: Mapping[str, str]) -> dict[str, str]:
+        """An environment in which SLURM's clients find this cluster."""
+        return dict(env) | {"SLURM_CONF": str(self._conf)}
 
     def on(self, host: str, *words: str, cwd: Path | None = None) -> list[str]:
         """The command that runs something on a host, outside of SLURM."""

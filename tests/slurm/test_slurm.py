@@ -28,9 +28,8 @@ pytestmark = [
 ]
 
 JOB, ARRAY = ROOT / "launch" / "slurm.sbatch", ROOT / "launch" / "slurm_array.sbatch"
-# A low learning rate keeps the rounding of another order of sums small.
 WORDS = (
-    *("quickstart", *TINY, "--optim.lr", "0.0003"),
+    *("quickstart", *TINY),
     *("--train.epochs", "15", "--eval.every_epochs", "4", "--checkpoint.every_steps", "10"),
 )
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
@@ -131,6 +130,7 @@ def data() -> tuple[str, ...]:
 
 TWO = ("--nodes=2", "--gpus-per-node=2")
 WANDB = ("--track.wandb", "true")
+GPU = "--gpus-per-node=1"
 
 
 @pytest.fixture(scope="module")
@@ -246,12 +246,33 @@ def test_scancel_ends_for_good_with_a_checkpoint_that_one_node_takes_up(
     )
     login.must_complete(again)
     assert login.cluster.job(job)["Restarts"] == "0"
-    one, two = measured(login.run_dir(job)), measured(login.run_dir(undisturbed))
-    assert len(one) == len(two)
-    for ours, theirs in zip(one, two, strict=True):
-        # Up to the order of sums: an image near the border of two classes may change sides.
-        loose = {k: pytest.approx(v, rel=1e-3, abs=0.03) for k, v in theirs.items()}
-        assert ours == loose
+    assert_same_run(login.run_dir(job), login.run_dir(undisturbed))
+
+
+def test_one_process_on_one_node_trains_the_run_of_two_nodes(
+    login: Login, undisturbed: str, data: tuple[str, ...]
+) -> None:
+    job = login.submit("--nodes=1", "--gpus-per-node=1", words=(*WORDS, *data))
+    login.must_complete(job)
+    assert "= 1 process(es) x 4 x 16" in login.log(job)
+    assert_same_run(login.run_dir(job), login.run_dir(undisturbed))
+
+
+@TERM
+def test_the_proof_by_jobs_finds_equal_bytes(login: Login) -> None:
+    words = (sys.executable, str(ROOT / "launch" / "prove.py"), "quickstart", "--slurm")
+    words += (f"--sbatch={GPU}", *TINY, "--train.epochs", "4")
+    done = subprocess.run(
+        login.cluster.on(CONTROLLER, *words, cwd=login.folder),
+        env=login.cluster.environment(login.env),
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    assert said.splitlines()[-1] == "equal"
+    assert re.search(r"(?m)^2 -> 1 -> 2  [0-9a-f]{64} ", said)
 
 
 def test_mistakes_are_one_line_within_seconds_and_not_queued_again(login: Login) -> None:
@@ -289,7 +310,7 @@ def test_a_job_that_gets_no_further_stops_queueing_itself(login: Login) -> None:
 
 
 def test_two_jobs_of_an_array_share_nodes_and_end_with_one_table(login: Login) -> None:
-    words = ("quickstart", *TINY, "--optim.lr", "0.0003")
+    words = ("quickstart", *TINY)
     array = login.submit(
         *("--array=0-1", "--nodes=2", "--gpus-per-node=1"), words=words, script=ARRAY
     )
@@ -306,6 +327,7 @@ def test_two_jobs_of_an_array_share_nodes_and_end_with_one_table(login: Login) -
 
 
 def test_nodes_without_slurm_start_again_after_a_worker_died(login: Login, tmp_path: Path) -> None:
+    synthetic = login.submit("--nodes=1", "--gpus-per-node=1")
     head, other = login.cluster.nodes
     env = login.env | {"HEAD": head, "NODES": "2", "PROCESSES_PER_NODE": "1"}
     env |= {"DISTVGG_VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
@@ -328,5 +350,7 @@ def test_nodes_without_slurm_start_again_after_a_worker_died(login: Login, tmp_p
     ]
     os.kill(workers[-1].pid, signal.SIGKILL)
     said = [node.communicate(timeout=100)[0] for node in nodes]
+    login.must_complete(synthetic)
     assert [node.returncode for node in nodes] == [0, 0], said
     assert "resumed after step" in "".join(said)
+    assert_same_run(tmp_path / "run", login.run_dir(synthetic))
