@@ -11,6 +11,7 @@ between two saves (checkpoint.every_steps), it is the share of training time. Pr
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -34,7 +35,10 @@ def main() -> int:
     parser.add_argument("--data.path", dest="path", default=None)
     parser.add_argument("--dir", type=Path, help="where checkpoints go; default: a temporary one")
     options = parser.parse_args()
-    overrides = {"track.wandb": False} | ({"data.path": options.path} if options.path else {})
+    threads = {"train.cpu_threads": os.cpu_count() or 1}
+    overrides = (
+        {"track.wandb": False} | threads | ({"data.path": options.path} if options.path else {})
+    )
     with tempfile.TemporaryDirectory() as temporary:
         run = build(load(options.recipe, overrides), options.dir or Path(temporary) / "run")
         tracking = Tracking(run.accelerator, run.config, run.folder, run.steps)

@@ -96,8 +96,8 @@ def processes(overrides: dict[str, Any], rounds: int, rows: int) -> dict[str, An
     words += words_of(overrides)
 
     def images_per_sec(n: int) -> float:
-        env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(max(1, cores // n))}
-        with training(words, n, env) as started:
+        threads = ("--train.cpu_threads", str(max(1, cores // n)))
+        with training([*words, *threads], n, {"ACCELERATE_USE_CPU": "true"}) as started:
             seen = started.until_step(steps * (rows + 1))
         # The first row lacks the first step, in which memory is laid out.
         return statistics.mean([row[IMAGES_PER_SEC] for row in seen if IMAGES_PER_SEC in row][1:])

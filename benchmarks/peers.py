@@ -363,7 +363,11 @@ def distvgg(config: Config, processes: int, steps: int) -> float:
     Raises:
         RunError: it ended before, or badly.
     """
-    config = config.replace(track__wandb=False, track__every_steps=steps)
+    config = config.replace(
+        track__wandb=False,
+        track__every_steps=steps,
+        train__cpu_threads=max(1, torch.get_num_threads() // processes),
+    )
     with tempfile.TemporaryDirectory(prefix="peers-") as temporary:
         recipe, run, log = (Path(temporary) / name for name in ("fast.yaml", "run", "log"))
         recipe.write_text(config.to_yaml())

@@ -81,8 +81,10 @@ def _train(recipe: str, overrides: Overrides, folder: Path, jobs: int) -> Result
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with _log(folder).open("w") as log:
         done = subprocess.run(
-            [sys.executable, "-m", "distvgg", "train", recipe, "--run-dir", str(folder), *words],
-            env={"OMP_NUM_THREADS": str(threads)} | os.environ,
+            [
+                *(sys.executable, "-m", "distvgg", "train", recipe, "--run-dir", str(folder)),
+                *("--train.cpu_threads", str(threads), *words),
+            ],
             stdout=log,
             stderr=subprocess.STDOUT,
         )

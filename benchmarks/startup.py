@@ -62,6 +62,8 @@ def main() -> int:
     words = ["fast", *words_of(PLAIN), *(["--data.path", options.path] if options.path else [])]
     if options.quick:
         words = ["fast", *words_of(PLAIN), "--data.name", "synthetic", *NARROW]
+    # As many threads as the bare minimum has.
+    words += ["--train.cpu_threads", str(torch.get_num_threads())]
     rounds = 1 if options.quick else options.rounds
     load_dataset(config_of(words).data)  # warms the cache
 
