@@ -11,6 +11,8 @@ traffic     copies between host and device in a step, kernels, how busy they kee
             anything in a step make the host wait?
 first_step  from the start of the process to the end of the first step
 target      how long a recipe trains until validation reaches an accuracy
+equal_bytes launch/prove.py in each precision: one run on 1, 2 and 4 processes, and one with kills;
+            on one GPU they share it, over gloo
 
 Prints Markdown tables; --out is written after each section: what was measured stays measured.
 `benchmarks.peers` and `benchmarks.checkpoint_cost` run on a GPU as they are.
@@ -55,6 +57,7 @@ from distvgg.run import Run, build
 from distvgg.run_folder import METRICS_FILE, RESULT_FILE
 from distvgg.sampling import Plan
 
+ROOT = Path(__file__).parent.parent
 Findings = dict[str, Any]
 LR = 0.01  # small: what is timed must not diverge
 WARMUP = 5  # steps that do not count: allocation, compilation, cuDNN's choice
@@ -143,6 +146,7 @@ def main() -> int:
         "traffic": lambda: measure_traffic(setting),
         "first_step": lambda: measure_first_step(setting),
         "target": lambda: measure_target(setting, target, epochs),
+        "equal_bytes": lambda: measure_equal_bytes(setting, options.quick),
     }
     unknown = set(options.only) - set(sections)
     if unknown:
@@ -636,6 +640,23 @@ def measure_target(setting: Setting, target: float, epochs: float | None) -> Fin
     cells = [f"{when['val_top1']:.4f}", f"{when['epoch']:.2f}"]
     print(table(header, [[*cells, str(when["training_s"]), str(when["wall_s"])]]) + "\n")
     return findings | {"reached": when}
+
+
+def measure_equal_bytes(setting: Setting, quick: bool) -> Findings:
+    """The last word of the proof, `equal` or `DIFFERENT`, and what it printed, by precision."""
+    precisions = ["bf16", "no"] + ["fp16"] * (setting.device.type == "cuda")
+    found: Findings = {}
+    for precision in precisions[:1] if quick else precisions:
+        words = ["--processes", "1,2" if quick else "1,2,4", "--train.precision", precision]
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "launch" / "prove.py"), *words],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        print(f"{precision}\n{done.stdout}")
+        verdict = (done.stdout.splitlines() or ["failed"])[-1]
+        found[precision] = {"verdict": verdict, "printed": done.stdout}
+    return found
 
 
 def validations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -51,6 +51,7 @@ def test_the_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     assert speeds["fixed batch"]["of_fixed_batch"] == 1
     starts = found["first_step"]
     assert all(0.1 < seconds["median"] < 100 for seconds in starts.values())
+    assert found["equal_bytes"]["bf16"]["verdict"] == "equal"
     # 16 images of 600 a step leave 75% out of reach in an epoch, and it says so.
     assert found["target"]["reached"] is None
     assert "val/top1 0.75: not reached in 1.01" in done.stdout
@@ -207,14 +208,30 @@ def test_the_curve_is_that_of_a_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
-def test_two_gpus_take_the_curve_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "no"])
+def test_processes_that_share_a_gpu_train_the_run_of_one(tmp_path: Path, precision: str) -> None:
+    """Over gloo, through host memory."""
+    shared = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_TORCH_DEVICE": "cuda:0"}
+    args = ("--train.precision", precision, "--optim.name", "muon", "--optim.ema_decay", "0.9")
+    said = train(tmp_path / "one", *args, env=ON_GPU)
+    assert f"{precision} on cuda" in said
+    for processes in (2, 4):
+        folder = tmp_path / str(processes)
+        said = train(folder, *args, env=shared, processes=processes)
+        assert f"= {processes} process(es)" in said
+        assert f"{precision} on cuda" in said
+        assert_same_run(folder, tmp_path / "one")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_two_gpus_train_the_run_of_one(tmp_path: Path) -> None:
     if GPUS < 2:
         pytest.skip("needs two CUDA GPUs")
-    smooth = "--model.dropout", "0", "--optim.lr", "0.01"
-    train(tmp_path / "one", *smooth, env=ON_GPU)
-    said = train(tmp_path / "two", *smooth, env=ON_GPU, processes=2)
+    train(tmp_path / "one", env=ON_GPU)
+    said = train(tmp_path / "two", env=ON_GPU, processes=2)
     assert "= 2 process(es)" in said
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.gpu
