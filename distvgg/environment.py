@@ -1,14 +1,15 @@
-"""Environment variables: those that would change the numbers of a run are cleared or refused.
+"""What reaches a run from outside its config: environment variables, threads, the machine.
 
-Owns the lists of them, from the sources of accelerate 1.15 and torch 2.14. Invariant: after `clear`
-and `refuse` no variable reaches the numbers but those that `taken` names. Which device and how many
-processes there are is for the launcher to say, and changes no number. Imports no torch: what torch
-and its libraries read when they are loaded has to be cleared before.
+Owns the lists of variables that would change the numbers of a run, from the sources of accelerate
+1.15 and torch 2.14. Invariant: after `clear` and `refuse` nothing of them reaches the numbers but
+what `notes` names. Which device and how many processes there are is for the launcher to say, and
+changes no number. Imports no torch: what torch and its libraries read when they are loaded has to
+be cleared before.
 """
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from distvgg.config import UserError
 
@@ -46,8 +47,8 @@ _cleared: dict[str, str] = {}
 
 
 def clear() -> None:
-    """Removes what would change the numbers. To be called before torch is loaded; of what torch has
-    read already, `taken` tells."""
+    """Removes what would change the numbers. To be called before torch is loaded; what torch has
+    read already stays, and is named by `notes`."""
     names = [*_ACCELERATE, *(() if "torch" in sys.modules else _LIBRARIES)]
     for name in names:
         if (value := os.environ.pop(name, None)) is not None:
@@ -86,12 +87,46 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
-def cleared(cpu_threads: int | None) -> list[str]:
-    """What was set and has no effect, as `NAME=VALUE (what has)`.
+def notes(
+    machines: Sequence[Mapping[str, str]],
+    before: Mapping[str, str] | None,
+    cpu_threads: int | None,
+) -> list[str]:
+    """What could change the bits of a run from here on, or its speed, a line each.
 
     Args:
+        machines: device and versions of every rank (`provenance.machine`).
+        before: those of the start that the checkpoint came of; None for a new run, empty where
+            version 0.1 of distvgg took no note of them.
         cpu_threads: of a run on a CPU; None on a GPU.
     """
+    found, here = [], machines[0]
+    if before is not None:
+        was = {"distvgg": "0.1", **before}
+        changed = [f"{k} {here[k]} (was {v})" for k, v in was.items() if here.get(k, v) != v]
+        if changed:
+            found.append(f"bits may differ from here on: the run goes on with {', '.join(changed)}")
+    if len(kinds := sorted({m["device"] for m in machines})) > 1:
+        found.append(
+            "processes compute on devices of different kinds, so that bits depend on which computes"
+            f" what: {', '.join(kinds)}"
+        )
+    cores = len(os.sched_getaffinity(0))
+    wanted = (cpu_threads or 0) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if wanted > cores:
+        found.append(
+            f"{wanted} threads (train.cpu_threads {cpu_threads}) share {cores} core(s): slower, to"
+            " the same bits"
+        )
+    if without := _without_effect(cpu_threads):
+        found.append(f"set in the environment, without effect: {', '.join(without)}")
+    if taken := [f"{name}={os.environ[name]}" for name in _LIBRARIES if name in os.environ]:
+        found.append(f"set in the environment before torch was loaded, taken: {', '.join(taken)}")
+    return found
+
+
+def _without_effect(cpu_threads: int | None) -> list[str]:
+    """What was set and has no effect, as `NAME=VALUE (what has)`."""
     instead = {
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "train.micro_batch_size",
         "ACCELERATE_DYNAMO_BACKEND": "train.compile",
@@ -106,8 +141,3 @@ def cleared(cpu_threads: int | None) -> list[str]:
     if cpu_threads is not None and threads not in ("1", str(cpu_threads)):
         found.append(f"OMP_NUM_THREADS={threads} (train.cpu_threads)")
     return found
-
-
-def taken() -> list[str]:
-    """What was read before it could be cleared, as `NAME=VALUE`."""
-    return [f"{name}={os.environ[name]}" for name in _LIBRARIES if name in os.environ]

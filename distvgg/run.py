@@ -6,7 +6,6 @@ rest is a function of config and data. It is the same on every rank after every 
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -162,7 +161,9 @@ def build(config: Config, folder: Path) -> Run:
         state = _restore(found, state, vgg, average, optimizer, meter, accelerator)
     state.starts.append((state.step, accelerator.num_processes))
     found_machines = machines(accelerator)
-    notes = machine_notes(found_machines, state.machine, config, device)
+    before = None if found is None else state.machine
+    threads = config.train.cpu_threads if device.type == "cpu" else None
+    notes = environment.notes(found_machines, before, threads)
     state.machine = found_machines[0]
     if asked == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16"):
         notes.append(f"precision {config.train.precision}, as the launcher was told")
@@ -206,41 +207,6 @@ def build(config: Config, folder: Path) -> Run:
         lock=locks[0] if locks else None,
         notes=notes,
     )
-
-
-def machine_notes(
-    machines: Sequence[Mapping[str, str]],
-    before: Mapping[str, str],
-    config: Config,
-    device: torch.device,
-) -> list[str]:
-    """What could change the bits of a run or its speed from here on, a line each.
-
-    Args:
-        machines: device and versions of every rank.
-        before: those of the start that the checkpoint came of; empty for a new run.
-    """
-    notes, here = [], machines[0]
-    changed = [f"{k} {v} (was {before[k]})" for k, v in here.items() if before.get(k, v) != v]
-    if changed:
-        notes.append(f"bits may differ from here on: the run goes on with {', '.join(changed)}")
-    if len(kinds := sorted({m["device"] for m in machines})) > 1:
-        notes.append(
-            "processes compute on devices of different kinds, so that bits depend on which computes"
-            f" what: {', '.join(kinds)}"
-        )
-    on_cpu = device.type == "cpu"
-    threads, cores = config.train.cpu_threads, len(os.sched_getaffinity(0))
-    if on_cpu and (wanted := threads * int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > cores:
-        notes.append(
-            f"{wanted} threads (train.cpu_threads {threads}) share {cores} core(s): slower, to the"
-            " same bits"
-        )
-    if cleared := environment.cleared(threads if on_cpu else None):
-        notes.append(f"set in the environment, without effect: {', '.join(cleared)}")
-    if taken := environment.taken():
-        notes.append(f"set in the environment before torch was loaded, taken: {', '.join(taken)}")
-    return notes
 
 
 def of_global_batch(run: Run, size: int, pixels: Pixels, rows: np.ndarray) -> Run:

@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from distvgg import environment
-from distvgg.config import Config, UserError
-from distvgg.run import machine_notes
+from distvgg.config import UserError
 from launch import CPU, assert_same_run, run, tiny, train
 
 BF16 = ("--train.precision", "bf16")
@@ -155,13 +153,14 @@ def test_fewer_cores_than_threads_are_said_and_change_nothing(calm: Path, tmp_pa
 
 
 def test_another_machine_is_said_in_a_line() -> None:
-    cpu, config = torch.device("cpu"), Config()
     here = {"device": "A", "torch": "2.14"}
-    assert not machine_notes([here, here], {}, config, cpu)
-    assert not machine_notes([here, here], here, config, cpu)
-    (line,) = machine_notes([here], here | {"device": "B", "torch": "2.13"}, config, cpu)
+    assert not environment.notes([here, here], None, 1)
+    assert not environment.notes([here, here], here, None)
+    (line,) = environment.notes([here | {"distvgg": "0.2"}], {}, 1)
+    assert line.endswith("the run goes on with distvgg 0.2 (was 0.1)")
+    (line,) = environment.notes([here], here | {"device": "B", "torch": "2.13"}, 1)
     assert line == (
         "bits may differ from here on: the run goes on with device A (was B), torch 2.14 (was 2.13)"
     )
-    (line,) = machine_notes([here, here | {"device": "B"}], here, config, cpu)
+    (line,) = environment.notes([here, here | {"device": "B"}], here, 1)
     assert line.endswith("which computes what: A, B")
