@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
 
-from distvgg import data
+from distvgg import data, environment
 from distvgg.config import Config, DataConfig, RunError, TrainConfig, UserError
 from distvgg.distributed import device_here, has_nvidia_hardware, resolve_precision
 from distvgg.model import VGG
@@ -45,6 +45,7 @@ def examine(recipe: Config | None, run_dir: Path, *, prepare: bool) -> str:
         "devices": devices,
         "precision": partial(precision, config.train.precision),
         "backend": backend,
+        "environment": variables,
     }
     if entry:
         checks["processes"] = partial(processes, config.train)
@@ -119,6 +120,14 @@ def backend() -> Finding:
     if dist.is_available() and dist.is_backend_available(name):
         return "ok", f"{name} between processes"
     raise UserError(f"this torch has no {name}: install a build that has, or train on one process")
+
+
+def variables() -> Finding:
+    """What the environment holds that would change the numbers of a run."""
+    environment.refuse()
+    threads = None if device_here().type == "cuda" else 1
+    found = environment.notes([{"device": ""}], None, threads)
+    return ("note", "; ".join(found)) if found else ("ok", "nothing that changes numbers")
 
 
 def processes(train: TrainConfig) -> Finding:

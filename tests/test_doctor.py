@@ -18,7 +18,8 @@ from launch import run, tiny
 
 pytestmark = pytest.mark.usefixtures("newcomer")
 
-MACHINE = ["versions", "devices", "precision", "backend", "cache", "run folder", "W&B"]
+MACHINE = ["versions", "devices", "precision", "backend", "environment"]
+MACHINE += ["cache", "run folder", "W&B"]
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # a closed port
 Findings = dict[str, tuple[str, str]]
 
@@ -66,6 +67,7 @@ def test_a_sound_machine_is_told_check_by_check_and_left_as_it_was(tmp_path: Pat
     assert list(found) == MACHINE
     assert {verdict for verdict, _ in found.values()} == {"ok", "note"}
     assert "torch" in found["versions"][1]
+    assert found["environment"] == ("ok", "nothing that changes numbers")
     assert found["W&B"] == (
         "note",
         "offline (no API key, see wandb login), in the run folder; to upload:"
@@ -79,7 +81,7 @@ def test_in_the_place_of_train_it_checks_that_very_run_once_for_all_processes(
 ) -> None:
     words = tiny(tmp_path / "run", "--track.tensorboard", "true")
     found = findings(run(["doctor", *words[1:]], processes=2))
-    assert list(found) == [*MACHINE[:4], "processes", "data", *MACHINE[4:], "TensorBoard"]
+    assert list(found) == [*MACHINE[:5], "processes", "data", *MACHINE[5:], "TensorBoard"]
     assert found["precision"][1].startswith("no (train.precision no on")
     assert found["processes"] == ("ok", "1 or 2 or 4 (global batch 64 / micro-batch 16)")
     assert found["W&B"] == ("ok", "off, as set")
