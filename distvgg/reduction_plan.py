@@ -22,7 +22,7 @@ Rabenseifner and Gropp, IJHPCA 2005, section 4.3).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,14 +42,15 @@ def split(n: int) -> int:
     return 1 << (n - 1).bit_length() - 1
 
 
-def cover(n: int, leaves: range) -> list[Node]:
+@lru_cache(maxsize=2**14)  # asked in every exchange
+def cover(n: int, leaves: range) -> tuple[Node, ...]:
     """The largest nodes of the tree over n leaves that lie whole in a run, from left to right."""
 
-    def within(low: int, high: int) -> list[Node]:
+    def within(low: int, high: int) -> tuple[Node, ...]:
         if leaves.stop <= low or high <= leaves.start:
-            return []
+            return ()
         if leaves.start <= low and high <= leaves.stop:
-            return [(low, high)]
+            return ((low, high),)
         middle = low + split(high - low)
         return within(low, middle) + within(middle, high)
 
@@ -165,7 +166,7 @@ class TreePlan:
             merges = depth - len(stack)
             is_new = merges == 0
             found.append(Placement(depth - 1 if is_new else depth - 2, is_new, max(0, merges - 1)))
-        assert stack == cover(self.n, self.leaves(self.ranks.rank))
+        assert tuple(stack) == cover(self.n, self.leaves(self.ranks.rank))
         return found
 
     @property
@@ -174,7 +175,7 @@ class TreePlan:
         least 1, where these are a power of two."""
         return 1 + max(placement.slot for placement in self.placements)
 
-    def nodes(self, level: int, rank: int) -> list[Node]:
+    def nodes(self, level: int, rank: int) -> tuple[Node, ...]:
         """The partial sums that a rank brings into a level: those of all ranks that share its
         higher digits."""
         ranks = prod(self.ranks.levels[:level])
