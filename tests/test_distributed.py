@@ -31,8 +31,8 @@ ARGS += ("--optim.clip_norm", "1", "--train.label_smoothing", "0.1", "--eval.tta
 STEPS = math.ceil(5 * 601 / 192)
 PRECISIONS = {
     "bf16": (1, 2, 3, 4, 6),
-    "no": (1, 3, 4),
-    "float64": (1, 2, 4),
+    "no": (1, 3),
+    "float64": (1, 4),
 }
 
 
@@ -64,7 +64,7 @@ def test_a_run_is_equal_to_the_bit_on_any_number_of_processes(
 def test_a_run_is_equal_to_the_bit_over_restarts_on_other_numbers_of_processes(
     alone: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Killed in the middle twice, each time behind its newest checkpoint."""
+    """Killed twice, each time some steps after its newest checkpoint."""
     args = (*ARGS, "--train.precision", "bf16", "--checkpoint.every_steps", "2")
     for processes, step in ((2, 4), (6, 9)):
         started = Started(tmp_path / "run", *args, processes=processes)
