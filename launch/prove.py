@@ -199,7 +199,8 @@ class Jobs:
 
 def slurm(*words: str) -> str:
     """What a command of SLURM's prints."""
-    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout
+    done = subprocess.run(words, check=True, capture_output=True, text=True, timeout=60)
+    return done.stdout.strip()
 
 
 def fail(what: str, log: Path) -> None:
