@@ -8,6 +8,7 @@ from distvgg import preemption
 if sys.argv[1:2] == ["train"]:
     preemption.install()  # before the slow imports: a signal that comes now must not kill
 
+from distvgg import environment
 from distvgg.cli import main
 
 
@@ -22,6 +23,6 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if environment.world_size() > 1:
         leave(main())
     sys.exit(main())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from distvgg import environment
 from distvgg.config import Config, UserError
 from distvgg.hardware import HARDWARE, BenchOptions, fabric_of, gpu_of
 from distvgg.model import VGG
@@ -51,7 +52,7 @@ def bench(config: Config, recipe: str, options: BenchOptions, *, as_json: bool) 
     Raises:
         UserError: options that do not fit; several processes.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if environment.world_size() > 1:
         raise UserError("bench measures one device and computes the rest: start it as one process")
     job, batch = job_of(config), config.train
     alone = batch.global_batch_size // batch.micro_batch_size

@@ -76,7 +76,7 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
     # Accelerator reads this variable, PartialState alone does not.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu, **_store_of_this_attempt())
-    launched = int(os.environ.get("WORLD_SIZE", 1))
+    launched = environment.world_size()
     if launched > 1 and state.num_processes == 1:
         raise UserError(
             f"WORLD_SIZE is {launched} but no process group was formed, so each process would train"

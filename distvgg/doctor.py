@@ -133,7 +133,7 @@ def variables() -> Finding:
 def processes(train: TrainConfig) -> Finding:
     """The numbers of processes that a config allows, among them the launcher's."""
     whole, micro = train.global_batch_size, train.micro_batch_size
-    Plan(whole, whole, micro, int(os.environ.get("WORLD_SIZE", 1)))  # of any number of samples
+    Plan(whole, whole, micro, environment.world_size())  # of any number of samples
     allowed, gpus = world_sizes(whole // micro), torch.cuda.device_count()
     text = f"{' or '.join(map(str, allowed))} (global batch {whole} / micro-batch {micro})"
     if gpus < 2 or gpus in allowed:

@@ -23,7 +23,7 @@ _KINDS = {
 }
 # Numbers of processes that accelerate believes of MPI.
 _MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-# By the value with which a variable says nothing: what `accelerate launch` sets by itself.
+# Read by accelerate when it starts, with the value that says nothing: what its launcher sets.
 _ACCELERATE = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",  # divides every loss
     "ACCELERATE_DYNAMO_BACKEND": "no",  # train.compile
@@ -31,17 +31,32 @@ _ACCELERATE = {
     "ACCELERATE_DYNAMO_USE_DYNAMIC": "false",
     "ACCELERATE_DYNAMO_USE_FULLGRAPH": "false",
     "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "false",
+    "ACCELERATE_FP8_BACKEND": "no",  # rewrites layers, whatever the precision
+    "FORK_LAUNCHED": "0",
 }
 # Read when torch and its libraries are loaded: which kernels, in how many threads, how precise.
 _LIBRARIES = (
-    *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"),
-    *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
-    *("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE"),
-    *("OMP_DYNAMIC", "OMP_THREAD_LIMIT"),  # fewer threads than train.cpu_threads, or a deadlock
-    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG"),
-    *("TORCH_BLAS_PREFER_CUBLASLT", "PYTORCH_TUNABLEOP_ENABLED"),
-    *("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"),
+    *("ATEN_CPU_CAPABILITY", "LRU_CACHE_CAPACITY"),  # the second, at 0, is a segmentation fault
+    *(
+        f"{library}_{name}"
+        for library in ("ONEDNN", "DNNL", "MKLDNN")
+        for name in ("MAX_CPU_ISA", "CPU_ISA_HINTS", "DEFAULT_FPMATH_MODE")
+    ),
+    *("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "MKL_VML_DEBUG_CPU_TYPE"),
+    # Fewer threads than train.cpu_threads: oneDNN waits for the rest for ever (3.12).
+    *("OMP_DYNAMIC", "OMP_THREAD_LIMIT", "OMP_MAX_ACTIVE_LEVELS"),
+    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
+    *("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "DISABLE_ADDMM_CUDA_LT"),
+    *("TORCH_BLAS_PREFER_CUBLASLT", "TORCH_LINALG_PREFER_CUSOLVER", "PYTORCH_TUNABLEOP_ENABLED"),
+    *("CUDNN_UNFUSE_FMA", "CUDNN_USE_EX2_EMULATION", "PYTORCH_SUM_INNER_TREE"),
 )
+_PREFIXES = (
+    *("CUBLAS_EMULAT", "CUBLAS_FIXEDPOINT_", "TORCH_CUDNN_"),
+    *("TORCH_COMPILE_", "TORCHDYNAMO_", "TORCHINDUCTOR_"),
+)
+_HARMLESS = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCH_COMPILE_DEBUG")
+# Read by the C library before Python runs: it may choose other instructions.
+_TAKEN = ("GLIBC_TUNABLES",)
 
 _cleared: dict[str, str] = {}
 
@@ -49,10 +64,17 @@ _cleared: dict[str, str] = {}
 def clear() -> None:
     """Removes what would change the numbers. To be called before torch is loaded; what torch has
     read already stays, and is named by `notes`."""
-    names = [*_ACCELERATE, *(() if "torch" in sys.modules else _LIBRARIES)]
-    for name in names:
+    for name in [*_ACCELERATE, *(() if "torch" in sys.modules else _set_for_libraries())]:
         if (value := os.environ.pop(name, None)) is not None:
             _cleared[name] = value
+
+
+def _set_for_libraries() -> list[str]:
+    return [
+        name
+        for name in os.environ
+        if name in _LIBRARIES or (name.startswith(_PREFIXES) and name not in _HARMLESS)
+    ]
 
 
 def refuse(environment: Mapping[str, str] = os.environ) -> None:
@@ -67,24 +89,38 @@ def refuse(environment: Mapping[str, str] = os.environ) -> None:
                 f"{name}={environment[name]} asks for {kind}, which distvgg does not have:"
                 " unset it, or launch with --config_file accelerate_config.yaml"
             )
-    if "WORLD_SIZE" in environment:
+    size = environment.get("WORLD_SIZE") or "1"
+    if not size.isdecimal():
+        raise UserError(f"WORLD_SIZE={size} is not a number: unset it for one process")
+    if int(size) > 1:
+        if not environment.get("MASTER_ADDR"):
+            raise UserError(
+                f"WORLD_SIZE={size} without MASTER_ADDR, as a launcher leaves it in a shell: unset"
+                " WORLD_SIZE for one process, or start with accelerate launch"
+            )
         return
     for name in _MPI:
         if environment.get(name, "1") not in ("", "0", "1"):
             raise UserError(
-                f"{name}={environment[name]} without WORLD_SIZE: distvgg is started by accelerate"
-                " launch or torchrun, not by MPI; unset it for one process"
+                f"{name}={environment[name]}, but WORLD_SIZE is {size}: distvgg is started by"
+                " accelerate launch or torchrun, not by MPI; unset it for one process"
             )
-    if "LOCAL_RANK" in environment:
+    if "LOCAL_RANK" in environment and "WORLD_SIZE" not in environment:
         raise UserError(
             "LOCAL_RANK without WORLD_SIZE, as a launcher leaves them in a shell: unset LOCAL_RANK"
             " for one process"
         )
 
 
+def world_size() -> int:
+    """How many processes a launcher started, without a process group; 1 where none did."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return max(1, int(size)) if size.isdecimal() else 1
+
+
 def rank() -> int:
     """This process's rank, without a process group: 0 where it was not launched as one of many."""
-    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+    return int(os.environ.get("RANK") or 0) if world_size() > 1 else 0
 
 
 def notes(
@@ -120,8 +156,10 @@ def notes(
         )
     if without := _without_effect(cpu_threads):
         found.append(f"set in the environment, without effect: {', '.join(without)}")
-    if taken := [f"{name}={os.environ[name]}" for name in _LIBRARIES if name in os.environ]:
-        found.append(f"set in the environment before torch was loaded, taken: {', '.join(taken)}")
+    taken = [*_set_for_libraries(), *(name for name in _TAKEN if name in os.environ)]
+    if taken:
+        values = ", ".join(f"{name}={os.environ[name]}" for name in taken)
+        found.append(f"set in the environment, taken, and may change bits: {values}")
     return found
 
 

@@ -26,8 +26,12 @@ HOSTILE = {
     "MKL_NUM_THREADS": "2",
     "OMP_DYNAMIC": "true",
     "OMP_THREAD_LIMIT": "1",
+    "OMP_MAX_ACTIVE_LEVELS": "0",
+    "MPI_LOCALNRANKS": "2",
+    "LRU_CACHE_CAPACITY": "0",
+    "ACCELERATE_FP8_BACKEND": "TE",
     "ATEN_CPU_CAPABILITY": "default",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKLDNN_MAX_CPU_ISA": "AVX2",
     "ONEDNN_DEFAULT_FPMATH_MODE": "BF16",
     "MKL_CBWR": "COMPATIBLE",
     "TORCH_COMPILE_DISABLE": "1",
@@ -94,6 +98,9 @@ def test_an_ordinary_environment_needs_no_note(tmp_path: Path) -> None:
     ("variables", "expected"),
     [
         ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, "asks for FSDP"),
+        ({"WORLD_SIZE": "2"}, "without MASTER_ADDR"),
+        ({"WORLD_SIZE": "two"}, "is not a number"),
+        ({"WORLD_SIZE": "1", "PMI_SIZE": "2"}, "not by MPI"),
         ({"ACCELERATE_USE_DEEPSPEED": "1"}, "asks for DeepSpeed"),
         ({"ACCELERATE_USE_MEGATRON_LM": "True"}, "asks for Megatron-LM"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "not by MPI"),
@@ -110,7 +117,9 @@ def test_another_kind_of_start_is_refused_in_a_line(
 
 def test_what_launchers_leave_in_a_shell_does_no_harm() -> None:
     environment.refuse({"RANK": "1", "PMI_SIZE": "1", "ACCELERATE_USE_FSDP": "false"})
-    environment.refuse({"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1", "PMI_SIZE": "2"})
+    environment.refuse({"WORLD_SIZE": "", "ACCELERATE_USE_DEEPSPEED": "no"})
+    launched = {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1", "MASTER_ADDR": "host"}
+    environment.refuse(launched | {"PMI_SIZE": "2"})
     done = run(["config", "quickstart"], env={"RANK": "1"})
     assert done.stdout.startswith("seed: 0")
     done = run(["config", "quikstart"], env={"RANK": "1"}, timeout=20)
