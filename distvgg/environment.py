@@ -89,9 +89,9 @@ def refuse(environment: Mapping[str, str] = os.environ) -> None:
                 f"{name}={environment[name]} asks for {kind}, which distvgg does not have:"
                 " unset it, or launch with --config_file accelerate_config.yaml"
             )
-    size = environment.get("WORLD_SIZE") or "1"
+    size = environment.get("WORLD_SIZE", "1")
     if not size.isdecimal():
-        raise UserError(f"WORLD_SIZE={size} is not a number: unset it for one process")
+        raise UserError(f"WORLD_SIZE={size!r} is not a number: unset it for one process")
     if int(size) > 1:
         if not environment.get("MASTER_ADDR"):
             raise UserError(
