@@ -1,6 +1,7 @@
 """The model of step time (distvgg/scaling.py) against real runs on one and two processes.
 
     python -m benchmarks.scaling [--recipe fast] [--rounds 3] [--out FILE.json] [--quick]
+    python -m benchmarks.scaling --levels [--recipe fast]
 
 One thread a process, gloo, each run started by `accelerate launch`; steps are distvgg's own, on
 synthetic images. Nothing is fitted: what a micro-batch and a step by itself take is measured on one
@@ -9,6 +10,9 @@ predicts the steps of two. A process beside another has less of the caches, the 
 clock; so the constants are measured twice, alone and beside a second run that computes the same
 and talks to nobody. The difference between the two predictions is what sharing a machine costs;
 GPUs share none of that. gloo has no core of its own here: nothing overlaps.
+
+`--levels` measures nothing: it prints what the model says of the exchange in one level and in more,
+on an H100's assumed links.
 """
 
 import argparse
@@ -18,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,15 +42,25 @@ from distvgg.bench import (
     step_times,
 )
 from distvgg.config import Config, load
-from distvgg.reduction_plan import MIB, TreePlan
+from distvgg.hardware import BenchOptions, fabric_of, gpu_of
+from distvgg.reduction_plan import MIB, TreePlan, levels_of
 from distvgg.run import Run, build
-from distvgg.scaling import Fabric, Gpu, Link, Setup, step
+from distvgg.scaling import Fabric, Gpu, Link, Setup, exchange, levels, step
 from distvgg.tree_sum import TreeSum
 
 ROOT = Path(__file__).parent.parent
 LARGE = 16 * MIB
 LENGTHS = (FEW, 2, MANY)
 QUICK = {"train.global_batch_size": 64, "train.micro_batch_size": 16}
+# The radices of the exchange among so many GPUs, 8 a node.
+LEVELS: dict[str, Callable[[int], tuple[int, ...]]] = {
+    "one level": lambda n: (n,),
+    "node, all nodes": lambda n: levels_of(n, 8, largest=n),
+    "at most 4": lambda n: levels_of(n, 8, largest=4),
+    "as runs do": lambda n: levels(n, 8),
+    "at most 16": lambda n: levels_of(n, 8, largest=16),
+}
+GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 HEADER = [
     "processes",
     "micro-batches each",
@@ -62,6 +77,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind, in turns")
     parser.add_argument("--steps", type=int, default=8, help="of each length, in a run")
     parser.add_argument("--quick", action="store_true", help="small, once: to see that it works")
+    parser.add_argument("--levels", action="store_true", help="the model alone, by levels")
     parser.add_argument("--out", type=Path, help="write everything as JSON")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -70,12 +86,15 @@ def main() -> int:
     if options.worker:
         work(config, options.steps, options.worker)
         return 0
+    if options.levels:
+        print(table(["GPUs", *LEVELS], by_levels(config)))
+        return 0
     words = ["--recipe", recipe, "--steps", str(options.steps), *(["--quick"] * options.quick)]
     runs = measure(words, 1 if options.quick else options.rounds)
     rows = compare(config, runs)
     link = gloo(runs["together"]).inside
     print(table(HEADER, list(map(cells, rows))))
-    print(f"gloo: {1e6 * link.ring_hop:.0f} us a hop, {link.bandwidth / 1e9:.2f} GB/s")
+    print(f"gloo: {1e6 * link.hop:.0f} us a message, {link.bandwidth / 1e9:.2f} GB/s")
     found = report(torch.device("cpu"), recipe=recipe, gloo=link._asdict(), rows=rows, runs=runs)
     save(found, options.out)
     return 0
@@ -193,8 +212,26 @@ def gloo(runs: list[Any]) -> Fabric:
     """Two processes' links, by equation 3: latency from the small exchange, bandwidth from what
     the large one takes longer."""
     small, large = (statistics.median(run[size] for run in runs) for size in ("small", "large"))
-    link = Link(LARGE / (large - small), ring_hop=small / 2, tree_hop=small / 2)
-    return Fabric(gpus_per_node=2, launch=0.0, inside=link, between=link, overlaps=False)
+    hop = small / 2
+    link = Link(LARGE / (large - small), ring_hop=hop, tree_hop=hop, hop=hop, post=0.0)
+    return Fabric(2, launch=0.0, send=0.0, inside=link, between=link, overlaps=False)
+
+
+def by_levels(config: Config, images_per_sec: float = 20_000) -> list[list[str]]:
+    """By GPUs and the radices of the exchange: ms that the gradients take in one piece, with
+    nothing beside, and in brackets ms of a step in which a rank only waits for others' sums, Muon's
+    results among them. Four micro-batches of the recipe a step."""
+    job = job_of(config)
+    options = BenchOptions(gpu="h100", images_per_sec=images_per_sec)
+    setup = Setup(job, gpu_of(options, job, MANY), fabric_of(options))
+    size = sum(sum(layer.gradients) for layer in job.layers)
+
+    def cell(ranks: int, radices: tuple[int, ...]) -> str:
+        there, back = exchange(size, radices, (1,) * len(radices), setup.fabric)
+        exposed = step(setup, ranks, MANY, radices).exposed
+        return f"{1000 * sum(there + back):.2f} ({1000 * exposed:.2f})"
+
+    return [[f"{n:,}", *(cell(n, of(n)) for of in LEVELS.values())] for n in GPUS]
 
 
 def cells(row: dict[str, Any]) -> list[str]:

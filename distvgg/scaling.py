@@ -5,24 +5,26 @@ below. Imports no torch. A rank takes A micro-batches a step, t seconds each, of
 and `backward`; W ranks are on N nodes. In seconds and bytes:
 
     (1) step        = (A - 1) t + forward + end + fixed + shared + wait
-    (2) end         = max(backward, done of the last message);
-        done(b)     = max(ready(b), done(b - 1)) + its exchange
-    (3) exchange(n) = back(n) + sum over levels l of
-                      launch + (g_l - 1) c_l hop_l + c_l (g_l - 1)/g_l n/P_l / B_l
-        back(n)     = the same sum with c_l = 1
+    (2) end         = max(backward, done of the last stage);
+        done(i)     = max(sent(i), done(i - 1)) + stage(i)
+    (3) stage       = send + hop + c_l * the sum over g_l - 1 peers of post + n/P_l / B
+        exchange(n) = the stages of levels 1 to L, and of L to 1 with c_l = 1
     (4) ring(n)     = launch + 2 (W - N) ring_in + 2 (N - 1) ring_out + 2 (W - 1)/W n / B
         tree(n)     = launch + 2 (W/N - 1) tree_in + 2 log2(N) tree_out + 2 n / B
         all_reduce  = the smaller;  B = min(inside, GPUs on a node * between)
     (5) wait        = jitter A t E[the largest of W standard normals]
-    (6) shared      = the largest of W shares + launch + messages hop + largest results / B_L
-                      + back(all results)
+    (6) shared      = the largest of W shares + scatter + the stages of levels L to 1
+        scatter     = send + hop_L + the most of W: its messages post_L + its results / B_L
 
 (1), (2): gradients travel once a step, in buckets, each as soon as the last micro-batch's backward
-has it, in order. Before them, with the last forward, go StepSums' all-reduce (4) and the exchange
-of BatchNorm's statistics. (3) is the exchange of `reduction_plan.py`: in level l each rank sends
-c_l partial sums of its shard to each of g_l - 1 peers, P_l being the product of the radices before,
-over the link of that level; messages leave one after the other, each in the time of a hop, as in
-LogGP (Alexandrov et al., SPAA 1995), with the gap between messages taken to be as long as a hop.
+has it. Before them, with the last forward, go StepSums' all-reduce (4) and BatchNorm's statistics.
+One stage is under way at a time. `ExchangeQueue` sends the first stage of an exchange as it starts,
+and one more of those before it; what is left goes out in turns when backward is done.
+(3) is the exchange of `reduction_plan.py`: in level l each rank sends c_l partial sums of a shard
+of n/P_l bytes, P_l = g_1 ... g_l, to each of g_l - 1 peers, within its node or by its network card.
+A stage is a launch and messages as in LogGP (Alexandrov et al., SPAA 1995): latency `hop`, overhead
+or gap `post` of a message, gap 1/B of a byte. LogGP lets the overhead hide behind the bytes of the
+message before; adding them up makes a stage too long by no more than the smaller of the two.
 (4) is the bandwidth-optimal ring (Patarasuk and Yuan, JPDC 2009) with a latency for each hop
 (Thakur, Rabenseifner and Gropp, IJHPCA 2005), and the double binary tree (Sanders, Speck and
 Traeff, Parallel Computing 2009), which NCCL spans between nodes, with a chain within each. Both
@@ -30,11 +32,11 @@ cross nodes through all their network cards at once, and pipeline: the slower ki
 That is the cost model by which NCCL itself chooses (ncclTopoTuneModel in its src/graph/tuning.cc,
 2022). (5) is Blom's approximation (1958), which for many ranks grows as sqrt(2 ln W). (6) is what
 Muon orthogonalises: pieces that ranks share out, and whose results go to the ranks that hold their
-shards, over the link of the last level, and from these to all.
+shards, over the link of the last level, and from these to all. Nothing hides it.
 
-Left out: reduction in the switch (NVLink SHARP), which the exchange does not use; the additions of
-partial sums, 3 n bytes of a GPU's own memory; congestion and other jobs on the network, which would
-be slower.
+Left out: what the host takes to issue messages, which counts where a GPU waits for its host; the
+additions of partial sums, 3 n bytes of a GPU's own memory; what messages take from the kernels
+beside them; congestion and other jobs on the network.
 """
 
 import math
@@ -51,11 +53,20 @@ TARGET = 0.9
 
 
 class Link(NamedTuple):
-    """Between two GPUs: bytes a second in each direction, seconds a hop of each algorithm."""
+    """Between two GPUs: bytes a second in each direction, and seconds."""
 
     bandwidth: float
     ring_hop: float
+    """Of an all-reduce by a ring; by a tree, `tree_hop`."""
     tree_hop: float
+    hop: float
+    """Until a message arrives, of no bytes."""
+    post: float
+    """From a message to the next, of no bytes."""
+
+    def message(self, n: float) -> float:
+        """From a message of `n` bytes to the next."""
+        return self.post + n / self.bandwidth
 
 
 class Fabric(NamedTuple):
@@ -63,7 +74,8 @@ class Fabric(NamedTuple):
 
     gpus_per_node: int
     launch: float
-    """Seconds that any all-reduce takes, however small."""
+    """Seconds that any all-reduce takes, however small; a stage of messages, `send`."""
+    send: float
     inside: Link
     between: Link
     overlaps: bool = True
@@ -152,7 +164,7 @@ class Step(NamedTuple):
 
 
 def ring(n: int, ranks: int, fabric: Fabric) -> float:
-    """Seconds of a ring all-reduce of `n` bytes: equation 3."""
+    """Seconds of a ring all-reduce of `n` bytes: equation 4."""
     nodes, bandwidth = _reach(ranks, fabric)
     hops = (ranks - nodes) * fabric.inside.ring_hop + (nodes - 1) * fabric.between.ring_hop
     return fabric.launch + 2 * hops + 2 * (ranks - 1) / ranks * n / bandwidth
@@ -177,27 +189,28 @@ def levels(ranks: int, gpus_per_node: int) -> tuple[int, ...]:
     return levels_of(ranks, min(ranks, gpus_per_node))
 
 
-def exchange(n: int, ranks: int, accumulation: int, fabric: Fabric) -> float:
-    """Seconds of the exchange of a sum of `n` bytes: equation 3. Nothing for one rank."""
-    sums = partial_sums(ranks, accumulation, fabric.gpus_per_node)
-    return _stages(n, ranks, sums, fabric) + _stages(n, ranks, (1,) * len(sums), fabric)
+def exchange(
+    n: float, radices: Sequence[int], sums: Sequence[int], fabric: Fabric
+) -> tuple[list[float], list[float]]:
+    """Seconds of each stage in the exchange of `n` bytes, there and back: equation 3.
 
-
-def _stages(n: float, ranks: int, sums: Sequence[int], fabric: Fabric) -> float:
-    """Seconds of one half of an exchange, in which `sums` shards go to each peer, by level."""
-    seconds, inside = 0.0, 1
-    for radix, c in zip(levels(ranks, fabric.gpus_per_node), sums, strict=True):
-        link = fabric.inside if inside * radix <= fabric.gpus_per_node else fabric.between
-        n /= radix  # the shards of this level
-        seconds += fabric.launch + (radix - 1) * c * (link.ring_hop + n / link.bandwidth)
-        inside *= radix
-    return seconds
+    Args:
+        sums: the partial sums that a rank sends to each peer, by level.
+    """
+    there, back, before = [], [], 1
+    for radix, c in zip(radices, sums, strict=True):
+        near = min(radix, max(1, fabric.gpus_per_node // before))  # in a node, this one among them
+        n, before = n / radix, before * radix  # the shards of this level
+        seconds = (near - 1) * fabric.inside.message(n) + (radix - near) * fabric.between.message(n)
+        alone = fabric.send + (fabric.inside if near == radix else fabric.between).hop
+        there.append(alone + c * seconds)
+        back.append(alone + seconds)
+    return there, back[::-1]
 
 
 @lru_cache
-def partial_sums(ranks: int, accumulation: int, gpus_per_node: int) -> tuple[int, ...]:
+def partial_sums(ranks: int, accumulation: int, radices: tuple[int, ...]) -> tuple[int, ...]:
     """The partial sums that a rank sends to a peer in each level, at most."""
-    radices = levels(ranks, gpus_per_node)
     plan = TreePlan(ranks * accumulation, Ranks(0, ranks, radices))
     blocks = [math.prod(radices[:level]) for level in range(len(radices))]
     return tuple(
@@ -206,7 +219,25 @@ def partial_sums(ranks: int, accumulation: int, gpus_per_node: int) -> tuple[int
     )
 
 
-def shared_seconds(setup: Setup, ranks: int) -> tuple[float, float]:
+def in_turns(exchanges: Sequence[tuple[float, Sequence[float]]]) -> list[tuple[float, float]]:
+    """Stages in the order in which `ExchangeQueue` sends them.
+
+    Args:
+        exchanges: (when it starts, something of each stage), in the order of their starts.
+
+    Returns:
+        (when it is sent, that of the stage) of all; 1 stands for the end of backward.
+    """
+    starts = [start for start, _ in exchanges]
+    turns = sorted(
+        (first + nth, first, stage)
+        for first, (_, stages) in enumerate(exchanges)
+        for nth, stage in enumerate(stages)
+    )
+    return [(starts[turn] if turn < len(starts) else 1.0, stage) for turn, _, stage in turns]
+
+
+def shared_seconds(setup: Setup, ranks: int, radices: Sequence[int]) -> tuple[float, float]:
     """The slowest rank's share of the work that ranks share out, and the exchange of what comes of
     it, in seconds: equation 6."""
     job, fabric = setup.job, setup.fabric
@@ -221,13 +252,36 @@ def shared_seconds(setup: Setup, ranks: int) -> tuple[float, float]:
     share = setup.gpu.shared * max(loads) / sum(job.shared)
     if ranks == 1:
         return share, 0.0
-    total, largest = sum(results), max(results)
-    holders = min(ranks - 1, math.ceil(largest / total * ranks) + 1)
-    nodes, _ = _reach(ranks, fabric)
-    link = fabric.inside if nodes == 1 else fabric.between
-    scatter = fabric.launch + holders * link.ring_hop + largest / link.bandwidth
-    once = (1,) * len(levels(ranks, fabric.gpus_per_node))
-    return share, scatter + _stages(total, ranks, once, fabric)
+    link = fabric.inside if ranks <= fabric.gpus_per_node else fabric.between
+    sent = scattered(results, radices)
+    scatter = (
+        fabric.send + link.hop + max(n * link.post + size / link.bandwidth for n, size in sent)
+    )
+    _, gather = exchange(sum(results), radices, (1,) * len(radices), fabric)
+    return share, scatter + sum(gather)
+
+
+def scattered(results: Sequence[int], radices: Sequence[int]) -> list[tuple[int, float]]:
+    """What each rank sends to the holders of the shards in which its results lie, one after the
+    other by rank: (messages, bytes)."""
+    found = []
+    shard, last = sum(results) / len(results), 0.0
+    for rank, size in enumerate(results):
+        first, last = last, last + size / shard
+        own = _place(rank, radices)
+        kept = max(0.0, min(last, own + 1) - max(first, own))
+        holders = math.ceil(last) - int(first) if size else 0
+        found.append((holders - (kept > 0), size - kept * shard))
+    return found
+
+
+def _place(rank: int, radices: Sequence[int]) -> int:
+    """The place of a rank's shard among all: its digits, the first level's counting most."""
+    place = 0
+    for radix in radices:
+        rank, digit = divmod(rank, radix)
+        place = place * radix + digit
+    return place
 
 
 def _reach(ranks: int, fabric: Fabric) -> tuple[int, float]:
@@ -254,19 +308,19 @@ def ready_buckets(layers: Sequence[Layer]) -> list[tuple[float, int]]:
 
 
 def backward_end(
-    backward: float, messages: Sequence[tuple[float, float]], *, overlaps: bool = True
+    backward: float, stages: Sequence[tuple[float, float]], *, overlaps: bool = True
 ) -> float:
     """Seconds from the start of the last backward until the gradients are summed: equation 2.
 
     Args:
         backward: seconds of computing it.
-        messages: (share of the backward after which it can go, seconds), in order.
+        stages: (share of the backward after which it is sent, seconds), in order.
     """
     if not overlaps:
-        return backward + sum(seconds for _, seconds in messages)
+        return backward + sum(seconds for _, seconds in stages)
     done = 0.0
-    for ready, seconds in messages:
-        done = max(ready * backward, done) + seconds
+    for sent, seconds in stages:
+        done = max(sent * backward, done) + seconds
     return max(backward, done)
 
 
@@ -275,26 +329,37 @@ def slowest(ranks: int) -> float:
     return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
 
 
-def messages(setup: Setup, ranks: int, accumulation: int) -> list[tuple[float, float]]:
+def stages(
+    setup: Setup, ranks: int, accumulation: int, radices: tuple[int, ...]
+) -> list[tuple[float, float]]:
     """What ranks tell each other beside the last backward, in order: (share of it after which that
-    can go, seconds). Nothing for one rank."""
+    is sent, seconds). Nothing for one rank."""
     if ranks == 1:
         return []
     job, fabric = setup.job, setup.fabric
-    sums = all_reduce(job.sums(ranks * accumulation), ranks, fabric)
-    sent = [(0.0, 8 * job.statistics), *ready_buckets(job.layers)]
-    return [(0.0, sums)] + [
-        (ready, exchange(n, ranks, accumulation, fabric)) for ready, n in sent if n
-    ]
+    summed = all_reduce(job.sums(ranks * accumulation), ranks, fabric)
+    sums = partial_sums(ranks, accumulation, radices)
+    exchanges = [(0.0, 8 * job.statistics), *ready_buckets(job.layers)]
+    there_and_back = [(start, exchange(n, radices, sums, fabric)) for start, n in exchanges if n]
+    return [(0.0, summed), *in_turns([(start, [*t, *b]) for start, (t, b) in there_and_back])]
 
 
-def step(setup: Setup, ranks: int, accumulation: int) -> Step:
-    """One step of `ranks` ranks with so many micro-batches each: equation 1."""
+def step(
+    setup: Setup, ranks: int, accumulation: int, radices: tuple[int, ...] | None = None
+) -> Step:
+    """One step of `ranks` ranks with so many micro-batches each: equation 1.
+
+    Args:
+        radices: of the exchange. None: those that a run takes.
+    """
     job, gpu, fabric = setup.job, setup.gpu, setup.fabric
+    if radices is None:
+        radices = levels(ranks, fabric.gpus_per_node)
     micro_batches = ranks * accumulation
     backward = (1 - job.forward_share) * gpu.micro_batch
-    end = backward_end(backward, messages(setup, ranks, accumulation), overlaps=fabric.overlaps)
-    share, gather = shared_seconds(setup, ranks)
+    sent = stages(setup, ranks, accumulation, radices)
+    end = backward_end(backward, sent, overlaps=fabric.overlaps)
+    share, gather = shared_seconds(setup, ranks, radices)
     return Step(
         ranks,
         micro_batches * job.micro_batch_size,

@@ -4,9 +4,10 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -24,22 +25,23 @@ from distvgg import distributed, scaling
 from distvgg.bench import FEW, MANY, gpu_from, job_of, measure
 from distvgg.config import Config, load
 from distvgg.data import Dataset, Split
+from distvgg.distributed import SharedResults
 from distvgg.gradients import GradientReducer
 from distvgg.hardware import BenchOptions, fabric_of, gpu_of
 from distvgg.loader import DeviceLoader, Pixels
 from distvgg.model import build_vgg, training_flops
 from distvgg.muon import orthogonalise, orthogonalise_flops
 from distvgg.optim import build_optimizer
-from distvgg.reduction_plan import MIB, Ranks, TreePlan
+from distvgg.reduction_plan import MIB, Ranks, TreePlan, levels_of
 from distvgg.sampling import Plan, epoch_permutation
 from distvgg.scaling import Fabric, Gpu, Job, Layer, Link, Setup
 from distvgg.tree_sum import ExchangeQueue, Messages, TreeSum
 from launch import run
-from test_tree_sum import over_ranks
 
 RANKS = 1024
 # One node of any size: the textbook's flat ring.
-FLAT = Fabric(10**6, launch=0.0, inside=Link(1e9, 2e-6, 3e-6), between=Link(1e8, 4e-6, 5e-6))
+INSIDE, BETWEEN = Link(1e9, 2e-6, 3e-6, 6e-6, 7e-7), Link(1e8, 4e-6, 5e-6, 8e-6, 9e-7)
+FLAT = Fabric(10**6, launch=0.0, send=0.0, inside=INSIDE, between=BETWEEN)
 NODES = FLAT._replace(gpus_per_node=8)
 
 
@@ -75,52 +77,101 @@ def test_one_gpu_does_not_communicate_or_wait() -> None:
 
 def test_an_exchange_takes_what_its_messages_do() -> None:
     """By hand: 64 GPUs on 8 nodes exchange with 7 others in the node, then with 7 nodes; there and
-    back. With 3 micro-batches a rank up to two partial sums travel."""
+    back. With 3 micro-batches a rank two partial sums travel there."""
     assert scaling.levels(64, 8) == (8, 8)
-    fabric = NODES._replace(launch=1e-5)
-    inside = 1e-5 + 7 * (2e-6 + 1e6 / 8 / 1e9)
-    between = 1e-5 + 7 * (4e-6 + 1e6 / 64 / 1e8)
-    assert scaling.exchange(10**6, 64, 4, fabric) == pytest.approx(2 * (inside + between))
-    assert scaling.partial_sums(64, 3, 8) == (2, 2)
-    twice = inside + between + 2 * (inside + between) - 2e-5
-    assert scaling.exchange(10**6, 64, 3, fabric) == pytest.approx(twice)
-    assert scaling.exchange(10**6, 1, 3, fabric) == 0.0
-    # In one level of two ranks it is a ring of two.
-    assert scaling.exchange(10**6, 2, 1, FLAT) == pytest.approx(scaling.ring(10**6, 2, FLAT))
+    fabric = NODES._replace(send=1e-5)
+    near, far = 7 * (7e-7 + 1e6 / 8 / 1e9), 7 * (9e-7 + 1e6 / 64 / 1e8)
+    for accumulation, c in ((3, 2), (4, 1)):
+        sums = scaling.partial_sums(64, accumulation, (8, 8))
+        assert sums == (c, c)
+        there, back = scaling.exchange(10**6, (8, 8), sums, fabric)
+        assert there == pytest.approx([1.6e-5 + c * near, 1.8e-5 + c * far])
+        assert back == pytest.approx([1.8e-5 + far, 1.6e-5 + near])
+    # In one level 7 peers are in the node and 56 beyond.
+    there, back = scaling.exchange(10**6, (64,), (1,), fabric)
+    shard = 1e6 / 64
+    assert there == pytest.approx([1.8e-5 + 7 * (7e-7 + shard / 1e9) + 56 * (9e-7 + shard / 1e8)])
+    assert back == there
+    # Between two ranks of one node it moves as many bytes as a ring.
+    fabric = FLAT._replace(inside=Link(1e9, 0, 0, 0, 0))
+    there, back = scaling.exchange(10**6, (2,), (1,), fabric)
+    assert sum(there + back) == pytest.approx(scaling.ring(10**6, 2, fabric))
+    assert scaling.exchange(10**6, (), (), FLAT) == ([], [])
 
 
-@pytest.mark.parametrize(("ranks", "accumulation"), [(2, 1), (6, 2), (16, 1), (16, 3), (64, 2)])
-def test_the_model_counts_the_bytes_and_messages_that_are_sent(
-    ranks: int, accumulation: int
+# Of which only stages take time, or only messages, or only bytes.
+COUNTING = [
+    Fabric(8, 0, send, link, link)
+    for send, link in (
+        (1, Link(math.inf, 0, 0, 0, 0)),
+        (0, Link(math.inf, 0, 0, 0, 1)),
+        (0, Link(1, 0, 0, 0, 0)),
+    )
+]
+
+
+def counts(exchanges: Iterable[Iterator[Messages]]) -> list[tuple[int, int, int]]:
+    """The stages, messages and bytes that each rank sends; nothing is, in fact."""
+    found = []
+    for exchange in exchanges:
+        stages = list(exchange)
+        sizes = [t.nbytes for stage in stages for _, t in stage.sends if t.numel()]
+        found.append((len(stages), len(sizes), sum(sizes)))
+    return found
+
+
+@pytest.mark.parametrize("radices", [(2,), (6,), (8, 2), (16,), (2, 2, 4), (8, 8)])
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_the_model_counts_the_stages_messages_and_bytes_that_are_sent(
+    radices: tuple[int, ...], accumulation: int
 ) -> None:
-    """A link of which only bytes, or only messages, take time, against the real exchange."""
-    size, per_node = 64 * ranks, 8
-    plans = [
-        TreePlan(ranks * accumulation, Ranks(rank, ranks, scaling.levels(ranks, per_node)))
-        for rank in range(ranks)
-    ]
-    sums = [TreeSum(plan, [torch.zeros(size)], torch.float32) for plan in plans]
-    for plan, total in zip(plans, sums, strict=True):
-        for _ in plan.leaves(plan.ranks.rank):
-            total.add([torch.zeros(size)])
-    sent, messages = over_ranks([total.exchange() for total in sums])
-    for link, counted in ((Link(1, 0, 0), [4 * n for n in sent]), (Link(math.inf, 1, 1), messages)):
-        fabric = Fabric(per_node, 0.0, link, link)
-        predicted = scaling.exchange(4 * size, ranks, accumulation, fabric)
-        # The most that a rank sends in each level, added up: no less than any rank's own.
-        assert max(counted) == pytest.approx(predicted, rel=0.35)
-        assert max(counted) <= predicted * (1 + 1e-9)
-        if accumulation & (accumulation - 1) == 0 and ranks != 6:
-            assert counted == [pytest.approx(predicted)] * ranks
+    ranks = math.prod(radices)
+    size, sums = 64 * ranks, scaling.partial_sums(ranks, accumulation, radices)
+    total = []
+    for rank in range(ranks):
+        plan = TreePlan(ranks * accumulation, Ranks(rank, ranks, radices))
+        total.append(TreeSum(plan, [torch.zeros(size)], torch.float32))
+        for _ in plan.leaves(rank):
+            total[-1].add([torch.zeros(size)])
+    counted = counts(t.exchange() for t in total)
+    halves = [scaling.exchange(4 * size, radices, sums, fabric) for fabric in COUNTING]
+    predicted = [sum(there) + sum(back) for there, back in halves]
+    # The most that a rank sends in each level, added up: no less than any rank's own.
+    for of_rank in counted:
+        assert all(n <= most * (1 + 1e-9) for n, most in zip(of_rank, predicted, strict=True))
+        if max(sums) == 1:
+            assert of_rank == pytest.approx(predicted)
+    assert predicted == pytest.approx(list(map(max, zip(*counted, strict=True))), rel=0.35)
+
+
+@given(lengths=st.lists(st.integers(1, 6), max_size=6))
+def test_stages_are_sent_in_the_order_of_the_queue(lengths: list[int]) -> None:
+    """The model's order, and when each goes, against the queue itself."""
+    sent: list[tuple[float, int]] = []
+    now = 0.0
+
+    def exchange(number: int, stages: int) -> Iterator[Messages]:
+        for stage in range(stages):
+            sent.append((now, 10 * number + stage))
+            yield Messages([], [])
+
+    queue, exchanges = ExchangeQueue(torch.device("cpu")), []
+    for number, stages in enumerate(lengths):
+        now = number / len(lengths)
+        queue.start(exchange(number, stages))
+        exchanges.append((now, [10 * number + stage for stage in range(stages)]))
+    now = 1.0
+    queue.finish()
+    assert scaling.in_turns(exchanges) == sent
 
 
 def test_a_bucket_waits_for_its_gradients_and_for_the_one_before() -> None:
-    """By hand: backward 1 s; the first of 0.4 s is ready at 0.5, the next of 0.4 at 0.6, the last
+    """By hand: backward 1 s; the first of 0.4 s is sent at 0.5, the next of 0.4 at 0.6, the last
     of 0.1 at 1.0."""
-    messages = [(0.5, 0.4), (0.6, 0.4), (1.0, 0.1)]
-    assert scaling.backward_end(1.0, messages) == pytest.approx(1.4)
-    assert scaling.backward_end(1.0, messages[:1]) == 1.0
-    assert scaling.backward_end(1.0, messages, overlaps=False) == pytest.approx(1.9)
+    stages = [(0.5, 0.4), (0.6, 0.4), (1.0, 0.1)]
+    assert scaling.backward_end(1.0, stages) == pytest.approx(1.4)
+    assert scaling.backward_end(1.0, stages[:1]) == 1.0
+    assert scaling.backward_end(1.0, stages, overlaps=False) == pytest.approx(1.9)
 
 
 def test_shared_work_is_as_long_as_the_largest_share_and_its_results_travel_once() -> None:
@@ -130,15 +181,35 @@ def test_shared_work_is_as_long_as_the_largest_share_and_its_results_travel_once
     setup = Setup(
         dataclasses.replace(job, shared=(5, 3, 2, 2), results=(500, 300, 100, 100)),
         Gpu(0.01, 0.0, 0.0, shared=1.2),
-        FLAT._replace(launch=0.5),
+        FLAT._replace(send=0.5),
     )
-    assert scaling.shared_seconds(setup, 1) == (pytest.approx(1.2), 0.0)
-    share, gather = scaling.shared_seconds(setup, 2)
+    assert scaling.shared_seconds(setup, 1, ()) == (pytest.approx(1.2), 0.0)
+    share, gather = scaling.shared_seconds(setup, 2, (2,))
     assert share == pytest.approx(0.7)
-    # 600 bytes to the holder of the other shard, then shards of 500.
-    assert gather == pytest.approx(0.5 + 2e-6 + 600 / 1e9 + 0.5 + 2e-6 + 500 / 1e9)
-    assert scaling.shared_seconds(setup, 5)[0] == pytest.approx(0.5)
+    # 100 of its 600 bytes lie in the other's shard; then shards of 500.
+    assert gather == pytest.approx(2 * (0.5 + 6e-6 + 7e-7) + 100 / 1e9 + 500 / 1e9, rel=1e-12)
+    assert scaling.shared_seconds(setup, 5, (5,))[0] == pytest.approx(0.5)
     assert scaling.step(setup, 2, 1).compute == pytest.approx(0.01 + 0.7)
+
+
+@pytest.mark.parametrize("radices", [(2,), (6,), (8, 2), (8, 8), (8, 16)])
+def test_the_model_counts_what_shared_results_take(radices: tuple[int, ...]) -> None:
+    ranks, shapes = math.prod(radices), [(20 * n, 64) for n in range(1, 16)]
+    costs, sizes = [n**2 for n, _ in shapes], [4 * rows * columns for rows, columns in shapes]
+    job = dataclasses.replace(job_of(load("quickstart")), shared=tuple(costs), results=tuple(sizes))
+    counted = counts(
+        SharedResults(
+            shapes, costs, torch.float32, torch.device("cpu"), Ranks(rank, ranks, radices)
+        ).exchange()
+        for rank in range(ranks)
+    )
+    setups = [Setup(job, Gpu(1, 0, 0), fabric) for fabric in COUNTING]
+    predicted = [scaling.shared_seconds(setup, ranks, radices)[1] for setup in setups]
+    for of_rank in counted:
+        assert all(n <= most * (1 + 1e-9) for n, most in zip(of_rank, predicted, strict=True))
+        # Bytes by results, not by ranks: what a rank computes once, and its shards once.
+        assert of_rank[-1] <= 2 * sum(sizes)
+    assert predicted == pytest.approx(list(map(max, zip(*counted, strict=True))), rel=0.02)
 
 
 def test_the_job_shares_out_what_muon_does() -> None:
@@ -178,9 +249,11 @@ def setups(draw: st.DrawFn) -> Setup:
         )
     )
     seconds, links = st.floats(1e-6, 1e-2), st.floats(1e6, 1e12)
-    link = st.builds(Link, links, seconds, seconds)
+    link = st.builds(Link, links, seconds, seconds, seconds, seconds)
     gpu = st.builds(Gpu, st.floats(1e-5, 10), st.floats(0, 1), st.floats(0, 0.5))
-    fabric = st.builds(Fabric, st.sampled_from([1, 2, 8]), seconds, link, link, st.booleans())
+    fabric = st.builds(
+        Fabric, st.sampled_from([1, 2, 8]), seconds, seconds, link, link, st.booleans()
+    )
     return Setup(Job(tuple(layers), 32, 100), draw(gpu), draw(fabric))
 
 
@@ -188,7 +261,8 @@ def setups(draw: st.DrawFn) -> Setup:
 def test_no_step_is_faster_than_its_parts(setup: Setup, ranks: int, accumulation: int) -> None:
     job, fabric = setup.job, setup.fabric
     taken = scaling.step(setup, ranks, accumulation)
-    talking = sum(seconds for _, seconds in scaling.messages(setup, ranks, accumulation))
+    radices = scaling.levels(ranks, fabric.gpus_per_node)
+    talking = sum(t for _, t in scaling.stages(setup, ranks, accumulation, radices))
     forwards = (accumulation - 1 + job.forward_share) * setup.gpu.micro_batch
     assert taken.seconds >= taken.compute
     assert taken.seconds >= (forwards + talking) * (1 - 1e-9)
@@ -198,6 +272,24 @@ def test_no_step_is_faster_than_its_parts(setup: Setup, ranks: int, accumulation
     assert scaling.step(setup, ranks, 2 * accumulation).seconds >= taken.seconds
     if ranks >= fabric.gpus_per_node:
         assert scaling.step(setup, 2 * ranks, accumulation).seconds >= taken.seconds * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("ranks", [2**i for i in range(4, 11)])
+@pytest.mark.parametrize("gpu", ["h100", "a100"])
+def test_the_levels_of_a_run_are_near_the_best(gpu: Literal["h100", "a100"], ranks: int) -> None:
+    """Which radices are best depends on constants that nobody measured: a quarter is near."""
+    job, options = job_of(load("fast")), BenchOptions(gpu=gpu)
+    setup = Setup(job, gpu_of(options, job, 4), fabric_of(options))
+    chosen, flat, *others = (
+        scaling.step(setup, ranks, 4, radices).exposed
+        for radices in (
+            scaling.levels(ranks, 8),
+            (ranks,),
+            *(levels_of(ranks, 8, largest) for largest in (2, 4, 16, 32, ranks)),
+        )
+    )
+    assert chosen < flat
+    assert chosen <= 1.25 * min(others)
 
 
 @given(setup=setups())
@@ -262,8 +354,8 @@ def test_constants_come_back_from_times_that_they_made() -> None:
 def test_the_check_against_real_runs_finds_no_error_where_the_model_is_true() -> None:
     """Runs as the benchmark's workers write them, made by the model itself."""
     config = load("fast")
-    link = Link(1.3e9, 1e-4, 1e-4)
-    fabric = Fabric(2, 0.0, link, link, overlaps=False)
+    link = Link(1.3e9, 1e-4, 1e-4, 1e-4, 0.0)
+    fabric = Fabric(2, 0.0, 0.0, link, link, overlaps=False)
     setup = Setup(job_of(config), Gpu(0.3, 0.02, 0.0, 0.1), fabric)
 
     def made(ranks: int) -> dict[str, object]:
