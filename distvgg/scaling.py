@@ -5,8 +5,8 @@ below. Imports no torch. A rank takes A micro-batches a step, t seconds each, of
 and `backward`; W ranks are on N nodes. In seconds and bytes:
 
     (1) step        = (A - 1) t + forward + end + fixed + shared + wait
-    (2) end         = max(backward, done of the last stage);
-        done(i)     = max(sent(i), done(i - 1)) + stage(i)
+    (2) end         = max(backward, done of the last bucket);
+        done(b)     = max(ready(b), done(b - 1)) + its exchange
     (3) stage       = send + hop + c_l * the sum over g_l - 1 peers of post + n/P_l / B
         exchange(n) = the stages of levels 1 to L, and of L to 1 with c_l = 1
     (4) ring(n)     = launch + 2 (W - N) ring_in + 2 (N - 1) ring_out + 2 (W - 1)/W n / B
@@ -18,8 +18,7 @@ and `backward`; W ranks are on N nodes. In seconds and bytes:
 
 (1), (2): gradients travel once a step, in buckets, each as soon as the last micro-batch's backward
 has it. Before them, with the last forward, go StepSums' all-reduce (4) and BatchNorm's statistics.
-One stage is under way at a time. `ExchangeQueue` sends the first stage of an exchange as it starts,
-and one more of those before it; what is left goes out in turns when backward is done.
+One stage is under way at a time.
 (3) is the exchange of `reduction_plan.py`: in level l each rank sends c_l partial sums of a shard
 of n/P_l bytes, P_l = g_1 ... g_l, to each of g_l - 1 peers, within its node or by its network card.
 A stage is a launch and messages as in LogGP (Alexandrov et al., SPAA 1995): latency `hop`, overhead
@@ -219,24 +218,6 @@ def partial_sums(ranks: int, accumulation: int, radices: tuple[int, ...]) -> tup
     )
 
 
-def in_turns(exchanges: Sequence[tuple[float, Sequence[float]]]) -> list[tuple[float, float]]:
-    """Stages in the order in which `ExchangeQueue` sends them.
-
-    Args:
-        exchanges: (when it starts, something of each stage), in the order of their starts.
-
-    Returns:
-        (when it is sent, that of the stage) of all; 1 stands for the end of backward.
-    """
-    starts = [start for start, _ in exchanges]
-    turns = sorted(
-        (first + nth, first, stage)
-        for first, (_, stages) in enumerate(exchanges)
-        for nth, stage in enumerate(stages)
-    )
-    return [(starts[turn] if turn < len(starts) else 1.0, stage) for turn, _, stage in turns]
-
-
 def shared_seconds(setup: Setup, ranks: int, radices: Sequence[int]) -> tuple[float, float]:
     """The slowest rank's share of the work that ranks share out, and the exchange of what comes of
     it, in seconds: equation 6."""
@@ -341,7 +322,7 @@ def stages(
     sums = partial_sums(ranks, accumulation, radices)
     exchanges = [(0.0, 8 * job.statistics), *ready_buckets(job.layers)]
     there_and_back = [(start, exchange(n, radices, sums, fabric)) for start, n in exchanges if n]
-    return [(0.0, summed), *in_turns([(start, [*t, *b]) for start, (t, b) in there_and_back])]
+    return [(0.0, summed)] + [(start, sum(t) + sum(b)) for start, (t, b) in there_and_back]
 
 
 def step(

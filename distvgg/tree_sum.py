@@ -134,10 +134,10 @@ class _Pending(NamedTuple):
 class ExchangeQueue:
     """Exchanges of several sums under way at a time, beside computation.
 
-    Every rank must start the same exchanges in the same order. Starting one takes those before it a
-    stage further, waiting for the messages of that stage: a fixed order on every rank, in which
-    messages of one exchange travel while the next one's sum is computed. On a GPU all happens on a
-    stream of its own, and only that waits, but with gloo, which sends from host memory.
+    Every rank must start the same exchanges in the same order. On a GPU all happens on a stream of
+    its own, and only that waits: an exchange is sent whole as it starts. Where the host waits, on a
+    CPU and with gloo, starting an exchange takes those before it a stage further: a fixed order on
+    every rank, in which messages of one exchange travel while the next one's sum is computed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -158,6 +158,8 @@ class ExchangeQueue:
         with self._beside():
             self._advance()
             self._continue(exchange)
+            while self._stream is not None and not self._on_host and self._running:
+                self._advance()
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -144,27 +144,6 @@ def test_the_model_counts_the_stages_messages_and_bytes_that_are_sent(
     assert predicted == pytest.approx(list(map(max, zip(*counted, strict=True))), rel=0.35)
 
 
-@given(lengths=st.lists(st.integers(1, 6), max_size=6))
-def test_stages_are_sent_in_the_order_of_the_queue(lengths: list[int]) -> None:
-    """The model's order, and when each goes, against the queue itself."""
-    sent: list[tuple[float, int]] = []
-    now = 0.0
-
-    def exchange(number: int, stages: int) -> Iterator[Messages]:
-        for stage in range(stages):
-            sent.append((now, 10 * number + stage))
-            yield Messages([], [])
-
-    queue, exchanges = ExchangeQueue(torch.device("cpu")), []
-    for number, stages in enumerate(lengths):
-        now = number / len(lengths)
-        queue.start(exchange(number, stages))
-        exchanges.append((now, [10 * number + stage for stage in range(stages)]))
-    now = 1.0
-    queue.finish()
-    assert scaling.in_turns(exchanges) == sent
-
-
 def test_a_bucket_waits_for_its_gradients_and_for_the_one_before() -> None:
     """By hand: backward 1 s; the first of 0.4 s is sent at 0.5, the next of 0.4 at 0.6, the last
     of 0.1 at 1.0."""
