@@ -129,7 +129,8 @@ def read_bytes(path: Path) -> bytes:
 def test_several_processes_that_are_each_alone_are_refused(tmp_path: Path) -> None:
     """What torchrun starts on a machine without GPU."""
     args = ("train", "quickstart", "--run-dir", str(tmp_path / "run"))
-    env = {"WORLD_SIZE": "2", "RANK": "0", "ACCELERATE_USE_CPU": "false"}
+    env = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"ACCELERATE_USE_CPU": "false"}
     line = mistake(*args, env=env)
     assert "WORLD_SIZE is 2 but no process group was formed" in line
     assert "ACCELERATE_USE_CPU=true" in line

@@ -97,7 +97,10 @@ def test_what_train_would_refuse_is_to_fix_and_says_how(tmp_path: Path) -> None:
                 *("doctor", "quickstart", "--data.name", "custom", "--train.precision", "fp16"),
                 *("--data.path", f"{tmp_path}/gone", "--run-dir", f"{file}/below"),
             ],
-            env={"DISTVGG_CACHE": f"{file}/cache", "WORLD_SIZE": "3", "WANDB_INIT_TIMEOUT": "soon"},
+            env={
+                **{"DISTVGG_CACHE": f"{file}/cache", "WANDB_INIT_TIMEOUT": "soon"},
+                **{"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"},
+            },
         )
     )
     to_fix = {name: text for name, (verdict, text) in found.items() if verdict == "fix"}

@@ -1,7 +1,8 @@
 """A run that is stopped, killed or loses a process goes on to the same numbers.
 
 Real processes under the real launcher. `whole` runs are never interrupted; what the others end with
-is compared with theirs to the last bit, also where the number of processes changes between starts.
+is compared with theirs to the last bit; where the number of processes changes between starts, in
+test_distributed.py.
 """
 
 import json
@@ -223,23 +224,6 @@ def test_a_run_under_way_is_not_started_twice_and_does_not_outlive_a_process(
     assert time.monotonic() - killed < 10
     assert "distvgg: error on process 1: lost contact with another process" in output
     assert not (folder / "REQUEUE").exists()
-
-
-def test_it_goes_on_with_another_number_of_processes(whole: Path, tmp_path: Path) -> None:
-    """Two processes killed, one told to stop, four finish."""
-    folder = tmp_path / "run"
-    first = on_two(folder)
-    first.until_step(20)
-    first.kill()
-    second = Started(folder, *ARGS)
-    second.until_step(36)
-    touch_the_stop_file(second)
-    assert second.end()[0] == 0, second.output()
-    code, output = Started(folder, *ARGS, processes=4).end()
-    assert code == 0, output
-    assert_same_run(folder, whole)
-    result = json.loads((folder / "result.json").read_text())
-    assert [processes for _, processes in result["starts"]] == [2, 1, 4]
 
 
 def test_damage_costs_only_what_is_damaged(whole: Path, tmp_path: Path) -> None:
