@@ -33,7 +33,7 @@ ON_GPU = {"ACCELERATE_USE_CPU": "false"}
 def test_the_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     options = ["--quick", "--no-compile", "--workers", "1", "--epochs", "1", "--out", str(out)]
-    done = run(options, program=("-m", "benchmarks.gpu"))
+    done = run(options, program=("-m", "benchmarks.gpu"), timeout=280)
     assert done.returncode == 0, done.stderr
     heads = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     for head in ("bf16 matrix product", "loop", "a step of the training loop", "from the start"):
