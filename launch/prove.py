@@ -4,8 +4,9 @@
     python launch/prove.py --slurm [--nodes 1,2] [--sbatch "OPTIONS"] [--dir DIR] ...
 
 Prints for each run the SHA-256 of its model.safetensors, and of its rows of metrics.jsonl without
-perf/*; then `equal`, or `DIFFERENT` and the first row that is, with exit code 1. Knows of distvgg
-what any user does: its commands and the files of a run folder.
+perf/*; then `equal`, or `DIFFERENT` and the first row that is, with exit code 1, and then keeps the
+runs. Knows of distvgg what any user does: its commands and the files of a run folder. Invariant:
+leaves no process and no job behind, however it ends.
 """
 
 import argparse
@@ -13,30 +14,35 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-# 24 steps of what people train with, in seconds on a core.
+# Six steps an epoch of what people train with.
 SHORT = (
-    *("quickstart", "--train.epochs", "4", "--data.train_size", "1500", "--model.width", "0.1"),
+    *("quickstart", "--data.train_size", "1500", "--model.width", "0.1"),
     *("--optim.name", "muon", "--optim.ema_decay", "0.9", "--augment.trivial", "true"),
     *("--augment.cutmix_alpha", "1", "--augment.mix_probability", "0.5"),
 )
-# What a proof needs of any run: rows to kill it by, checkpoints to go on from, no tracker.
+# What a proof needs of any run: a row for each step, no tracker.
 WATCHED = (
-    *("--track.every_steps", "1", "--checkpoint.every_steps", "4"),
+    *("--track.every_steps", "1"),
     *("--track.wandb", "false", "--track.tensorboard", "false"),
 )
-ROWS_BEFORE_A_KILL = 7
-PATIENCE = 3600.0
+FINAL = (
+    *("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"),
+    *("BOOT_FAIL", "DEADLINE", "PREEMPTED"),
+)
 Row = dict[str, Any]
 
 
@@ -53,36 +59,82 @@ class Run(NamedTuple):
 
 def main(words: Sequence[str]) -> int:
     """Runs the proof; returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--processes", default="1,2,4", help="on this machine")
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--processes", type=numbers, help="on this machine; default: 1,2,4")
     parser.add_argument("--dir", type=Path, help="keep the run folders here; default: nowhere")
     parser.add_argument("--slurm", action="store_true", help="by jobs instead")
-    parser.add_argument("--nodes", default="1,2", help="with --slurm")
+    parser.add_argument("--nodes", type=numbers, help="with --slurm; default: 1,2")
     parser.add_argument("--sbatch", default="", help="options of sbatch, with --slurm")
+    if "--sbatch" in words[:-1]:  # argparse takes no value that begins with a hyphen
+        at = words.index("--sbatch")
+        words = [*words[:at], "=".join(words[at : at + 2]), *words[at + 2 :]]
     named = bool(words) and not words[0].startswith("-")
     options, overrides = parser.parse_known_args(words[named:])
-    train = [*(words[:1] if named else SHORT), *WATCHED, *overrides]
+    if any(word.replace("_", "-").startswith("--run-dir") for word in overrides):
+        parser.error("--run-dir: each run has a folder of its own; --dir DIR keeps them")
     if options.dir and options.dir.exists() and any(options.dir.iterdir()):
         parser.error(f"--dir {options.dir} is not empty: choose a new folder")
-    counts = [int(n) for n in (options.nodes if options.slurm else options.processes).split(",")]
-    with tempfile.TemporaryDirectory(dir=Path.cwd() if options.slurm else None) as temporary:
-        folder = (options.dir or Path(temporary)).resolve()
-        if options.slurm:
-            start: Callable[[Run, int, bool], None] = Jobs(train, shlex.split(options.sbatch))
-        else:
-            start = Processes(train, counts)
-            counts = start.counts
-        runs = [Run(folder / str(n), (n,)) for n in counts]
-        # The most, the fewest, and those between.
-        killed = (counts[-1], counts[0], counts[len(counts) // 2])
-        runs.append(Run(folder / "killed", killed))
-        began = time.monotonic()
-        for run in runs:
-            for nth, n in enumerate(run.starts):
-                whole = nth == len(run.starts) - 1
-                say(f"{time.monotonic() - began:4.0f} s  {run}: start {nth + 1} on {n}")
-                start(run, n, not whole)
-        return compare(runs, "nodes" if options.slurm else "processes")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    start = Jobs(shlex.split(options.sbatch)) if options.slurm else Processes()
+    counts = (options.nodes if options.slurm else options.processes) or start.counts
+    recipe = words[:1] if named else [*SHORT, "--train.epochs", str(start.epochs)]
+    train = [*recipe, *overrides, *WATCHED]
+    # All nodes see the folder that this was called in, as they see a job's log.
+    folder = options.dir or Path(
+        tempfile.mkdtemp(prefix="prove-", dir=Path.cwd() if options.slurm else None)
+    )
+    code = 130
+    try:
+        code = prove(start, train, counts, folder.resolve())
+    except KeyboardInterrupt:
+        say("stopped")
+    finally:
+        with suppress(OSError):  # it has something in it
+            folder.rmdir()
+    if code == 1 or (code and options.slurm):  # a job that was cancelled still saves
+        say(f"the runs are kept in {folder}")
+    elif options.dir is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    return code
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers with commas between."""
+    return [int(n) for n in text.split(",")]
+
+
+def prove(
+    start: "Processes | Jobs", train: Sequence[str], counts: Sequence[int], folder: Path
+) -> int:
+    """Trains and compares; returns the exit code.
+
+    Args:
+        train: the words of `distvgg train`.
+        counts: numbers of processes or nodes.
+        folder: of all run folders and their logs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = [Run(folder / str(n), (n,)) for n in counts]
+    # The last, the first, and the one in the middle.
+    killed = Run(folder / "killed", (counts[-1], counts[0], counts[len(counts) // 2]))
+    began = time.monotonic()
+
+    def train_on(run: Run, nth: int, until: int | None, *more: str) -> None:
+        n = run.starts[nth]
+        say(f"{time.monotonic() - began:4.0f} s  {run}: start {nth + 1} on {n}")
+        start(run, n, until, [*train, *more, "--run-dir", str(run.folder)])
+
+    for run in whole:
+        train_on(run, 0, None)
+    # Cut off after each third, from a checkpoint nearby; when it is saved is part of no result.
+    length = len(rows(whole[0].folder))
+    every = str(max(1, length // 8))
+    for nth, until in enumerate((length // 3, 2 * length // 3, None)):
+        train_on(killed, nth, until, "--checkpoint.every_steps", every)
+    return compare([*whole, killed], start.unit)
 
 
 def compare(runs: Sequence[Run], unit: str) -> int:
@@ -98,7 +150,7 @@ def compare(runs: Sequence[Run], unit: str) -> int:
     print("DIFFERENT")
     for run in runs[1:]:
         for ours, first in zip(rows(run.folder), rows(runs[0].folder), strict=False):
-            if ours != first:
+            if json.dumps(ours) != json.dumps(first):
                 print(f"{runs[0]}: {json.dumps(first)}\n{run}: {json.dumps(ours)}")
                 break
     return 1
@@ -119,94 +171,126 @@ def rows(folder: Path) -> list[Row]:
     return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in table]
 
 
-def in_the_middle(folder: Path, before: int) -> bool:
-    """Whether a start has come some rows and a checkpoint further."""
-    saved = any((folder / "checkpoints").glob("step_*"))
-    return saved and len(rows(folder)) >= before + ROWS_BEFORE_A_KILL
+def checkpoints(folder: Path) -> set[str]:
+    """The names of a run's checkpoints."""
+    return {path.name for path in (folder / "checkpoints").glob("step_*")}
+
+
+def in_the_middle(folder: Path, until: int | None, before: set[str]) -> bool:
+    """Whether a run has come to a row, and to a checkpoint that was not there before."""
+    if until is None or not checkpoints(folder) - before:
+        return False
+    return len(rows(folder)) >= until
 
 
 class Processes:
     """Starts of a run on this machine, by launch/node.py; SIGKILL cuts one off.
 
     Attributes:
-        counts: the numbers of processes that this machine has devices for.
+        counts: where none are given: those that there are GPUs for, or all if there is at most one.
+        epochs: of a run that is long enough to be seen in its middle.
     """
 
-    def __init__(self, train: Sequence[str], counts: Sequence[int]) -> None:
-        import torch
+    unit = "processes"
 
-        self._train, self._env = train, dict(os.environ)
-        gpus = 0 if os.environ.get("ACCELERATE_USE_CPU") else torch.cuda.device_count()
-        self.counts = [n for n in counts if gpus < 2 or n <= gpus]
+    def __init__(self) -> None:
+        import torch
+        from accelerate.utils import parse_flag_from_env
+
+        self._env = dict(os.environ)
+        gpus = 0 if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.cuda.device_count()
+        self.counts = tuple(n for n in (1, 2, 4) if gpus < 2 or n <= gpus)
+        self.epochs = 20 if gpus else 4
         if gpus == 1:
             say("one GPU: all processes share it, and exchange through host memory (gloo)")
             self._env |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_TORCH_DEVICE": "cuda:0"}
 
-    def __call__(self, run: Run, n: int, cut_off: bool) -> None:
-        """Runs to the end, or to a kill in the middle."""
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
-        before, log = len(rows(run.folder)), run.folder.with_suffix(".log")
+    def __call__(self, run: Run, n: int, until: int | None, train: Sequence[str]) -> None:
+        """Runs to the end, or to a kill after a row."""
+        log, before = run.folder.with_suffix(".log"), checkpoints(run.folder)
         node = (sys.executable, str(ROOT / "launch" / "node.py"), "--processes", str(n), "--")
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                [*node, *self._train, "--run-dir", str(run.folder)],
+        with log.open("a") as output:
+            process = psutil.Popen(
+                [*node, *train],
                 env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for this program, which ends its runs
             )
-        while process.poll() is None:
-            if cut_off and in_the_middle(run.folder, before):
-                tree = psutil.Process(process.pid)
-                killed = [tree, *tree.children(recursive=True)]
-                for one in killed:
-                    one.kill()
-                process.wait()
-                psutil.wait_procs(killed, 30)
-                return
-            time.sleep(0.01)
-        if process.returncode or cut_off:
-            fail(f"ended with {process.returncode}" + ", too early" * cut_off, log)
+        try:
+            while process.poll() is None and not in_the_middle(run.folder, until, before):
+                time.sleep(0.01)
+        finally:
+            cut_off = process.poll() is None
+            kill(process)
+        if process.returncode and not cut_off:
+            fail(f"ended with exit code {process.returncode}", log)
+        if until is not None and not cut_off:
+            fail("ended before it could be killed: more steps (--train.epochs)", log)
+
+
+def kill(process: psutil.Popen) -> None:
+    """SIGKILL to a process and all that it has started, and waits for their ends."""
+    members = []
+    with suppress(psutil.NoSuchProcess):
+        members = [process, *process.children(recursive=True)]
+    for member in members:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(members, 30)
 
 
 class Jobs:
     """Starts of a run as jobs of launch/slurm.sbatch; scancel cuts one off."""
 
-    def __init__(self, train: Sequence[str], options: Sequence[str]) -> None:
-        self._train, self._options = train, options
+    unit, counts, epochs = "nodes", (1, 2), 80  # it takes seconds until a job is cancelled
 
-    def __call__(self, run: Run, n: int, cut_off: bool) -> None:
-        """Waits for the end of a job, or cancels it in the middle."""
-        run.folder.parent.mkdir(parents=True, exist_ok=True)
-        before, log = len(rows(run.folder)), run.folder.with_suffix(".log")
-        script = (str(ROOT / "launch" / "slurm.sbatch"), *self._train, "--run-dir", str(run.folder))
+    def __init__(self, options: Sequence[str]) -> None:
+        self._options = options
+        if shutil.which("sbatch") is None:
+            raise SystemExit("distvgg: error: no sbatch here: call --slurm on a login node")
+
+    def __call__(self, run: Run, n: int, until: int | None, train: Sequence[str]) -> None:
+        """Waits for the end of a job, or cancels it after a row."""
+        log, before = run.folder.with_suffix(".log"), checkpoints(run.folder)
         sbatch = ("sbatch", "--parsable", f"--output={log}", *self._options, f"--nodes={n}")
-        job = slurm(*sbatch, *script).split(";")[0]
-        end = time.monotonic() + PATIENCE
-        state, cancelled = "PENDING", False
-        while state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
-            if cut_off and not cancelled and in_the_middle(run.folder, before):
+        job = slurm(*sbatch, str(ROOT / "launch" / "slurm.sbatch"), *train).split(";")[0]
+        cut_off, state = False, "PENDING"
+        try:
+            while state not in FINAL:
+                time.sleep(0.5)
+                if not cut_off and in_the_middle(run.folder, until, before):
+                    slurm("scancel", job)
+                    cut_off = True
+                shown = slurm("scontrol", "--oneliner", "show", "job", job)
+                state = dict(w.split("=", 1) for w in shown.split() if "=" in w)["JobState"]
+        finally:
+            if state not in FINAL:
                 slurm("scancel", job)
-                cancelled = True
-            if time.monotonic() > end:
-                fail(f"job {job} is still {state}", log)
-            time.sleep(0.2)
-            shown = slurm("scontrol", "--oneliner", "show", "job", job)
-            state = dict(w.split("=", 1) for w in shown.split() if "=" in w)["JobState"]
-        if state != ("CANCELLED" if cut_off else "COMPLETED"):
-            fail(f"job {job} ended as {state}", log)
+        if until is not None and state == "COMPLETED":
+            fail(f"ended before job {job} could be cancelled: more steps (--train.epochs)", log)
+        if state != ("COMPLETED" if until is None else "CANCELLED"):
+            fail(f"ended as {state} (job {job})", log)
+        # What a node has written shows up late on some network file systems (nfs(5)).
+        end = time.monotonic() + 65 * (until is None)
+        while not (run.folder / "result.json").exists() and time.monotonic() < end:
+            os.listdir(run.folder)
+            time.sleep(1)
 
 
 def slurm(*words: str) -> str:
     """What a command of SLURM's prints."""
-    done = subprocess.run(words, check=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"distvgg: error: {words[0]}: {done.stderr.strip()}")
     return done.stdout.strip()
 
 
-def fail(what: str, log: Path) -> None:
-    """Ends with what went wrong, and the end of a log."""
+def fail(what: str, log: Path) -> NoReturn:
+    """Ends with the end of a log, and what went wrong."""
     lines = log.read_text().splitlines()[-20:] if log.exists() else []
-    raise SystemExit("\n".join([*lines, f"distvgg: error: a run of the proof {what}"]))
+    raise SystemExit("\n".join([*lines, f"distvgg: error: a run of the proof {what}; see {log}"]))
 
 
 def say(line: str) -> None:

@@ -5,13 +5,16 @@ import json
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from launch import CPU, ROOT, TINY
+from launch import CPU, ROOT, TINY, rows
 
 PROVE = ROOT / "launch" / "prove.py"
 
@@ -78,3 +81,19 @@ def test_mistakes_are_said_before_anything_is_trained(tmp_path: Path) -> None:
     done = prove("quikstart", "--processes", "1")
     assert done.returncode == 1
     assert "did you mean quickstart" in done.stderr
+
+
+def test_a_proof_that_is_stopped_leaves_no_process_behind(tmp_path: Path) -> None:
+    words = ("quickstart", *TINY, "--train.epochs", "100", "--processes", "2")
+    proof = psutil.Popen(
+        [sys.executable, str(PROVE), *words, "--dir", str(tmp_path / "kept")],
+        env=os.environ | CPU,
+    )
+    while len(rows(tmp_path / "kept" / "2")) < 3:
+        assert proof.poll() is None
+        time.sleep(0.05)
+    started = proof.children(recursive=True)
+    assert len(started) >= 3  # the launcher and its two workers
+    proof.send_signal(signal.SIGTERM)
+    assert proof.wait(60) == 130
+    assert not psutil.wait_procs(started, 10)[1]
