@@ -342,9 +342,11 @@ class SharedResults:
             end += size
             self._segments[owners[i]] = first, end
         others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
+        sends = [(peer, self._common(ranks.rank, peer)) for peer in others]
+        receives = [(peer, self._common(peer, ranks.rank)) for peer in others]
+        # Of many ranks few have anything in common: each step would pass over the rest.
         self._to_shards = Messages(
-            [(peer, self._common(ranks.rank, peer)) for peer in others],
-            [(peer, self._common(peer, ranks.rank)) for peer in others],
+            *([(peer, part) for peer, part in ends if part.numel()] for ends in (sends, receives))
         )
 
     def __getitem__(self, i: int) -> Tensor:
@@ -358,7 +360,7 @@ class SharedResults:
         yield from all_gather(self._ranks, self._flat)
 
     def _common(self, owner: int, holder: int) -> Tensor:
-        """What one rank computes of the shard that another holds."""
+        """The part of one rank's results that lies in the shard of another."""
         shard = self._ranks.shard(self._flat, holder)
         start = int(shard.storage_offset())
         first, end = self._segments.get(owner, (0, 0))

@@ -1,10 +1,10 @@
-"""What reaches a run from outside its config: environment variables, threads, the machine.
+"""Influences on a run from outside its config: environment variables, threads, the machine.
 
 Owns the lists of variables that would change the numbers of a run, from the sources of accelerate
-1.15 and torch 2.14. Invariant: after `clear` and `refuse` nothing of them reaches the numbers but
-what `notes` names. Which device and how many processes there are is for the launcher to say, and
-changes no number. Imports no torch: what torch and its libraries read when they are loaded has to
-be cleared before.
+1.15 and torch 2.14. Invariant: after `clear` and `refuse` none of them reaches the numbers but
+those that `notes` names. The launcher chooses the device and the number of processes, which changes
+no number. Imports no torch: what torch and its libraries read when they are loaded has to be
+cleared before.
 """
 
 import os
@@ -113,7 +113,7 @@ def refuse(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def world_size() -> int:
-    """How many processes a launcher started, without a process group; 1 where none did."""
+    """The number of processes that a launcher started, without a process group; else 1."""
     size = os.environ.get("WORLD_SIZE", "")
     return max(1, int(size)) if size.isdecimal() else 1
 
@@ -128,7 +128,7 @@ def notes(
     before: Mapping[str, str] | None,
     cpu_threads: int | None,
 ) -> list[str]:
-    """What could change the bits of a run from here on, or its speed, a line each.
+    """Lists what could change the bits of a run from here on, or its speed, a line each.
 
     Args:
         machines: device and versions of every rank (`provenance.machine`).
@@ -164,7 +164,7 @@ def notes(
 
 
 def _without_effect(cpu_threads: int | None) -> list[str]:
-    """What was set and has no effect, as `NAME=VALUE (what has)`."""
+    """Lists variables that are set and have no effect, as `NAME=VALUE (the field that has)`."""
     instead = {
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "train.micro_batch_size",
         "ACCELERATE_DYNAMO_BACKEND": "train.compile",

@@ -37,8 +37,8 @@ def hardware(device: "torch.device") -> str:
 
 
 def machine(device: "torch.device") -> dict[str, str]:
-    """What rounds the numbers of a run, beside its config: the kind of device, with the instruction
-    set that kernels are chosen for, and versions."""
+    """The kind of device, with the instruction set that kernels are chosen for, and versions: what
+    the rounding of a run depends on beside its config."""
     import torch
 
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Who adds up what in a step, and which messages that takes: pure functions of a few numbers.
+"""The plan of a step's sums: which rank adds up what, and which messages that takes.
 
 Owns one fixed binary tree over n leaves, the micro-batches of a step; the levels in which ranks
 exchange partial sums along it; and the buckets of the gradient. Invariant: the order of additions
@@ -98,7 +98,7 @@ def levels_of(world_size: int, ranks_per_node: int, largest: int = 8) -> tuple[i
 
 
 class Placement(NamedTuple):
-    """What a rank does with one of its leaves."""
+    """The place of one of a rank's leaves among its partial sums."""
 
     slot: int
     is_new: bool
@@ -138,7 +138,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class TreePlan:
-    """Who adds up what: n leaves over all ranks, in contiguous runs of equal length."""
+    """The division of n leaves among all ranks, in contiguous runs of equal length."""
 
     n: int
     ranks: Ranks = Ranks()

@@ -22,8 +22,8 @@ ALIGNMENT = 16
 
 
 class Messages(NamedTuple):
-    """What a rank sends and receives at a time: (peer, a vector of memory) each. The vectors are
-    read and written until all have arrived."""
+    """Messages of one rank at a time, (peer, vector) each. The vectors are read and written until
+    all have arrived."""
 
     sends: list[tuple[int, Tensor]]
     receives: list[tuple[int, Tensor]]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from distvgg.cli import default_run_dir
+from distvgg.config import load
 from launch import ROOT, TINY, rows, run, train
 
 
@@ -176,3 +178,17 @@ def test_the_default_run_folder_is_the_same_for_the_same_command(tmp_path: Path)
     folders = sorted(p.name for p in (tmp_path / "runs").iterdir())
     assert len(folders) == 2
     assert all(re.fullmatch(r"quickstart-[0-9a-f]{8}", name) for name in folders)
+
+
+def test_a_run_folder_named_by_version_0_1_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`quickstart-102fc94c` is what 0.1 made of the recipe: a hash of all fields that it had."""
+    monkeypatch.chdir(tmp_path)
+    config = load("quickstart")
+    new = default_run_dir("quickstart", config)
+    assert new.name != "quickstart-102fc94c"
+    Path("runs/quickstart-102fc94c").mkdir(parents=True)
+    assert default_run_dir("quickstart", config) == Path("runs/quickstart-102fc94c")
+    new.mkdir()
+    assert default_run_dir("quickstart", config) == new

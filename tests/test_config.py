@@ -201,3 +201,9 @@ def test_broken_recipes_are_one_line(tmp_path: Path, content: str | bytes, reaso
 def test_missing_recipes_name_those_there_are() -> None:
     assert "did you mean quickstart?" in message("quikstart")
     assert "cannot read recipe nowhere.yaml" in message("nowhere.yaml")
+
+
+def test_gradient_compression_of_version_0_1_is_accepted_where_it_was_off() -> None:
+    assert load("quickstart", {"train.gradient_compression": "no"}) == load("quickstart")
+    with pytest.raises(UserError, match=r"train\.gradient_compression is gone: .*; drop it"):
+        load("quickstart", {"train.gradient_compression": "bf16"})
