@@ -52,12 +52,13 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    for number in SIGNALS:
-        signal.signal(number, _heard)
     launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & set(os.environ)
     if launched and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         threading.Thread(target=_leave_the_dead, args=_signal_pipe(), daemon=True).start()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    # After the pipe, or a SIGTERM between the two would be a preemption where a worker died.
+    for number in SIGNALS:
+        signal.signal(number, _heard)
 
 
 def ignore() -> None:

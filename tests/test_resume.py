@@ -69,6 +69,16 @@ def signal_all_workers_twice(started: Started) -> None:
             worker.send_signal(signal.SIGUSR2)
 
 
+def all_have_handlers(started: Started) -> bool:
+    """Whether all workers catch SIGTERM (proc(5), SigCgt)."""
+    for worker in started.workers():
+        status = Path(f"/proc/{worker.pid}/status").read_text()
+        (caught,) = re.findall(r"(?m)^SigCgt:\s*([0-9a-f]+)$", status)
+        if not int(caught, 16) & 1 << (signal.SIGTERM - 1):
+            return False
+    return True
+
+
 def touch_the_stop_file(started: Started) -> None:
     (started.run_dir / "STOP").touch()
 
@@ -128,9 +138,8 @@ def alive(pid: int) -> bool:
 def test_told_to_stop_during_the_imports_it_leaves_with_the_marker(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     started = on_two(folder)
-    started.until(lambda: len(started.workers()) == 2)
-    time.sleep(0.3)  # Python is up, torch is not
-    signal_one_worker(started)
+    started.until(lambda: len(started.workers()) == 2 and all_have_handlers(started))
+    signal_one_worker(started)  # torch is not imported yet
     code, output = started.end(40)
     assert code == 0, output
     assert "stopped before the first step; nothing to save" in output
@@ -196,7 +205,9 @@ def test_a_dead_process_ends_the_others_and_max_restarts_brings_the_job_back(
         before = {w.pid for w in started.workers()}
         os.kill(started.workers()[rank].pid, signal.SIGKILL)
         started.until(lambda old=before: len({w.pid for w in started.workers()} - old) == 2, 20)
-    # Once more where the processes have not found each other yet: the other waits in C.
+    # Once more where the processes have not found each other yet: the other waits in C. Before it
+    # has its handlers, milliseconds after it was started, it would end without a word.
+    started.until(lambda: all_have_handlers(started))
     os.kill(started.workers()[1].pid, signal.SIGKILL)
     code, output = started.end()
     assert code == 0, output
