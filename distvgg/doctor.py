@@ -139,7 +139,7 @@ def processes(train: TrainConfig) -> Finding:
     if gpus < 2 or gpus in allowed:
         return "ok", text
     most = max(n for n in allowed if n < gpus)
-    return "note", f"{text}; of the {gpus} GPUs here take {most}: NUM_PROCESSES={most}"
+    return "note", f"{text}; {most} of the {gpus} GPUs here are used"
 
 
 def images(config: DataConfig, entry: Path, prepare: bool) -> Finding:

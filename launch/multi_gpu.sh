@@ -3,8 +3,9 @@
 #
 #   ./launch/multi_gpu.sh RECIPE [--run-dir DIR] [--section.field VALUE ...]
 #
-# NUM_PROCESSES sets how many (default: one a GPU, or 2 on the CPU). It must divide the micro-batches
-# of a step, train.global_batch_size / train.micro_batch_size; the result does not depend on it.
+# NUM_PROCESSES sets how many. It must divide the micro-batches of a step, train.global_batch_size /
+# train.micro_batch_size; the result does not depend on it. Default: the most that do, of one a GPU,
+# or of 2 on the CPU.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 use_environment

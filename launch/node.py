@@ -28,7 +28,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 import tyro  # noqa: E402
 
 from distvgg import cli  # noqa: E402
-from distvgg.config import UserError  # noqa: E402
+from distvgg.config import TrainConfig, UserError  # noqa: E402
 from distvgg.run_folder import REQUEUE_FILE  # noqa: E402
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Node:
     peer: str = ""
     """Any node but the head, from which the head learns its own address."""
     processes: int = 0
-    """Processes on this node. 0: one a GPU."""
+    """Processes on this node. 0: one a GPU, as far as they divide the micro-batches of a step."""
     granted: int = 0
     """GPUs that a scheduler granted on this node."""
     uniform: bool = False
@@ -86,12 +86,8 @@ def main(words: list[str]) -> int:
     except UserError as error:
         return complain(node, error)
     if node.nodes == 1 or node.uniform:
-        from distvgg.sampling import Plan
-
-        batch = config.train
         try:
-            total = node.nodes * processes
-            Plan(1, batch.global_batch_size, batch.micro_batch_size, world_size=total)
+            processes = fit_processes(node, processes, config.train)
         except UserError as error:
             return complain(node, error, everywhere=True)
     if node.nodes > 1:
@@ -145,6 +141,42 @@ def count_processes(node: Node) -> int:
             " this machine out (SLURM: --exclude)"
         )
     return wanted
+
+
+def fit_processes(node: Node, available: int, train: TrainConfig) -> int:
+    """The number of processes to start on each node: all that are available. Where neither a user
+    nor a scheduler chose their number, the most that divide the micro-batches of a step; prints
+    what that leaves out.
+
+    Raises:
+        UserError: the processes do not divide the micro-batches.
+    """
+    from distvgg.sampling import Plan, world_sizes
+
+    whole, micro = train.global_batch_size, train.micro_batch_size
+    if node.processes or node.granted or node.nodes > 1:
+        Plan(1, whole, micro, world_size=node.nodes * available)
+        return available
+    most = max(n for n in world_sizes(whole // micro) if n <= available)
+    if most < available:
+        print(
+            f"{most} of {available} processes are started: {available} do not divide the"
+            f" {whole // micro} micro-batches of a step; to use all, set"
+            f" {batch_for(train, available)}, which changes the result",
+            flush=True,
+        )
+    return most
+
+
+def batch_for(train: TrainConfig, world_size: int) -> str:
+    """An option with which so many processes divide the micro-batches of a step: a smaller
+    micro-batch where the global batch allows it, else another global batch near this one."""
+    whole, micro = train.global_batch_size, train.micro_batch_size
+    for smaller in range(micro - 1, 1, -1):  # 1 is too few for BatchNorm
+        if whole % (smaller * world_size) == 0:
+            return f"--train.micro_batch_size {smaller}"
+    unit = micro * world_size
+    return f"--train.global_batch_size {max(1, round(whole / unit)) * unit}"
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """launch/node.py, which every launch script ends in: what the bare launcher of several loses."""
 
+import argparse
 import os
 import re
 import runpy
@@ -8,9 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
+import accelerate.commands.launch
 import psutil
 import pytest
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from launch import CPU, ROOT, TINY, rows, run
@@ -56,6 +60,38 @@ def test_a_mistake_is_one_line_and_exit_code_2(words: tuple[str, ...], expected:
     (line,) = done.stderr.splitlines()
     assert line.startswith("distvgg: error: ")
     assert expected in line
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "fast"])
+@pytest.mark.parametrize(
+    ("gpus", "expected"), [(0, min(2, os.cpu_count() or 1)), (1, 1), (2, 2), (3, 2), (8, 4)]
+)
+def test_any_number_of_gpus_trains(
+    gpus: int,
+    expected: int,
+    recipe: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The README's first commands; with a faked count, up to the launch."""
+    launched: list[argparse.Namespace] = []
+    monkeypatch.setattr(accelerate.commands.launch, "launch_command", launched.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with mock.patch.dict(os.environ):
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        main = runpy.run_path(str(ROOT / NODE[0]))["main"]
+        assert main(["--port", "0", "--", recipe]) == 0
+    assert launched[0].num_processes == expected
+    assert launched[0].training_script_args == ["train", recipe]
+    shown = capsys.readouterr().out
+    if gpus > expected:
+        assert f"{expected} of {gpus} processes are started" in shown
+        (option,) = re.findall(r"to use all, set (--\S+ \d+)", shown)
+        with mock.patch.dict(os.environ):
+            assert main(["--port", "0", "--", recipe, *option.split()]) == 0
+        assert launched[1].num_processes == gpus
+    else:
+        assert shown == ""
 
 
 def test_signals_to_the_launcher_save_and_exit_0(tmp_path: Path) -> None:
