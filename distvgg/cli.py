@@ -39,6 +39,7 @@ usage: distvgg COMMAND ...
   compare RUN_DIR... [--out FILE]                            runs as one table, seeds averaged
   config RECIPE [--section.field VALUE ...]                  the whole config as YAML
   doctor [RECIPE] [--prepare] [as train]                     what works here, and what to fix
+  sweep RECIPE --sweep FIELD=VALUE,VALUE ... [as train]      combinations of values, for a job array
   bench [RECIPE] [--json] [--gpu h100] [as train]            what to expect of 1 to 1,024 GPUs
 
 Over several processes:
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compare": _compare,
         "config": _config,
         "doctor": _doctor,
+        "sweep": _sweep,
         "bench": _bench,
     }
     if words[0] == "train":
@@ -117,6 +119,31 @@ def _bench(words: list[str]) -> str:
     of_config = {name for name in options if "." in name or name in Config.model_fields}
     config = load(recipe, {name: options.pop(name) for name in of_config})
     return bench(config, read_options(options), recipe, "--json" in words)
+
+
+def _sweep(words: list[str]) -> str:
+    sweeps, rest = [], []
+    remaining = iter(words)
+    for word in remaining:
+        if word == "--sweep":
+            sweeps.append(next(remaining, ""))
+        elif word.startswith("--sweep="):
+            sweeps.append(word.removeprefix("--sweep="))
+        else:
+            rest.append(word)
+    positional, options = _split(rest)
+    if "help" in options:
+        _help(sweep)
+    task, tasks = (_number(options, name) for name in ("task", "tasks"))
+    run_dir = Path(options.pop("run_dir", "runs/sweep"))
+    return sweep(_recipe(positional), sweeps, options, task, tasks, run_dir)
+
+
+def _number(options: dict[str, str], name: str) -> int | None:
+    value = options.pop(name, None)
+    if value is not None and not value.isdecimal():
+        raise UserError(f"--{name} {value}: expected a whole number")
+    return None if value is None else int(value)
 
 
 def _recipe(positional: list[str]) -> str:
@@ -216,6 +243,37 @@ def doctor(
 
     folder = run_dir or (Path("runs") if recipe is None else default_run_dir(recipe, config))
     return examine(None if recipe is None else config, folder, prepare=prepare)
+
+
+def sweep(
+    recipe: Annotated[str, tyro.conf.Positional],
+    sweep: list[str],
+    options: Annotated[dict[str, str] | None, tyro.conf.Suppress] = None,
+    task: int | None = None,
+    tasks: int | None = None,
+    run_dir: Path = Path("runs/sweep"),
+) -> str:
+    """Check a sweep and list its combinations, or print the command line of one of them, a word in
+    each line. Further options of the form --section.field VALUE hold for all combinations.
+    launch/slurm_array.sbatch trains them.
+
+    Args:
+        sweep: FIELD=VALUE,VALUE,... and repeatable: all combinations, the last changing fastest.
+            Values of a field that is a list go in brackets: 'model.max_pools=[2,3],[1,2,3]'.
+        task: number of one combination; without --sweep, the seed.
+        tasks: size of the job array.
+        run_dir: folder of all runs; each is in a folder in it, named by its number.
+    """
+    from distvgg.sweep import parse, words_of_task
+
+    found = parse(recipe, options or {}, sweep)
+    if tasks is not None and tasks < len(found):
+        last = len(found) - 1
+        note = f"note: {tasks} tasks leave some of {len(found)} combinations out: --array 0-{last}"
+        print(f"distvgg: {note} has all", file=sys.stderr, flush=True)
+    if task is not None:
+        return "\n".join(words_of_task(found, task, tasks or len(found), run_dir))
+    return "\n".join(f"{n}  {' '.join(found.words(n))}" for n in range(len(found)))
 
 
 def bench(

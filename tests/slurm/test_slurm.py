@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from cluster import CONTROLLER, Cluster, default_proctrack, missing
-from launch import ROOT, TINY, assert_same_run, measured, rows
+from distvgg.config import load
+from launch import ROOT, TINY, assert_same_run, rows
 from wandb_server import KEY, WandbServer
 
 pytestmark = [
@@ -310,7 +311,8 @@ def test_a_job_that_gets_no_further_stops_queueing_itself(login: Login) -> None:
 
 
 def test_two_jobs_of_an_array_share_nodes_and_end_with_one_table(login: Login) -> None:
-    words = ("quickstart", *TINY)
+    # A list for a value is no sweep.
+    words = ("quickstart", *TINY, "--model.max_pools", "2,3,4,5", "--sweep", "seed=3,4")
     array = login.submit(
         *("--array=0-1", "--nodes=2", "--gpus-per-node=1"), words=words, script=ARRAY
     )
@@ -323,7 +325,9 @@ def test_two_jobs_of_an_array_share_nodes_and_end_with_one_table(login: Login) -
     started = [re.findall(r"(?m)^distvgg: \S+ (\S+) job", log)[0] for log in logs]
     ended = [re.findall(r"(?m)^distvgg: \S+ (\S+) ended", log)[0] for log in logs]
     assert max(started) < min(ended)  # side by side
-    assert measured(sweep / "0") != measured(sweep / "1")  # seeds
+    configs = [load(str(sweep / task / "config.yaml")) for task in ("0", "1")]
+    assert [config.seed for config in configs] == [3, 4]
+    assert all(config.model.max_pools == (2, 3, 4, 5) for config in configs)
 
 
 def test_nodes_without_slurm_start_again_after_a_worker_died(login: Login, tmp_path: Path) -> None:
