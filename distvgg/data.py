@@ -63,14 +63,17 @@ class Dataset:
         return len(self.class_names)
 
 
-def load_dataset(config: DataConfig) -> Dataset:
+def load_dataset(config: DataConfig, entry: Path | None = None) -> Dataset:
     """The dataset of a config, decoding it into the cache if it is not there.
+
+    Args:
+        entry: `cache_entry(config)` where it is known already, since it looks at every file.
 
     Raises:
         UserError: no such folder, nothing in it, no network, a damaged or misshapen image, a label
             out of range; the message says which and what to change.
     """
-    entry = cache_entry(config)
+    entry = entry or cache_entry(config)
     try:
         # Looked at before locking too, so that a cache that others fill may be read-only.
         if not is_whole(entry):

@@ -29,11 +29,12 @@ from distvgg.sampling import share_out
 from distvgg.tree_sum import ExchangeQueue, Messages, TreeSum, all_gather
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
 
 T = TypeVar("T")
 
+_BROADCAST_BYTES = 64 * 2**20
 BATCH_NORM_MOMENTUM = 0.1  # torch's and torchvision's default
 # How gloo says that the other end of a connection is gone.
 _BROKEN = (
@@ -95,9 +96,11 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     folders = run_dir and ProjectConfiguration(str(run_dir), str(run_dir / "tensorboard"))
+    launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION")
     return Accelerator(
-        mixed_precision=resolve_precision(
-            config.train.precision, state.device, os.environ.get("ACCELERATE_MIXED_PRECISION")
+        # Devices of different kinds must not add gradients of different precisions.
+        mixed_precision=from_main(
+            state, lambda: resolve_precision(config.train.precision, state.device, launched_with)
         ),
         project_config=folders,
         # Said, so that accelerate does not ask the environment.
@@ -185,11 +188,11 @@ def resolve_precision(precision: str, device: torch.device, launched: str | None
     return "no"
 
 
-def from_main(accelerator: "Accelerator", make: Callable[[], T]) -> T:
-    """What `make` returns on the main process, or the mistake of the user's that it found, on every
-    rank alike: no rank is left waiting for one that gave up."""
+def from_main(process: "Accelerator | PartialState", make: Callable[[], T]) -> T:
+    """Calls `make` on the main process and returns its result on every rank. A UserError that it
+    raises is raised on every rank, so that none is left waiting."""
     outcome: list[Any] = [None]
-    if accelerator.is_main_process:
+    if process.is_main_process:
         try:
             outcome = [make()]
         except UserError as error:
@@ -199,6 +202,38 @@ def from_main(accelerator: "Accelerator", make: Callable[[], T]) -> T:
         raise outcome[0]
     made: T = outcome[0]
     return made
+
+
+def bytes_from_main(accelerator: "Accelerator", content: bytes | None) -> bytes:
+    """Copies bytes of the main process to every rank, in parts of 64 MiB, without pickling.
+
+    Args:
+        content: on the main process, not empty; ignored on the others.
+    """
+    if accelerator.num_processes == 1:
+        assert content is not None
+        return content
+    size = from_main(accelerator, lambda: len(content or b""))
+    if accelerator.is_main_process:
+        assert content is not None
+        whole = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    else:
+        whole = torch.empty(size, dtype=torch.uint8)
+    for part in torch.split(whole, _BROADCAST_BYTES):
+        there = part.to(accelerator.device)
+        dist.broadcast(there, src=0)
+        if there is not part:
+            part.copy_(there)
+    return whole.numpy().tobytes()
+
+
+def from_node_leaders(accelerator: "Accelerator", here: T | None) -> T | None:
+    """Returns on every rank what the first rank of its node passed; all ranks must call it."""
+    from accelerate.utils import gather_object
+
+    leader = accelerator.process_index - accelerator.local_process_index
+    found: T | None = gather_object([here])[leader]
+    return found
 
 
 def any_rank(accelerator: "Accelerator", here: bool) -> bool:
@@ -440,6 +475,8 @@ def lost_contact() -> Iterator[None]:
     """
     try:
         yield
+    except RunError:  # a RuntimeError too, whose text may quote such words
+        raise
     except RuntimeError as error:  # gloo has no type of its own for it
         text = str(error)
         if isinstance(error, dist.DistError) or re.search(_BROKEN, text):

@@ -39,6 +39,7 @@ _installed = False
 _wish: str | None = None
 _interruptible = False
 _stop_file: Path | None = None
+_looking = True
 _looked = -LOOK_EVERY
 
 
@@ -71,15 +72,23 @@ def ignore() -> None:
 
 def look_for(stop_file: Path) -> None:
     """Takes a file's appearance for the wish to stop as well."""
-    global _stop_file
-    _stop_file = stop_file
+    global _stop_file, _looking
+    _stop_file, _looking = stop_file, True
+
+
+def leave_looking_to_another() -> None:
+    """Stops looking for the stop file, for which one process of a run is enough where all agree in
+    each step: a thousand would ask a file system two thousand times a second."""
+    global _looking
+    _looking = False
 
 
 def requested() -> bool:
     """Whether this process was told to stop."""
     global _looked, _wish
     now = time.monotonic()
-    if _wish is None and _stop_file is not None and now - _looked >= LOOK_EVERY:
+    due = _looking and _stop_file is not None and now - _looked >= LOOK_EVERY
+    if _wish is None and _stop_file is not None and due:
         _looked = now
         if os.path.exists(_stop_file):  # unlike Path's, false on a network file system's hiccup
             _wish = _stop_file.name

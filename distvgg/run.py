@@ -28,13 +28,15 @@ from distvgg.checkpoint import (
     optimizer_tensors,
 )
 from distvgg.config import Config, UserError
-from distvgg.data import Dataset, load_dataset, train_val_indices
+from distvgg.data import Dataset, cache_entry, load_dataset, train_val_indices
 from distvgg.distributed import (
     StepSums,
     any_rank,
     batch_norm_layers,
+    bytes_from_main,
     distribute,
     from_main,
+    from_node_leaders,
     machines,
     place,
     ranks_of,
@@ -155,7 +157,7 @@ def build(config: Config, folder: Path) -> Run:
     average = Average(vgg, config.optim.ema_decay) if config.optim.ema_decay else None
 
     checkpoints = Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep) if locks else None
-    found = from_main(accelerator, lambda: _newest(checkpoints, folder))
+    found = _newest(checkpoints, folder, accelerator)
     state = TrainState(data=_digest(dataset))
     if found is not None:
         state = _restore(found, state, vgg, average, optimizer, meter, accelerator)
@@ -253,10 +255,18 @@ def checkpoint_tensors(run: Run, vgg: VGG) -> tuple[dict[str, Tensor], dict[str,
 
 def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> Dataset:
     """Loads, unless told to stop. A rank that is takes the others along, once they are here."""
-    dataset = None
+    entry = dataset = None
     try:
         with preemption.interruptible():
-            dataset = load_dataset(config.data)
+            # Once a node: of a folder of images it asks for the size and time of every file.
+            entry = cache_entry(config.data) if accelerator.is_local_main_process else None
+    except Preempted:
+        pass
+    entry = from_node_leaders(accelerator, entry)
+    try:
+        with preemption.interruptible():
+            if entry is not None:
+                dataset = load_dataset(config.data, entry)
     except Preempted:
         with suppress(OSError):  # the others may decode for long yet, and look for this file
             (folder / STOP_FILE).touch()
@@ -265,12 +275,16 @@ def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> D
             leave_run_folder(folder, requeue=True)
         accelerator.end_training()  # gloo aborts a process that exits with its group still up
         raise Preempted(f"{preemption.reason()}: stopped before the first step; nothing to save")
+    if not accelerator.is_main_process:
+        preemption.leave_looking_to_another()
     assert dataset is not None
     return dataset
 
 
-def _newest(checkpoints: Checkpoints | None, folder: Path) -> Checkpoint | None:
-    assert checkpoints is not None
+def _newest(
+    checkpoints: Checkpoints | None, folder: Path, accelerator: "Accelerator"
+) -> Checkpoint | None:
+    """Reads the newest checkpoint that fits the folder on the main process, for all ranks."""
 
     def refuse(checkpoint: Checkpoint) -> str | None:
         try:
@@ -281,7 +295,17 @@ def _newest(checkpoints: Checkpoints | None, folder: Path) -> Checkpoint | None:
             return None
         return f"{METRICS_FILE} no longer has the rows that it counts on"
 
-    return checkpoints.newest(refuse, lambda line: print(line, flush=True))
+    found = None
+    if checkpoints is not None:
+        found = checkpoints.newest(refuse, lambda line: print(line, flush=True))
+    known = from_main(accelerator, lambda: None if found is None else (found.name, found.progress))
+    if known is None:
+        return None
+    model, state = (
+        bytes_from_main(accelerator, content)
+        for content in ((None, None) if found is None else (found.model, found.state))
+    )
+    return Checkpoint(known[0], model, state, known[1])
 
 
 def _restore(

@@ -8,6 +8,7 @@ of rounding could not hide in: a sample, a mask or an update of another weight s
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from distvgg.config import load
 from distvgg.distributed import StepSums
 from distvgg.reduction_plan import TreePlan
 from distvgg.tree_sum import ExchangeQueue
-from launch import FLOAT64, Started, assert_same_run, rows, train
+from launch import FLOAT64, ROOT, Started, assert_same_run, rows, run, train
 
 # 12 micro-batches a step, so that ranks have 12, 6, 4, 3 and 2 of them: powers of two and not.
 # Nothing else divides anything: 601 train, 103 val, 2,000 test images; steps straddle epochs.
@@ -117,3 +119,26 @@ def test_batchnorm_takes_one_update_a_step_with_the_mean_of_its_micro_batches() 
         variance = 0.9 * variance + 0.1 * step.transpose(1, 2).flatten(2).var(2).mean(0)
     torch.testing.assert_close(layer.running_mean, mean)
     torch.testing.assert_close(layer.running_var, variance)
+
+
+def test_one_rank_chooses_the_precision_lists_the_data_and_looks_for_the_stop_file(
+    tmp_path: Path,
+) -> None:
+    folder, program = tmp_path / "run", (str(ROOT / "tests" / "unlike_ranks.py"),)
+    args = ("--train.precision", "auto", "--train.epochs", "3")
+    output = train(folder, *args, processes=2, program=program)
+    assert load(str(folder / "config.yaml")).train.precision == "bf16"
+    found = re.findall(r"rank (\d): (\d+) listings, (\d+) looks", output)
+    counts = {int(rank): (int(listings), int(looks)) for rank, listings, looks in found}
+    steps = rows(folder)[-1]["step"]
+    assert counts[0][0] == 1
+    assert counts[1][0] == 0
+    assert counts[0][1] > steps
+    assert counts[1][1] < steps / 2  # while data are loaded, each rank may decode them
+
+
+def test_a_checkpoint_reaches_other_ranks_as_it_is_and_in_parts(tmp_path: Path) -> None:
+    """By tests/bytes_of_ranks.py, which makes the parts small."""
+    done = run([], processes=3, program=(str(ROOT / "tests" / "bytes_of_ranks.py"),))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 3, done.stdout
