@@ -50,13 +50,15 @@ class Checkpoints:
     Args:
         folder: `checkpoints/` of the run.
         keep: how many of the newest to keep, beside the best.
+        metadata: for the header of `model.safetensors`.
 
     Attributes:
         saved: the step of the newest that is known to be sound.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, metadata: Mapping[str, str] | None = None) -> None:
         self._folder, self._keep = folder, keep
+        self._metadata = {WEIGHTS_FILE: dict(metadata)} if metadata else {}
         self._host: dict[tuple[str, str], Tensor] = {}  # by file and key
         self._thread: threading.Thread | None = None
         self._failures: SimpleQueue[str] = SimpleQueue()
@@ -164,7 +166,7 @@ class Checkpoints:
             aside.mkdir(parents=True)
             files = {}
             for name, tensors in snapshot.items():
-                content = save(tensors)
+                content = save(tensors, self._metadata.get(name))
                 write_flushed(aside / name, content)
                 files[name] = {"size": len(content), "sha256": _sha256(content)}
             body = {"format": FORMAT, "step": step, "files": files, "progress": progress}

@@ -282,7 +282,8 @@ def finish(run: Run, tracking: Tracking) -> Result:
             tracking.say(failure)
         try:
             tracking.flush()
-            save_weights(checkpoint_tensors(run, kept)[0], run.folder)
+            weights, _ = checkpoint_tensors(run, kept)
+            save_weights(weights, run.preprocessing.metadata(), run.folder)
             leave_run_folder(run.folder, requeue=False)
             save_confusion(confusion, run.folder)
             save_result(result, run.folder)

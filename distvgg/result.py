@@ -115,9 +115,9 @@ def save_result(result: Result, run_dir: Path) -> None:
     write_whole(run_dir / RESULT_FILE, json.dumps(asdict(result), indent=2).encode() + b"\n")
 
 
-def save_weights(model: Mapping[str, "Tensor"], run_dir: Path) -> None:
+def save_weights(model: Mapping[str, "Tensor"], metadata: Mapping[str, str], run_dir: Path) -> None:
     """Writes `model.safetensors`, keys and layout as torchvision's VGG has them."""
     from safetensors.torch import save
 
     tensors = {k: v.cpu().contiguous() for k, v in model.items()}
-    write_whole(run_dir / WEIGHTS_FILE, save(tensors))
+    write_whole(run_dir / WEIGHTS_FILE, save(tensors, dict(metadata)))

@@ -49,6 +49,7 @@ from distvgg.metrics_file import Mark, holds
 from distvgg.model import VGG, build_vgg, training_flops
 from distvgg.optim import build_optimizer
 from distvgg.preemption import Preempted
+from distvgg.preprocessing import Preprocessing, save_preprocessing
 from distvgg.reduction_plan import TreePlan
 from distvgg.run_folder import (
     CHECKPOINTS,
@@ -108,6 +109,7 @@ class Run:
     folder: Path
     accelerator: "Accelerator"
     dataset: Dataset
+    preprocessing: Preprocessing
     plan: Plan
     steps: int
     loader: DeviceLoader
@@ -156,11 +158,15 @@ def build(config: Config, folder: Path) -> Run:
     meter = TrainMeter(device)
     average = Average(vgg, config.optim.ema_decay) if config.optim.ema_decay else None
 
-    checkpoints = Checkpoints(folder / CHECKPOINTS, config.checkpoint.keep) if locks else None
+    preprocessing, keep = Preprocessing.of(dataset, config.model.image_size), config.checkpoint.keep
+    checkpoints = None
+    if locks:
+        checkpoints = Checkpoints(folder / CHECKPOINTS, keep, preprocessing.metadata())
     found = _newest(checkpoints, folder, accelerator)
     state = TrainState(data=_digest(dataset))
     if found is not None:
         state = _restore(found, state, vgg, average, optimizer, meter, accelerator)
+    from_main(accelerator, lambda: _keep(preprocessing, folder))
     state.starts.append((state.step, accelerator.num_processes))
     found_machines = machines(accelerator)
     before = None if found is None else state.machine
@@ -184,6 +190,7 @@ def build(config: Config, folder: Path) -> Run:
         folder=folder,
         accelerator=accelerator,
         dataset=dataset,
+        preprocessing=preprocessing,
         plan=plan,
         steps=plan.steps(config.train.epochs),
         loader=DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index),
@@ -279,6 +286,16 @@ def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> D
         preemption.leave_looking_to_another()
     assert dataset is not None
     return dataset
+
+
+def _keep(preprocessing: Preprocessing, folder: Path) -> None:
+    try:
+        save_preprocessing(preprocessing, folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write run folder {folder} ({error.strerror}): make room, or choose another"
+            " with --run-dir"
+        ) from error
 
 
 def _newest(

@@ -24,6 +24,7 @@ T = TypeVar("T")
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 WEIGHTS_FILE = "model.safetensors"
+PREPROCESSING_FILE = "preprocessing.json"
 CONFUSION_FILE = "confusion.json"
 RESULT_FILE = "result.json"
 FAILURE_FILE = "failure.json"

@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from distvgg.config import UserError, load
 from distvgg.confusion import read_confusion
 from distvgg.data import load_dataset, train_val_indices
 from distvgg.evaluate import evaluate_run
-from distvgg.model import build_vgg, training_flops
+from distvgg.model import VGG, build_vgg, training_flops
 from launch import ROOT, rows, run
 
 # Kept from the recipe: flip, checkpoints, rows. Less is trained, and of test all is measured.
@@ -61,6 +62,30 @@ def test_the_confusion_of_a_run_is_that_of_its_test_split(finished: list[Path]) 
         assert sum(map(sum, confusion.counts)) == last["test/count"] == 2000
         hits = sum(row[i] for i, row in enumerate(confusion.counts))
         assert hits / 2000 == last["test/top1"]
+
+
+def test_a_run_folder_alone_is_enough_to_use_the_weights(finished: list[Path]) -> None:
+    """PyTorch and what lies in the folder, on the pixels and names of the test split."""
+    config = load("debug", {"model.width": 0.02})
+    test, names = load_dataset(config.data).test, load_dataset(config.data).class_names
+    for folder in finished:
+        kept = json.loads((folder / "preprocessing.json").read_text())
+        checkpoints = sorted(folder.glob("checkpoints/*/model.safetensors"))
+        for weights in (folder / "model.safetensors", *checkpoints):
+            with safe_open(weights, "pt") as file:
+                assert json.loads(file.metadata()["preprocessing"]) == kept
+        assert kept["stored_size"] == [*test.images.shape[1:3]]
+        assert kept["image_size"] == config.model.image_size
+        assert kept["class_names"] == names
+        model = VGG(load(str(folder / "config.yaml")).model, len(kept["class_names"])).eval()
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        x = (torch.from_numpy(test.images) / 255 - torch.tensor(kept["mean"])) / torch.tensor(
+            kept["std"]
+        )
+        with torch.inference_mode():
+            found = model(x.permute(0, 3, 1, 2)).argmax(1)
+        top1 = (found == torch.from_numpy(test.labels)).float().mean().item()
+        assert abs(top1 - rows(folder)[-1]["test/top1"]) < 0.003  # float32 here, bf16 there
 
 
 def test_the_mirrors_accuracy_stands_beside_the_plain_one_in_every_row(
