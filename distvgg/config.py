@@ -389,10 +389,10 @@ def load(recipe: str, overrides: Mapping[str, Any] | None = None) -> Config:
 def _read_recipe(recipe: str) -> dict[str, Any]:
     path = Path(recipe)
     try:
-        if path.suffix in (".yaml", ".yml") or path.is_file():
-            text = path.read_text()
-        elif recipe in recipe_names():
+        if recipe in recipe_names():  # a file of that name is ./fast
             text = (resources.files("distvgg") / "recipes" / f"{recipe}.yaml").read_text()
+        elif path.suffix in (".yaml", ".yml") or path.is_file():
+            text = path.read_text()
         else:
             raise UserError(
                 f"no recipe {recipe!r}{_nearest(recipe, recipe_names())}: give one of"

@@ -208,8 +208,12 @@ def run_bytes(config: Config, classes: int) -> int:
     with torch.device("meta"):
         vgg = VGG(config.model, classes)
     weights: int = sum(t.nbytes for t in vgg.state_dict().values())
-    moments = 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)
+    optim = config.optim
+    momentum = max(optim.momentum, optim.muon_momentum if optim.name == "muon" else 0)
+    moments = 2 if optim.name == "adamw" else int(momentum > 0)
     state: int = moments * sum(p.nbytes for p in vgg.parameters())
+    if optim.ema_decay:  # the trained weights beside their average
+        state += weights
     return (config.checkpoint.keep + 2) * (weights + state) + weights
 
 

@@ -166,6 +166,7 @@ def train_row(run: Run, lr: float) -> metrics.Row:
 
 def validate(run: Run, tracking: Tracking) -> None:
     """Measures the validation split, and notes whether it is the best so far."""
+    run.watch.drain()  # the steps' own time, on a device that is behind
     with run.clock.paused():
         val = measure(run, run.val_loader).row
         tracking.log(where(run) | prefixed("val", val))
@@ -204,10 +205,13 @@ def save_checkpoint(run: Run, tracking: Tracking) -> None:
     """Starts to save the run as it is after the last step: the main process, in the background."""
     run.watch.drain()  # on all ranks alike: what is not finite is not saved
     state, scaler = run.state, run.accelerator.scaler
-    state.saved, state.skipped, state.timed = state.step, run.watch.skipped, run.clock.totals()
+    state.saved, state.timed = state.step, run.clock.totals()
+    state.skipped, state.skipped_in_a_row = run.watch.skipped, run.watch.skipped_in_a_row
     state.scaler = scaler and scaler.state_dict()
-    kept = network(run)
-    if run.checkpoints is not None:
+    with run.clock.paused():
+        kept = network(run)
+        if run.checkpoints is None:
+            return
         state.metrics = tracking.mark()
         model, rest = checkpoint_tensors(run, kept)
         run.checkpoints.save(

@@ -5,7 +5,8 @@ of the batches, so that the result is the same to the last bit for any number of
 the same weights. The count is asserted against the dataset's size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,11 +22,11 @@ from distvgg.checkpoint import DamageError, read
 from distvgg.config import Config, SplitName, UserError, load
 from distvgg.confusion import Confusion, by_superclass, describe_pairs
 from distvgg.data import Dataset, load_dataset, train_val_indices
-from distvgg.distributed import left_in_order, place, start, summing
+from distvgg.distributed import left_in_order, lost_contact, place, start, summing
 from distvgg.loader import EvalLoader, Pixels
 from distvgg.model import VGG
 from distvgg.result import read_result
-from distvgg.run_folder import CHECKPOINTS, CONFIG_FILE, WEIGHTS_FILE
+from distvgg.run_folder import CONFIG_FILE, WEIGHTS_FILE, run_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,28 +74,27 @@ def evaluate(
         flip: also measure `tta_top1`, by the mean logits of each image and its mirror.
         between: called before each batch, equally often on every rank; may raise to leave.
     """
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     # One row a batch: each rank fills its own, the others' stay zero, and adding zero is exact.
     rows = torch.zeros(len(loader), COLUMNS, dtype=torch.float64, device=device)
     confusion = torch.zeros(num_classes**2, dtype=torch.float64, device=device)
     batches = loader.batches(rank, world_size)
-    for _ in range(-(-len(loader) // world_size)):
-        between()
-        if (batch := next(batches, None)) is None:
-            break  # the last round, in which this rank has none
-        i, images, labels = batch
-        logits = logits_of(model, images)
-        best = logits.topk(min(5, num_classes), dim=1).indices
-        rows[i, _LOSS] = F.cross_entropy(logits, labels, reduction="none").double().sum()
-        rows[i, _TOP5] = (best == labels[:, None]).any(1).sum()
-        rows[i, _HITS:] = calibration_sums(logits, best[:, 0] == labels)
-        if flip:
-            both = logits + logits_of(model, images.flip(3))
-            rows[i, _TTA] = (both.argmax(1) == labels).sum()
-        confusion.index_add_(0, labels * num_classes + best[:, 0], confusion.new_ones(len(labels)))
-    model.train(was_training)
+    with _evaluation_mode(model):
+        for _ in range(-(-len(loader) // world_size)):
+            between()
+            if (batch := next(batches, None)) is None:
+                break  # the last round, in which this rank has none
+            i, images, labels = batch
+            logits = logits_of(model, images)
+            best = logits.topk(min(5, num_classes), dim=1).indices
+            rows[i, _LOSS] = F.cross_entropy(logits, labels, reduction="none").double().sum()
+            rows[i, _TOP5] = (best == labels[:, None]).any(1).sum()
+            rows[i, _HITS:] = calibration_sums(logits, best[:, 0] == labels)
+            if flip:
+                both = logits + logits_of(model, images.flip(3))
+                rows[i, _TTA] = (both.argmax(1) == labels).sum()
+            pairs = labels * num_classes + best[:, 0]
+            confusion.index_add_(0, pairs, confusion.new_ones(len(labels)))
     total = sum_over_ranks(torch.cat([rows.flatten(), confusion])).cpu().numpy()
     sums = total[: rows.numel()].reshape(-1, COLUMNS).sum(0)
     counts = total[rows.numel() :].reshape(num_classes, num_classes).astype(np.int64)
@@ -102,6 +102,17 @@ def evaluate(
         f"evaluated {counts.sum()} images of {loader.n_samples}"
     )
     return Evaluation(_row(sums, counts, superclass_of, flip), counts)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode, and back into the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
@@ -180,6 +191,7 @@ def evaluate_over_ranks(
 
 
 @left_in_order()
+@lost_contact()
 def evaluate_run(path: Path, split: SplitName) -> str:
     """Measures the weights of a finished run, or on train and validation of any of a run's
     checkpoints, again: reads only the run folder and the data.
@@ -196,7 +208,7 @@ def evaluate_run(path: Path, split: SplitName) -> str:
         UserError: neither of these, damaged, no such split in its data, or test where it is not to
             be read.
     """
-    run_dir = path.parent.parent if path.parent.name == CHECKPOINTS else path
+    run_dir = run_of(path)
     if not (run_dir / CONFIG_FILE).exists() or not (path / WEIGHTS_FILE).exists():
         raise UserError(
             f"{path} is not the folder of a finished run, nor a checkpoint: it needs {CONFIG_FILE}"

@@ -83,7 +83,8 @@ class TrainState(BaseModel, extra="forbid"):
     """The step whose validation has the highest top-1 so far, the earliest of equals."""
     best_top1: float = 0.0
     skipped: int = 0
-    """Steps that fp16 skipped, and its loss scale."""
+    """Steps that fp16 skipped, those since the last that it took, and its loss scale."""
+    skipped_in_a_row: int = 0
     scaler: dict[str, int | float] | None = None
     metrics: Mark = Mark()
     """The end of metrics.jsonl."""
@@ -210,7 +211,12 @@ def build(config: Config, folder: Path) -> Run:
             cache(lambda side: training_flops(config.model, dataset.num_classes, side)),
             *state.timed,
         ),
-        watch=Watch(lag=int(device.type == "cuda"), fp16=fp16, skipped=state.skipped),
+        watch=Watch(
+            lag=int(device.type == "cuda"),
+            fp16=fp16,
+            skipped=state.skipped,
+            skipped_in_a_row=state.skipped_in_a_row,
+        ),
         state=state,
         checkpoints=checkpoints,
         lock=locks[0] if locks else None,

@@ -136,9 +136,19 @@ def leave_run_folder(run_dir: Path, *, requeue: bool) -> None:
         ) from error
 
 
+def run_of(path: Path) -> Path:
+    """The run folder that a path means: the path itself, or for one of its checkpoints the folder
+    above `checkpoints/`."""
+    return path.parent.parent if path.parent.name == CHECKPOINTS and _is_checkpoint(path) else path
+
+
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The checkpoints in `checkpoints/`, oldest first; not those that a kill left unfinished."""
-    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", p.name))
+    return sorted(filter(_is_checkpoint, folder.glob("step_*")))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return re.fullmatch(r"step_\d{8}", path.name) is not None
 
 
 def read_json(path: Path, kind: type[T], remedy: str) -> T | None:

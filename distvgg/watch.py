@@ -42,13 +42,15 @@ class Watch:
     Args:
         lag: 1 for a GPU, which is then never waited for by more than what it is computing anyway.
         fp16: gradients may overflow, which skips a step and is counted in `skipped`.
+        skipped, skipped_in_a_row: of earlier starts of the run.
     """
 
-    def __init__(self, lag: int, *, fp16: bool, skipped: int = 0) -> None:
+    def __init__(
+        self, lag: int, *, fp16: bool, skipped: int = 0, skipped_in_a_row: int = 0
+    ) -> None:
         self._lag, self._fp16 = lag, fp16
         self._records: deque[_Record] = deque()
-        self._in_a_row = 0
-        self.skipped = skipped
+        self.skipped, self.skipped_in_a_row = skipped, skipped_in_a_row
         self.stop = False
         self.grad_norm = math.nan
 
@@ -82,9 +84,9 @@ class Watch:
             if not math.isfinite(loss):
                 raise NonFiniteError(record.step, k, loss)
         if math.isfinite(self.grad_norm):
-            self._in_a_row = 0
+            self.skipped_in_a_row = 0
             return
-        self._in_a_row += 1
-        if not self._fp16 or self._in_a_row == PATIENCE:
+        self.skipped_in_a_row += 1
+        if not self._fp16 or self.skipped_in_a_row == PATIENCE:
             raise NonFiniteError(record.step, None, self.grad_norm)
         self.skipped += 1

@@ -139,7 +139,7 @@ def test_several_processes_that_are_each_alone_are_refused(tmp_path: Path) -> No
 
 
 def test_a_finished_run_is_shown_not_repeated_and_another_config_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+    folder = tmp_path / "checkpoints" / "run"  # a name that is also that of a part of a run
     first = train(folder, "--train.epochs", "0.2")
     before = (folder / "metrics.jsonl").stat().st_mtime_ns
     again = train(folder, "--train.epochs", "0.2")

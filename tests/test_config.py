@@ -203,6 +203,15 @@ def test_missing_recipes_name_those_there_are() -> None:
     assert "cannot read recipe nowhere.yaml" in message("nowhere.yaml")
 
 
+def test_a_file_in_the_working_directory_does_not_shadow_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("debug").write_text("seed: 7\n")
+    assert load("debug").seed == 0
+    assert load("./debug").seed == 7
+
+
 def test_gradient_compression_of_version_0_1_is_accepted_where_it_was_off() -> None:
     assert load("quickstart", {"train.gradient_compression": "no"}) == load("quickstart")
     with pytest.raises(UserError, match=r"train\.gradient_compression is gone: .*; drop it"):

@@ -173,12 +173,15 @@ def test_a_set_on_the_hub_once_prepared_needs_no_network_and_no_client(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "more", [(), ("--optim.name", "muon", "--optim.momentum", "0", "--optim.ema_decay", "0.9")]
+)
 def test_the_room_that_checkpoints_take_is_theirs_to_a_hundredth(
-    tmp_path: Path, images: Path
+    tmp_path: Path, images: Path, more: tuple[str, ...]
 ) -> None:
     from distvgg import doctor
 
-    words = ("--model.width", "0.5", "--checkpoint.keep", "1")
+    words = ("--model.width", "0.5", "--checkpoint.keep", "1", *more)
     done = run(["train", *of_set(images, tmp_path / "run"), *words])
     assert done.returncode == 0, done.stderr
     weights = (tmp_path / "run" / "model.safetensors").stat().st_size

@@ -1,9 +1,11 @@
 """The training step against a plain loop; precision; what a run leaves behind."""
 
 import json
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from distvgg import engine
+from distvgg.checkpoint import Checkpoints
 from distvgg.config import Config, UserError, load
 from distvgg.distributed import resolve_precision
 from distvgg.engine import due, evaluation_due
@@ -241,3 +244,17 @@ def test_anomaly_detection_and_nchw_train_too(tmp_path: Path) -> None:
         ]
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_throughput_counts_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Checkpoints.save
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        time.sleep(1)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(Checkpoints, "save", slow)
+    engine.train(tiny(checkpoint__every_steps=2, train__epochs=0.6), tmp_path / "run")
+    milliseconds = [row["perf/step_ms"] for row in rows(tmp_path / "run") if "perf/step_ms" in row]
+    assert len(milliseconds) >= 4
+    assert max(milliseconds) < 1000

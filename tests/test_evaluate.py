@@ -177,3 +177,10 @@ def test_the_model_is_left_in_its_mode(data: Dataset) -> None:
         model.train(mode)
         evaluate(model, loader, CLASSES, None)
         assert model.training is mode
+
+        def stop() -> None:
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            evaluate(model, loader, CLASSES, None, between=stop)
+        assert model.training is mode

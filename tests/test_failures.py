@@ -10,8 +10,9 @@ import torch
 
 from disks import small_disk
 from distvgg.checkpoint import read
-from distvgg.config import load
+from distvgg.config import ContactError, RunError, load
 from distvgg.data import load_dataset, train_val_indices
+from distvgg.distributed import lost_contact
 from distvgg.run import TrainState
 from distvgg.sampling import Plan, epoch_permutation
 from distvgg.watch import PATIENCE, NonFiniteError, Watch
@@ -115,6 +116,18 @@ def test_fp16_counts_the_steps_that_it_skips_and_gives_up_when_all_are() -> None
     with pytest.raises(NonFiniteError):
         watch_steps(watch, [inf] * PATIENCE)
     assert watch.skipped == 8 + PATIENCE - 1
+    # A start that goes on after the last but one of them gives up at the same step.
+    again = Watch(lag=0, fp16=True, skipped=7, skipped_in_a_row=PATIENCE - 1)
+    with pytest.raises(NonFiniteError):
+        watch_steps(again, [inf])
+
+
+def test_a_message_that_quotes_a_broken_connection_is_no_lost_contact() -> None:
+    with pytest.raises(RunError, match="see Broken pipe") as error, lost_contact():
+        raise RunError("see Broken pipe")
+    assert not isinstance(error.value, ContactError)
+    with pytest.raises(ContactError), lost_contact():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
 
 
 def test_fp16s_loss_scale_goes_on_from_a_checkpoint() -> None:
