@@ -225,7 +225,7 @@ def step_seconds(run: Run, steps: int) -> float:
             micro_batches = run.loader.micro_batches(run.state.step)
             train_step(run, micro_batches, LR)
             run.state.step += 1
-            run.clock.step_done(micro_batches[0].side)
+            run.clock.step_done()
 
     run.gradients.attach()
     taken = seconds(run, take) / steps

@@ -156,7 +156,6 @@ def rehearsal(config: Config, ranks: int) -> Config:
     return config.replace(
         data=Config().data.model_dump() | {"name": "synthetic", "val_size": 1000},
         train__global_batch_size=ranks * MANY * config.train.micro_batch_size,
-        train__start_size=None,
         track__wandb=False,
         track__tensorboard=False,
     )

@@ -322,7 +322,9 @@ def _yaml_of_0_1(config: Config) -> str:
     del train["cpu_threads"]
     at = list(train).index("precision") + 1
     fields = [*train.items()]
-    values["train"] = dict([*fields[:at], ("gradient_compression", "no"), *fields[at:]])
+    fields.insert(at, ("gradient_compression", "no"))
+    fields[-1:-1] = [("start_size", None), ("full_size_at", 0.7)]
+    values["train"] = dict(fields)
     return yaml.safe_dump(values, sort_keys=False)
 
 

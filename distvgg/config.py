@@ -130,6 +130,17 @@ class ModelConfig(Section):
     as many channels on unchanged as come in; filters beyond these are he."""
 
 
+# The values that mean what is done now (None: all of them), and why the field is gone.
+_TRAIN_FIELDS_OF_0_1: dict[str, tuple[tuple[Any, ...] | None, str]] = {
+    "gradient_compression": (
+        ("no", False),
+        "rounded gradients made the curve depend on the number of processes, and gave no speed",
+    ),
+    "start_size": ((None,), "images that grow during training gained nothing in any recipe"),
+    "full_size_at": (None, ""),
+}
+
+
 class TrainConfig(Section):
     """How long, in what batches, in what arithmetic."""
 
@@ -153,26 +164,19 @@ class TrainConfig(Section):
     definition, and OMP_NUM_THREADS does not reach it."""
     channels_last: bool = True
     """NHWC memory order: 2.2 times faster than NCHW together with bf16 on a CPU."""
-    start_size: int | None = Field(None, ge=16)
-    """Progressive resolution: train at this side first, in pixels, then at one that grows linearly
-    in steps of 4 up to `model.image_size`. None: at that one throughout."""
-    full_size_at: float = Field(0.7, gt=0, le=1)
-    """The share of the run's steps after which `start_size` has grown to the full size."""
     detect_anomaly: bool = False
     """Point at the operation that made a NaN in backward. Slow: for debugging."""
 
     @model_validator(mode="before")
     @classmethod
-    def _no_gradient_compression(cls, values: Any) -> Any:
-        """Config files of version 0.1 have the field, and `no` in it was what is done now."""
-        if not isinstance(values, dict) or "gradient_compression" not in values:
+    def _drop_fields_of_0_1(cls, values: Any) -> Any:
+        """Accepts a field that is gone, where its value means what is done now."""
+        if not isinstance(values, dict):
             return values
-        if values["gradient_compression"] not in ("no", False):
-            raise ValueError(
-                "train.gradient_compression is gone: rounded gradients made the curve depend on the"
-                " number of processes, and gave no speed; drop it"
-            )
-        return {k: v for k, v in values.items() if k != "gradient_compression"}
+        for name, (off, why) in _TRAIN_FIELDS_OF_0_1.items():
+            if name in values and off is not None and values[name] not in off:
+                raise ValueError(f"train.{name} is gone: {why}; drop it")
+        return {k: v for k, v in values.items() if k not in _TRAIN_FIELDS_OF_0_1}
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "TrainConfig":
@@ -332,17 +336,6 @@ class Config(Section):
             raise ValueError(
                 "train.micro_batch_size 1 leaves an image none to be mixed with: take 2 or more,"
                 " or turn augment.mixup_alpha and augment.cutmix_alpha off"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _sizes_grow_by_fours(self) -> "Config":
-        start, full = self.train.start_size, self.model.image_size
-        if start is not None and start not in (works := range(full, 15, -4)):
-            near = sorted(sorted(works, key=lambda side: abs(side - start))[:2])
-            raise ValueError(
-                f"train.start_size {start} does not grow to model.image_size {full} in steps of 4:"
-                f" make it {' or '.join(map(str, near))}, or none"
             )
         return self
 

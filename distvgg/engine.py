@@ -93,7 +93,7 @@ def fit(run: Run, tracking: Tracking) -> Result:
         lr = lr_at(state.step, config.optim, run.steps, warmup)
         train_step(run, micro_batches, lr)
         state.step += 1
-        run.clock.step_done(micro_batches[0].side)
+        run.clock.step_done()
         tracking.step_done()
         run.watch.look()
         if due(state.step, config.track.every_steps, run.steps):

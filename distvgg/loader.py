@@ -27,7 +27,7 @@ from distvgg.augment import (
 )
 from distvgg.config import AugmentConfig, Config, UserError
 from distvgg.data import Dataset, Split
-from distvgg.sampling import Plan, derive_seed, epoch_permutation, side_at
+from distvgg.sampling import Plan, derive_seed, epoch_permutation
 
 
 class MicroBatch(NamedTuple):
@@ -53,17 +53,12 @@ class MicroBatch(NamedTuple):
             return self.labels
         return self.partner_labels
 
-    @property
-    def side(self) -> int:
-        """Of the images, in pixels."""
-        return self.images.shape[-1]
-
 
 class Pixels:
     """A split's images and labels on a device, and how its bytes become network input.
 
     Args:
-        side: of the images that the network takes at evaluation, in pixels.
+        side: of the images that the network takes, in pixels.
     """
 
     def __init__(self, dataset: Dataset, split: Split, side: int, device: torch.device) -> None:
@@ -83,7 +78,7 @@ class Pixels:
         """Of the stored images, in pixels."""
         return min(self._images.shape[1:3])
 
-    def augmented(self, rows: Tensor, draws: Draws, config: AugmentConfig, side: int) -> Tensor:
+    def augmented(self, rows: Tensor, draws: Draws, config: AugmentConfig) -> Tensor:
         """Random views of some rows: [n] int64 -> [n, 3, side, side]."""
         images = view(self._images, rows, draws, config.crop_padding)
         if config.trivial:
@@ -91,7 +86,7 @@ class Pixels:
         x = normalise(images, self._mean, self._std)
         if config.cutout:
             x = cutout(x, draws.hole, config.cutout)
-        return resize(x, side)
+        return resize(x, self._side)
 
     def plain(self, rows: Tensor) -> Tensor:
         """Some rows as they are: [n] int64 -> [n, 3, side, side]."""
@@ -132,8 +127,7 @@ class DeviceLoader:
             parts.append((rows[first:last], draws.take(slice(first, last))))
         rows = torch.cat([r for r, _ in parts])
         draws = Draws(*map(torch.cat, zip(*(d for _, d in parts), strict=True)))
-        side = side_at(step, plan.steps(self._config.train.epochs), self._config)
-        images = self._pixels.augmented(rows, draws, self._config.augment, side)
+        images = self._pixels.augmented(rows, draws, self._config.augment)
         labels = self._pixels.labels[rows]
         m = plan.micro_batch_size
         return [
@@ -153,7 +147,9 @@ class DeviceLoader:
     def _mixed(self, step: int, batch: MicroBatch) -> MicroBatch:
         """A micro-batch with its images mixed in place, where they are to be."""
         config, m = self._config, len(batch.labels)
-        mixture = draw_mixture(config.augment, config.seed, step, batch.k, m, batch.side)
+        mixture = draw_mixture(
+            config.augment, config.seed, step, batch.k, m, self._config.model.image_size
+        )
         if mixture is None:
             return batch
         mix(batch.images, mixture)

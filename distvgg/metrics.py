@@ -6,7 +6,7 @@ the numbers of a run needs their names, and no torch.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -60,14 +60,14 @@ class Clock:
     under `paused` (evaluation) do not count.
 
     Args:
-        flops_per_image: of forward and backward, as a function of the images' side.
+        flops_per_image: of forward and backward.
         steps, seconds: the totals of earlier starts of the run.
     """
 
     def __init__(
         self,
         images_per_step: int,
-        flops_per_image: Callable[[int], int],
+        flops_per_image: int,
         steps: int = 0,
         seconds: float = 0.0,
     ) -> None:
@@ -75,15 +75,13 @@ class Clock:
         self._started: float | None = None
         self._steps, self._total_steps = 0, steps
         self._waited, self._total_seconds = 0.0, seconds
-        self._flops = 0
 
-    def step_done(self, side: int) -> None:
-        """Counts a step on images of `side` pixels."""
+    def step_done(self) -> None:
+        """Counts a step."""
         if self._started is None:
             self._started, self._waited = time.perf_counter(), 0.0
         else:
             self._steps += 1
-            self._flops += self._images_per_step * self._flops_per_image(side)
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -106,11 +104,11 @@ class Clock:
         seconds, steps, waited = now - self._started, self._steps, self._waited
         self._total_seconds += seconds
         self._total_steps += steps
-        flops, self._flops = self._flops, 0
+        images_per_sec = steps * self._images_per_step / seconds
         self._started, self._steps, self._waited = now, 0, 0.0
         return {
-            IMAGES_PER_SEC: steps * self._images_per_step / seconds,
-            TFLOPS: flops / seconds / 1e12,
+            IMAGES_PER_SEC: images_per_sec,
+            TFLOPS: images_per_sec * self._flops_per_image / 1e12,
             STEP_MS: 1000 * seconds / steps,
             DATA_WAIT_MS: 1000 * waited / steps,
         }

@@ -100,14 +100,13 @@ def _pass_on(module: nn.Module) -> None:
         nn.init.eye_(module.weight)
 
 
-def training_flops(config: ModelConfig, num_classes: int, side: int | None = None) -> int:
+def training_flops(config: ModelConfig, num_classes: int) -> int:
     """Floating-point operations of one image's forward and backward in the convolutions and linear
     layers, two for a multiply-add: each multiplies weights and inputs once for its output and once
-    for each gradient, but for the gradient of the images, which nobody needs. `side` of the image
-    in pixels; None: `config.image_size`."""
+    for each gradient, but for the gradient of the images, which nobody needs."""
     with torch.device("meta"):
         model = VGG(config, num_classes)
-    multiply_adds, side = [], side or config.image_size
+    multiply_adds, side = [], config.image_size
     for module in model.features:
         if isinstance(module, nn.Conv2d):
             multiply_adds.append(module.weight.numel() * side**2)

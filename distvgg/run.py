@@ -8,7 +8,6 @@ import hashlib
 import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -208,7 +207,7 @@ def build(config: Config, folder: Path) -> Run:
         meter=meter,
         clock=Clock(
             plan.global_batch_size,
-            cache(lambda side: training_flops(config.model, dataset.num_classes, side)),
+            training_flops(config.model, dataset.num_classes),
             *state.timed,
         ),
         watch=Watch(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distvgg.config import Config, UserError
+from distvgg.config import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -54,16 +54,6 @@ def share_out(costs: Sequence[float], ranks: int) -> list[int]:
         owners[i] = min(range(ranks), key=lambda rank: load[rank])
         load[owners[i]] += costs[i]
     return owners
-
-
-def side_at(step: int, steps: int, config: Config) -> int:
-    """The side of the images, in pixels, that the network is trained on in a step of a run."""
-    start, full = config.train.start_size, config.model.image_size
-    if start is None:
-        return full
-    # The rounding error of a fraction such as 0.1 must not cost a step: as in Plan.steps.
-    grown = min(1.0, (step + 1e-6) / (config.train.full_size_at * steps))
-    return start + 4 * math.floor(grown * (full - start) / 4)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ python docs/results_tables.py RUN_DIR...
 import argparse
 import math
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -22,7 +21,6 @@ from distvgg.confusion import Confusion, class_accuracy, read_confusion, worst_p
 from distvgg.model import training_flops
 from distvgg.result import Result
 from distvgg.run_folder import CONFIG_FILE
-from distvgg.sampling import side_at
 
 SHARES = {
     metrics.TOP1: "top-1",
@@ -108,10 +106,8 @@ def cost(config: Config, results: Sequence[Result], confusions: Sequence[Confusi
         seconds = timedelta(seconds=round(images / speed))
         body.append(["time in training steps at that speed", str(seconds)])
     if confusions:
-        classes, steps = len(confusions[0].class_names), results[0].steps
-        sides = Counter(side_at(step, steps, config) for step in range(steps))
-        flops = sum(n * training_flops(config.model, classes, side) for side, n in sides.items())
-        spent = flops * config.train.global_batch_size
+        flops = training_flops(config.model, len(confusions[0].class_names))
+        spent = results[0].steps * config.train.global_batch_size * flops
         body.append(["floating-point operations of training", f"{spent:.3g}"])
         body.append(["of those that recipe `tutorial` takes", f"{spent / tutorial_flops():.4f}"])
     hardware = ", ".join(sorted({f"{r.num_processes} x {r.hardware}" for r in results}))

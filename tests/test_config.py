@@ -91,7 +91,7 @@ def test_the_tutorials_recipe_is_the_tutorial() -> None:
         **{"optim.name": "sgd", "optim.lr": 0.005, "optim.momentum": 0.9, "optim.nesterov": False},
         **{"optim.weight_decay": 0.005, "optim.decay_norm_and_bias": True},
         **{"optim.clip_norm": None, "optim.schedule": "constant", "optim.warmup_epochs": 0},
-        **{"optim.ema_decay": 0, "model.init": "he", "train.start_size": None},
+        **{"optim.ema_decay": 0, "model.init": "he"},
         **{"augment.crop_padding": 0, "augment.flip": "no", "augment.trivial": False},
         **{"augment.cutout": 0, "augment.mixup_alpha": 0, "augment.cutmix_alpha": 0},
         **{"eval.tta": "no"},
@@ -121,15 +121,6 @@ def test_a_flip_may_still_be_a_switch(tmp_path: Path, written: str, read: str) -
     assert load("fast", {"augment.flip": written}).augment.flip == read
     path.write_text(config.to_yaml())
     assert load(str(path)) == config
-
-
-def test_start_sizes_that_do_not_grow_name_what_would() -> None:
-    assert "train.start_size 22 does not grow to model.image_size 32" in message(
-        "fast", train__start_size="22"
-    )
-    assert "make it 20 or 24" in message("fast", train__start_size="22")
-    assert "make it 28 or 32" in message("fast", train__start_size="64")
-    assert load("fast", {"train.start_size": "16"}).train.start_size == 16
 
 
 def test_mixing_a_single_image_is_refused() -> None:
@@ -212,7 +203,12 @@ def test_a_file_in_the_working_directory_does_not_shadow_a_recipe(
     assert load("./debug").seed == 7
 
 
-def test_gradient_compression_of_version_0_1_is_accepted_where_it_was_off() -> None:
-    assert load("quickstart", {"train.gradient_compression": "no"}) == load("quickstart")
-    with pytest.raises(UserError, match=r"train\.gradient_compression is gone: .*; drop it"):
-        load("quickstart", {"train.gradient_compression": "bf16"})
+@pytest.mark.parametrize(
+    ("field", "off", "on"),
+    [("gradient_compression", "no", "bf16"), ("start_size", "none", "16")],
+)
+def test_a_field_of_version_0_1_is_accepted_where_it_was_off(field: str, off: str, on: str) -> None:
+    assert load("quickstart", {f"train.{field}": off}) == load("quickstart")
+    with pytest.raises(UserError, match=rf"train\.{field} is gone: .*; drop it"):
+        load("quickstart", {f"train.{field}": on})
+    assert load("quickstart", {"train.full_size_at": "0.7"}) == load("quickstart")

@@ -29,7 +29,7 @@ ARGS += ("--data.train_size", "601", "--train.epochs", "5", "--eval.batch_size",
 # Ranks share out what Muon computes, and what BatchNorm measures of an average.
 ARGS += ("--optim.name", "muon", "--optim.ema_decay", "0.9", "--model.init", "dirac")
 ARGS += ("--augment.flip", "alternating", "--augment.cutout", "8", "--augment.trivial", "true")
-ARGS += ("--augment.mixup_alpha", "0.2", "--augment.cutmix_alpha", "1", "--train.start_size", "24")
+ARGS += ("--augment.mixup_alpha", "0.2", "--augment.cutmix_alpha", "1")
 ARGS += ("--optim.clip_norm", "1", "--train.label_smoothing", "0.1", "--eval.tta", "flip")
 STEPS = math.ceil(5 * 601 / 192)
 PRECISIONS = {

@@ -58,7 +58,6 @@ ALL = {
     "augment__mixup_alpha": 0.2,
     "augment__cutmix_alpha": 1.0,
     "augment__mix_probability": 0.8,
-    "train__start_size": 20,
 }
 
 
@@ -77,11 +76,11 @@ def test_no_augmentation_depends_on_ranks(changes: dict[str, object]) -> None:
             ranks = [loader(config, n, world_size, rank) for rank in range(world_size)]
             shared = [batch for rank in ranks for batch in rank.micro_batches(step)]
             assert all(map(equal, alone, shared))
-        off = loader(config.replace(augment=Config().augment, train__start_size=None), n)
+        off = loader(config.replace(augment=Config().augment), n)
         for a, b in zip(alone, off.micro_batches(step), strict=True):
             assert torch.equal(a.rows, b.rows)
             assert a.dropout_seed == b.dropout_seed
-            moved = moved or not torch.equal(a.images[:, :, :20, :20], b.images[:, :, :20, :20])
+            moved = moved or not torch.equal(a.images, b.images)
     assert moved
 
 
@@ -118,17 +117,6 @@ def test_labels_are_mixed_as_images_are() -> None:
             assert batch.main_labels is main
             seen.add(batch.share >= 0.5)
     assert seen == {True, False}
-
-
-def test_the_side_grows_over_the_run() -> None:
-    config = Config().replace(
-        train__epochs=2, train__global_batch_size=8, train__micro_batch_size=4, train__start_size=24
-    )
-    data = loader(config, 40)  # 10 steps
-    sides = [data.micro_batches(step)[0].side for step in range(10)]
-    assert sides == [24, 24, 24, 24, 28, 28, 28, 32, 32, 32]
-    evaluation = EvalLoader(data._pixels, None, 10)
-    assert {images.shape[-1] for _, images, _ in evaluation.batches(0, 1)} == {32}
 
 
 def test_an_epoch_holds_every_training_row_once_with_its_label() -> None:

@@ -37,12 +37,12 @@ def test_a_listening_socket_is_reached_and_a_closed_port_or_no_name_refused_at_o
     with socket.create_server(("127.0.0.1", 0)) as server:
         # `localhost` has an IPv6 address as well, where nobody listens.
         assert network.connects("localhost", server.getsockname()[1])
-    assert seconds_until_no("127.0.0.1", 1) < 1
-    assert seconds_until_no("a" * 64 + ".invalid", 443) < 1
+    assert seconds_until_no("127.0.0.1", 1) < 2  # silence is waited for 3
+    assert seconds_until_no("a" * 64 + ".invalid", 443) < 2
 
 
 def test_silence_is_waited_for_only_so_long(mute_port: int) -> None:
-    assert seconds_until_no("127.0.0.1", mute_port) == pytest.approx(3, abs=0.5)
+    assert 2.9 < seconds_until_no("127.0.0.1", mute_port) < 6
 
 
 def test_one_silent_address_of_several_hides_no_other(
@@ -55,7 +55,7 @@ def test_one_silent_address_of_several_hides_no_other(
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
         started = time.monotonic()
         assert network.connects("two.invalid", 443)
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 2
 
 
 def test_a_name_server_that_hangs_is_waited_for_only_so_long(
@@ -68,7 +68,7 @@ def test_a_name_server_that_hangs_is_waited_for_only_so_long(
         raise socket.gaierror
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
-    assert seconds_until_no("slow.invalid", 443) == pytest.approx(3, abs=0.5)
+    assert 2.9 < seconds_until_no("slow.invalid", 443) < 6
     over.set()  # the thread that was left behind ends with its test
 
 

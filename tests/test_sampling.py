@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distvgg.config import Config, UserError
-from distvgg.sampling import Plan, derive_seed, epoch_permutation, side_at
+from distvgg.config import UserError
+from distvgg.sampling import Plan, derive_seed, epoch_permutation
 
 
 @st.composite
@@ -84,18 +84,6 @@ def test_streams_do_not_change_between_versions() -> None:
     assert derive_seed(0, "order", 0) == 7955589716765508323
     assert derive_seed(1, "dropout", 12, 3) == 1002292495929389966
     assert epoch_permutation(0, 0, 10).tolist() == [9, 6, 3, 1, 4, 5, 2, 8, 7, 0]
-
-
-def test_the_side_grows_linearly_by_fours_and_is_full_in_time() -> None:
-    config = Config().replace(train__start_size=20, train__full_size_at=0.7)
-    sides = [side_at(step, 1000, config) for step in range(1001)]
-    changes = [step for step in range(1, 1001) if sides[step] != sides[step - 1]]
-    assert sorted(set(sides)) == [20, 24, 28, 32]
-    assert sides == sorted(sides)
-    assert changes == [234, 467, 700]
-    early = config.replace(train__full_size_at=0.1)
-    assert [side_at(step, 30, early) for step in range(5)] == [20, 24, 28, 32, 32]
-    assert {side_at(step, 30, Config()) for step in range(31)} == {32}
 
 
 def test_processes_that_do_not_divide_the_step_are_refused_with_the_counts_that_work() -> None:
