@@ -31,8 +31,8 @@ from typing import Any
 import psutil
 
 from distvgg.config import load
-from distvgg.engine import evaluation_due
-from distvgg.sampling import Plan
+from distvgg.data.plan import Plan
+from distvgg.training.trainer import evaluation_due
 
 ROOT = Path(__file__).parent.parent
 AIMS = ("start", "training", "evaluation", "checkpoint")

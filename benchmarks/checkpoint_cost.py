@@ -21,9 +21,11 @@ from pathlib import Path
 import torch
 
 from distvgg.config import load
-from distvgg.engine import save_checkpoint, train_step
-from distvgg.run import Run, build
-from distvgg.tracking import Tracking
+from distvgg.tracking.trackers import Tracking
+from distvgg.training.setup import build
+from distvgg.training.state import Run
+from distvgg.training.step import train_step
+from distvgg.training.trainer import save_checkpoint
 
 
 def main() -> int:

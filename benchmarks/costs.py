@@ -34,13 +34,15 @@ from benchmarks.input_path import noise
 from benchmarks.measure import in_turns, ratio, report, save, spread, table
 from benchmarks.runs import training, words_of
 from distvgg.config import Config, load
-from distvgg.data import load_dataset
-from distvgg.distributed import device_here
-from distvgg.engine import measure, train_row, train_step, validate
-from distvgg.loader import EvalLoader, Pixels
+from distvgg.data.cache import load_dataset
+from distvgg.data.loader import EvalLoader, Pixels
+from distvgg.distributed.device import device_here
 from distvgg.metrics import IMAGES_PER_SEC
-from distvgg.run import Run, build, of_global_batch
-from distvgg.tracking import Tracking
+from distvgg.tracking.trackers import Tracking
+from distvgg.training.setup import build
+from distvgg.training.state import Run, of_global_batch
+from distvgg.training.step import train_step
+from distvgg.training.trainer import measure, train_row, validate
 
 PARTS = ("processes", "cadence", "growth")
 # Images in a dataset, micro-batches in a global batch, images in an evaluation.

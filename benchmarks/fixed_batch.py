@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms  # type: ignore[import-untyped]
 
 from distvgg.config import Config
-from distvgg.data import Dataset as Arrays
-from distvgg.distributed import resolve_precision
-from distvgg.model import VGG, build_vgg
-from distvgg.optim import build_optimizer
+from distvgg.data.dataset import Dataset as Arrays
+from distvgg.distributed.device import resolve_precision
+from distvgg.models.vgg import VGG, build_vgg
+from distvgg.optim.build import build_optimizer
 
 Step = Callable[[], None]
 # Batches that each worker has ready when nobody waits for them.

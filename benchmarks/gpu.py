@@ -48,14 +48,15 @@ from benchmarks.fixed_batch import (
 )
 from benchmarks.measure import Samples, in_turns, ratio, report, save, spread, table
 from distvgg.config import Config, load
-from distvgg.data import load_dataset
-from distvgg.distributed import device_here
-from distvgg.engine import train_step
+from distvgg.data.cache import load_dataset
+from distvgg.data.plan import Plan
+from distvgg.distributed.device import device_here
 from distvgg.metrics import STEP_MS
-from distvgg.model import training_flops
-from distvgg.run import Run, build
-from distvgg.run_folder import METRICS_FILE, RESULT_FILE
-from distvgg.sampling import Plan
+from distvgg.models.flops import training_flops
+from distvgg.runs.layout import METRICS_FILE, RESULT_FILE
+from distvgg.training.setup import build
+from distvgg.training.state import Run
+from distvgg.training.step import train_step
 
 ROOT = Path(__file__).parent.parent
 Findings = dict[str, Any]
@@ -506,7 +507,7 @@ def measure_first_step(setting: Setting) -> Findings:
     imports = (
         "import accelerate, torch\n"
         "from distvgg.config import load\n"
-        "from distvgg.model import build_vgg\n"
+        "from distvgg.models.vgg import build_vgg\n"
         f"config = load({setting.recipe!r}, {setting.overrides!r})\n"
         f"model = build_vgg(config.model, 100, 0).to({str(setting.device)!r})\n"
     )

@@ -31,10 +31,11 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from benchmarks.measure import in_turns, ratio, report, save, spread, table
 from distvgg.config import Config, load
-from distvgg.data import Dataset, Split, load_dataset, train_val_indices
-from distvgg.distributed import device_here
-from distvgg.loader import DeviceLoader, Pixels
-from distvgg.sampling import Plan
+from distvgg.data.cache import load_dataset
+from distvgg.data.dataset import Dataset, Split, train_val_indices
+from distvgg.data.loader import DeviceLoader, Pixels
+from distvgg.data.plan import Plan
+from distvgg.distributed.device import device_here
 
 OURS, V1, V2 = "distvgg DeviceLoader", "torchvision", "torchvision v2"
 QUICK_IMAGES = 2048

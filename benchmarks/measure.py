@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from distvgg.provenance import commit, hardware, versions
+from distvgg.runs.provenance import commit, hardware, versions
 
 Samples = dict[str, list[float]]
 

@@ -42,13 +42,14 @@ from torchvision import transforms  # type: ignore[import-untyped]
 from benchmarks import measure
 from benchmarks.chaos import rows
 from benchmarks.runs import PLAIN
-from distvgg.config import Config, RunError, load
-from distvgg.data import load_dataset
-from distvgg.distributed import device_here, resolve_precision
-from distvgg.memory import keep_freed_memory
+from distvgg.config import Config, load
+from distvgg.data.cache import load_dataset
+from distvgg.distributed.device import device_here, resolve_precision
+from distvgg.distributed.host_memory import keep_freed_memory
+from distvgg.errors import RunError
 from distvgg.metrics import IMAGES_PER_SEC
-from distvgg.model import VGG, build_vgg
-from distvgg.run_folder import STOP_FILE
+from distvgg.models.vgg import VGG, build_vgg
+from distvgg.runs.layout import STOP_FILE
 
 T = TypeVar("T")
 

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from distvgg.metrics import STEP, Row
-from distvgg.run_folder import METRICS_FILE, STOP_FILE
+from distvgg.runs.layout import METRICS_FILE, STOP_FILE
 
 ROOT = Path(__file__).parent.parent
 # `fast` without what it has beyond its peers: VGG-16 on CIFAR by SGD, 4 micro-batches of 64 a step.

@@ -1,4 +1,4 @@
-"""The model of step time (distvgg/scaling.py) against real runs on one and two processes.
+"""The model of step time (`distributed.cost_model`) against real runs on one and two processes.
 
     python -m benchmarks.scaling [--recipe fast] [--rounds 3] [--out FILE.json] [--quick]
     python -m benchmarks.scaling --levels [--recipe fast]
@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.measure import in_turns, report, save, table
-from distvgg.bench import (
+from distvgg.commands.bench import (
     FEW,
     MANY,
     Times,
@@ -41,12 +41,13 @@ from distvgg.bench import (
     shared_seconds,
     step_times,
 )
+from distvgg.commands.bench_options import BenchOptions, fabric_of, gpu_of
 from distvgg.config import Config, load
-from distvgg.hardware import BenchOptions, fabric_of, gpu_of
-from distvgg.reduction_plan import MIB, TreePlan, levels_of
-from distvgg.run import Run, build
-from distvgg.scaling import Fabric, Gpu, Link, Setup, exchange, levels, step
-from distvgg.tree_sum import TreeSum
+from distvgg.distributed.cost_model import Fabric, Gpu, Link, Setup, exchange, levels, step
+from distvgg.distributed.reduction_plan import MIB, TreePlan, levels_of
+from distvgg.distributed.tree_sum import TreeSum
+from distvgg.training.setup import build
+from distvgg.training.state import Run
 
 ROOT = Path(__file__).parent.parent
 LARGE = 16 * MIB

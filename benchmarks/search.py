@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field
 from benchmarks.measure import table
 from distvgg import metrics
 from distvgg.config import load
-from distvgg.result import Result, read_result
+from distvgg.runs.result import Result, read_result
 
 Overrides = dict[str, Any]
 # Student's t at 97.5% for 1, 2, ... degrees of freedom; the last serves beyond, a little wide.

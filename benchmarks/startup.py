@@ -33,8 +33,8 @@ import torch
 from benchmarks.measure import in_turns, ratio, report, save, spread, table
 from benchmarks.runs import PLAIN, ROOT, training, words_of
 from distvgg.config import load
-from distvgg.data import cache_entry, load_dataset
-from distvgg.distributed import device_here, resolve_precision
+from distvgg.data.cache import cache_entry, load_dataset
+from distvgg.distributed.device import device_here, resolve_precision
 from distvgg.metrics import EPOCH, STEP
 
 FIRST, WANDB = "first step", "first step, W&B offline"

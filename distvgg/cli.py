@@ -18,16 +18,9 @@ import tyro
 import yaml
 
 from distvgg import environment, preemption
-from distvgg.config import (
-    Config,
-    ContactError,
-    RunError,
-    SplitName,
-    UserError,
-    load,
-    recipe_names,
-)
-from distvgg.hardware import BenchOptions, read_options
+from distvgg.commands.bench_options import BenchOptions, read_options
+from distvgg.config import Config, SplitName, load, recipe_names
+from distvgg.errors import ContactError, RunError, UserError
 
 SPLITS: dict[str, SplitName] = {split: split for split in get_args(SplitName)}
 
@@ -50,6 +43,10 @@ Recipes: {recipes}; every field with its meaning: distvgg train RECIPE --help"""
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command of the command line; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["launch"]:
+        from distvgg.commands import launch
+
+        return launch.main(words[1:])
     environment.clear()  # before a command loads torch
     if not words or words[0] in ("-h", "--help"):
         print(USAGE.format(recipes=", ".join(recipe_names())))
@@ -190,7 +187,7 @@ def train(
     Args:
         run_dir: folder of the run. None: runs/, a name made from the recipe and its values.
     """
-    from distvgg.engine import train
+    from distvgg.training.trainer import train
 
     return train(config, run_dir or default_run_dir(recipe, config)).text()
 
@@ -204,7 +201,7 @@ def evaluate(run_dir: Annotated[Path, tyro.conf.Positional], split: SplitName = 
         split: test, for the final weights of a finished run alone; val, the images held out of
             train; or train, the images trained on, as they are.
     """
-    from distvgg.evaluate import evaluate_run
+    from distvgg.commands.evaluate import evaluate_run
 
     return evaluate_run(run_dir, split)
 
@@ -218,7 +215,7 @@ def compare(run_dirs: Annotated[list[Path], tyro.conf.Positional], out: Path | N
         run_dirs: folders of runs.
         out: also write the table to this file.
     """
-    from distvgg.compare import compare
+    from distvgg.commands.compare import compare
 
     return compare(run_dirs, out)
 
@@ -239,7 +236,7 @@ def doctor(
     """
     if environment.rank():
         return ""  # of several processes, the main one checks for all
-    from distvgg.doctor import examine
+    from distvgg.commands.doctor import examine
 
     folder = run_dir or (Path("runs") if recipe is None else default_run_dir(recipe, config))
     return examine(None if recipe is None else config, folder, prepare=prepare)
@@ -264,7 +261,7 @@ def sweep(
         tasks: size of the job array.
         run_dir: folder of all runs; each is in a folder in it, named by its number.
     """
-    from distvgg.sweep import parse, words_of_task
+    from distvgg.commands.sweep import parse, words_of_task
 
     found = parse(recipe, options or {}, sweep)
     if tasks is not None and tasks < len(found):
@@ -285,9 +282,9 @@ def bench(
     """Predict step time, throughput and efficiency on 1 to 1,024 GPUs from what one takes: measured
     here in some ten seconds of real steps on synthetic images, or given by `--images_per_sec` or
     `--gpu`. Links are assumed to be an H100's, unless given. `--json` (without a value) prints the
-    curves as JSON. The model is described in distvgg/scaling.py.
+    curves as JSON. The model is described in distvgg/distributed/cost_model.py.
     """
-    from distvgg.bench import bench
+    from distvgg.commands.bench import bench
 
     return bench(config, recipe, options, as_json=json)
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from distvgg.config import UserError
+from distvgg.errors import UserError
 
 # Other kinds of training, which accelerate turns on by a variable of its launcher's.
 _KINDS = {

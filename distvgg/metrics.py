@@ -5,14 +5,11 @@ only host synchronisation, at the cadence of the rows. Torch is imported only to
 the numbers of a run needs their names, and no torch.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    pass
+
 
 STEP, EPOCH = "step", "epoch"
 TRAIN_LOSS, TRAIN_TOP1, TRAIN_LR = "train/loss", "train/top1", "train/lr"
@@ -27,101 +24,7 @@ TFLOPS = "perf/tflops"  # achieved, over all processes
 # Under val/ and test/; superclass_top1 only where the data has superclasses, tta_top1 where asked.
 LOSS, TOP1, TOP5, SUPERCLASS_TOP1, COUNT = "loss", "top1", "top5", "superclass_top1", "count"
 CALIBRATION_ERROR, TTA_TOP1 = "calibration_error", "tta_top1"
-
 Row = dict[str, float | int]
-
-
-class TrainMeter:
-    """Loss and accuracy over the samples since the last reading, the same on every rank.
-
-    `sums` is [3] float64 (loss, hits, count): a mean of thousands of losses keeps its digits.
-    """
-
-    def __init__(self, device: "torch.device") -> None:
-        import torch
-
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
-
-    def add(self, summed_loss: "Tensor", hits: "Tensor", count: int) -> None:
-        """Adds one step over all ranks."""
-        self.sums[0].add_(summed_loss)  # `+=` would also copy the element onto itself
-        self.sums[1].add_(hits)
-        self.sums[2].add_(count)
-
-    def read(self) -> Row:
-        """The means since the last reading."""
-        loss, hits, count = self.sums.tolist()  # a host sync
-        self.sums.zero_()
-        return {TRAIN_LOSS: loss / count, TRAIN_TOP1: hits / count}
-
-
-class Clock:
-    """Wall time of training steps. The first step (allocation, compilation) and whatever runs
-    under `paused` (evaluation) do not count.
-
-    Args:
-        flops_per_image: of forward and backward.
-        steps, seconds: the totals of earlier starts of the run.
-    """
-
-    def __init__(
-        self,
-        images_per_step: int,
-        flops_per_image: int,
-        steps: int = 0,
-        seconds: float = 0.0,
-    ) -> None:
-        self._images_per_step, self._flops_per_image = images_per_step, flops_per_image
-        self._started: float | None = None
-        self._steps, self._total_steps = 0, steps
-        self._waited, self._total_seconds = 0.0, seconds
-
-    def step_done(self) -> None:
-        """Counts a step."""
-        if self._started is None:
-            self._started, self._waited = time.perf_counter(), 0.0
-        else:
-            self._steps += 1
-
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - before
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        if self._started is not None:
-            self._started += time.perf_counter() - before
-
-    def read(self) -> Row:
-        """Throughput since the last reading; empty before the second step."""
-        if not self._steps or self._started is None:
-            return {}
-        now = time.perf_counter()
-        seconds, steps, waited = now - self._started, self._steps, self._waited
-        self._total_seconds += seconds
-        self._total_steps += steps
-        images_per_sec = steps * self._images_per_step / seconds
-        self._started, self._steps, self._waited = now, 0, 0.0
-        return {
-            IMAGES_PER_SEC: images_per_sec,
-            TFLOPS: images_per_sec * self._flops_per_image / 1e12,
-            STEP_MS: 1000 * seconds / steps,
-            DATA_WAIT_MS: 1000 * waited / steps,
-        }
-
-    def totals(self) -> tuple[int, float]:
-        """Steps and seconds over all readings."""
-        return self._total_steps, self._total_seconds
-
-    def images_per_sec(self) -> float | None:
-        """Over all readings; None before the first."""
-        if not self._total_steps:
-            return None
-        return self._total_steps * self._images_per_step / self._total_seconds
 
 
 def describe(row: Row) -> str:

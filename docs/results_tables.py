@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from distvgg import metrics
-from distvgg.compare import grouped, read
+from distvgg.commands.compare import grouped, read
 from distvgg.config import Config, load
-from distvgg.confusion import Confusion, class_accuracy, read_confusion, worst_pairs
-from distvgg.model import training_flops
-from distvgg.result import Result
-from distvgg.run_folder import CONFIG_FILE
+from distvgg.models.flops import training_flops
+from distvgg.runs.confusion import Confusion, class_accuracy, read_confusion, worst_pairs
+from distvgg.runs.layout import CONFIG_FILE
+from distvgg.runs.result import Result
 
 SHARES = {
     metrics.TOP1: "top-1",

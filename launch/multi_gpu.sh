@@ -10,5 +10,5 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 use_environment
 
-exec "$PYTHON" launch/node.py ${NUM_PROCESSES:+--processes "$NUM_PROCESSES"} \
+exec "$PYTHON" -m distvgg launch ${NUM_PROCESSES:+--processes "$NUM_PROCESSES"} \
     --port "${MAIN_PROCESS_PORT:-0}" -- "$@"

@@ -19,5 +19,5 @@ for name in "$(hostname)" "$(hostname -f 2>/dev/null)" "$(hostname -s)" $(hostna
     [ "$name" != "$HEAD" ] && [ "$name" != "$(getent ahosts "$HEAD" | awk '{ print $1; exit }')" ] || rank=0
 done
 
-exec "$PYTHON" launch/node.py --nodes "$NODES" --rank "${NODE_RANK:-$rank}" --head "$HEAD" --port "${PORT:-29400}" \
+exec "$PYTHON" -m distvgg launch --nodes "$NODES" --rank "${NODE_RANK:-$rank}" --head "$HEAD" --port "${PORT:-29400}" \
     --processes "${PROCESSES_PER_NODE:-0}" --max_restarts "${MAX_RESTARTS:-3}" -- "$@"

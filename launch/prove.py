@@ -184,7 +184,7 @@ def in_the_middle(folder: Path, until: int | None, before: set[str]) -> bool:
 
 
 class Processes:
-    """Starts of a run on this machine, by launch/node.py; SIGKILL cuts one off.
+    """Starts of a run on this machine, by `distvgg launch`; SIGKILL cuts one off.
 
     Attributes:
         counts: where none are given: those that there are GPUs for, or all if there is at most one.
@@ -197,7 +197,8 @@ class Processes:
         import torch
         from accelerate.utils import parse_flag_from_env
 
-        self._env = dict(os.environ)
+        path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        self._env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
         gpus = 0 if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.cuda.device_count()
         self.counts = tuple(n for n in (1, 2, 4) if gpus < 2 or n <= gpus)
         self.epochs = 20 if gpus else 4
@@ -208,7 +209,7 @@ class Processes:
     def __call__(self, run: Run, n: int, until: int | None, train: Sequence[str]) -> None:
         """Runs to the end, or to a kill after a row."""
         log, before = run.folder.with_suffix(".log"), checkpoints(run.folder)
-        node = (sys.executable, str(ROOT / "launch" / "node.py"), "--processes", str(n), "--")
+        node = (sys.executable, "-m", "distvgg", "launch", "--processes", str(n), "--")
         with log.open("a") as output:
             process = psutil.Popen(
                 [*node, *train],

@@ -4,16 +4,16 @@ import sys
 
 from accelerate import Accelerator
 
-from distvgg import distributed
+from distvgg.distributed import collectives
 
 
 def main() -> None:
-    distributed._BROADCAST_BYTES = 1000
+    collectives._BROADCAST_BYTES = 1000
     accelerator = Accelerator(cpu=True)
     for size in (1, 999, 1000, 1001, 12345):
         sent = bytes(i * 31 % 256 for i in range(size))
         here = sent if accelerator.is_main_process else None
-        assert distributed.bytes_from_main(accelerator, here) == sent, size
+        assert collectives.bytes_from_main(accelerator, here) == sent, size
     accelerator.end_training()
     sys.stdout.write("equal\n")  # in one piece: ranks share a pipe
 

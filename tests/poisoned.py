@@ -7,11 +7,12 @@ import sys
 
 import torch
 
-from distvgg import engine, loader
 from distvgg.cli import main
+from distvgg.data import loader
+from distvgg.training import diagnose, step
 
 STEP, MICRO_BATCH = 9, 2
-_sound_batches, _sound_loss = loader.DeviceLoader.micro_batches, engine.summed_loss
+_sound_batches, _sound_loss = loader.DeviceLoader.micro_batches, step.summed_loss
 
 
 def micro_batches(self: loader.DeviceLoader, step: int) -> list[loader.MicroBatch]:
@@ -21,7 +22,7 @@ def micro_batches(self: loader.DeviceLoader, step: int) -> list[loader.MicroBatc
     ]
 
 
-def summed_loss(run: engine.Run, logits: torch.Tensor, batch: loader.MicroBatch) -> torch.Tensor:
+def summed_loss(run: step.Run, logits: torch.Tensor, batch: loader.MicroBatch) -> torch.Tensor:
     loss = _sound_loss(run, logits, batch)
     if torch.equal(batch.rows, run.loader.rows(STEP - 1, MICRO_BATCH)):
         zero = logits.sum() * 0
@@ -33,5 +34,5 @@ if __name__ == "__main__":
     if os.environ["POISON"] == "loss":
         loader.DeviceLoader.micro_batches = micro_batches  # type: ignore[method-assign]
     else:
-        engine.summed_loss = summed_loss
+        step.summed_loss = diagnose.summed_loss = summed_loss
     sys.exit(main())

@@ -10,18 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
-from distvgg.augment import (
-    Draws,
-    Mixture,
-    cutout,
-    draw_epoch,
-    draw_mixture,
-    mix,
-    normalise,
-    resize,
-    view,
-)
 from distvgg.config import AugmentConfig
+from distvgg.data.mixing import Mixture, draw_mixture, mix
+from distvgg.data.transforms import Draws, cutout, draw_epoch, normalise, resize, view
 
 
 def random_images(n: int, height: int, width: int) -> torch.Tensor:

@@ -4,11 +4,11 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from distvgg.average import Average
 from distvgg.config import ModelConfig
-from distvgg.model import build_vgg
-from distvgg.reduction_plan import TreePlan
-from distvgg.tree_sum import ExchangeQueue
+from distvgg.distributed.reduction_plan import TreePlan
+from distvgg.distributed.tree_sum import ExchangeQueue
+from distvgg.models.ema import Average
+from distvgg.models.vgg import build_vgg
 
 
 def test_the_average_follows_its_definition() -> None:

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 from disks import file_size_limit, small_disk
-from distvgg.checkpoint import (
+from distvgg.config import ModelConfig, OptimConfig
+from distvgg.models.vgg import VGG
+from distvgg.optim.build import build_optimizer
+from distvgg.training.checkpoint import (
     Checkpoint,
     Checkpoints,
     DamageError,
@@ -20,9 +23,6 @@ from distvgg.checkpoint import (
     optimizer_tensors,
     read,
 )
-from distvgg.config import ModelConfig, OptimConfig
-from distvgg.model import VGG
-from distvgg.optim import build_optimizer
 
 FILES = ("manifest.json", "model.safetensors", "state.safetensors")
 
@@ -97,7 +97,8 @@ def test_a_second_save_waits_for_the_first_and_the_loop_for_none(tmp_path: Path)
 
 def test_the_exit_of_the_process_waits_for_a_save(tmp_path: Path) -> None:
     program = (
-        "import time, torch; from pathlib import Path; from distvgg.checkpoint import Checkpoints\n"
+        "import time, torch; from pathlib import Path\n"
+        "from distvgg.training.checkpoint import Checkpoints\n"
         f"Checkpoints(Path({str(tmp_path)!r}), 2).save(1, {{'w': torch.ones(1)}}, {{}}, {{}},"
         " best=None, flush=lambda: time.sleep(0.5))"
     )
@@ -212,7 +213,7 @@ def test_a_manifest_of_a_later_format_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("distvgg.checkpoint.FORMAT", 2)
+        patch.setattr("distvgg.training.checkpoint.FORMAT", 2)
         save(tmp_path, 1)
     with pytest.raises(DamageError, match="its format is 2, this version reads 1"):
         read(tmp_path / "step_00000001")

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from distvgg import compare as module
-from distvgg.compare import compare
-from distvgg.config import Config, UserError
-from distvgg.result import Result, save_result
+from distvgg.commands import compare as module
+from distvgg.commands.compare import compare
+from distvgg.config import Config
+from distvgg.errors import UserError
+from distvgg.runs.result import Result, save_result
 from launch import ROOT, Started, run, train
 
 ARGS = ("--train.epochs", "3", "--checkpoint.every_steps", "4", "--track.every_steps", "2")

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from distvgg.config import Config, UserError, load, recipe_names
+from distvgg.config import Config, load, recipe_names
+from distvgg.errors import UserError
 from launch import ROOT
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from distvgg.config import UserError
-from distvgg.confusion import (
+from distvgg.errors import UserError
+from distvgg.runs.confusion import (
     Confusion,
     by_superclass,
     class_accuracy,
@@ -75,7 +75,7 @@ def test_its_file_holds_it_whole_or_is_refused(tmp_path: Path) -> None:
 
 
 def test_reading_one_imports_no_torch() -> None:
-    probe = "import sys, distvgg.confusion; print('torch' in sys.modules)"
+    probe = "import sys, distvgg.runs.confusion; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=ROOT
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from distvgg.convolution import Conv3x3
+from distvgg.models.small_conv import Conv3x3
 
 GRIDS = [(1, 1), (1, 2), (2, 2), (2, 4), (3, 3), (4, 4), (5, 4)]
 

@@ -12,8 +12,8 @@ import torch
 from benchmarks import input_path, startup
 from benchmarks.costs import PARTS
 from distvgg.config import load
-from distvgg.loader import DeviceLoader, Pixels
-from distvgg.sampling import Plan
+from distvgg.data.loader import DeviceLoader, Pixels
+from distvgg.data.plan import Plan
 from launch import run_module
 
 

@@ -26,12 +26,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from distvgg import data, decode, synthetic
-from distvgg.config import DataConfig, UserError
-from distvgg.data import Dataset, load_dataset, train_val_indices
+from distvgg.config import DataConfig
+from distvgg.data import cache, cifar, decode, synthetic
+from distvgg.data.cache import load_dataset
+from distvgg.data.dataset import Dataset, train_val_indices
+from distvgg.errors import UserError
 
 # As the hub's metadata has them: sorted, with the misspelling of crab.
-CIFAR100_NAMES = sorted(decode.CIFAR100_SUPERCLASS_OF)
+CIFAR100_NAMES = sorted(cifar.CIFAR100_SUPERCLASS_OF)
 HUB_NAMES = ["cra" if n == "crab" else n for n in CIFAR100_NAMES]
 Rows = dict[str, list[Any]]
 
@@ -121,9 +123,9 @@ def test_the_real_set_is_decoded_to_the_pixel(real: Dataset, cifar100: str) -> N
             assert np.array_equal(split.images[i], np.asarray(independent)), (name, i)
     assert real.class_names == CIFAR100_NAMES
     assert real.class_names[26] == "crab"
-    assert real.superclass_names == list(decode.CIFAR100_SUPERCLASSES)
+    assert real.superclass_names == list(cifar.CIFAR100_SUPERCLASSES)
     for name, superclass in zip(real.class_names, real.superclass_of, strict=True):
-        assert real.superclass_names[superclass] == decode.CIFAR100_SUPERCLASS_OF[name]
+        assert real.superclass_names[superclass] == cifar.CIFAR100_SUPERCLASS_OF[name]
     assert np.round(real.mean, 4).tolist() == [0.5071, 0.4865, 0.4409]
     assert np.round(real.std, 4).tolist() == [0.2673, 0.2564, 0.2762]
 
@@ -136,7 +138,7 @@ from distvgg.data import load_dataset
 start = time.perf_counter()
 dataset = load_dataset(DataConfig(path={cifar100!r}))
 print(len(dataset.train), time.perf_counter() - start)
-assert not sys.modules.keys() & {{"datasets", "pyarrow", "PIL", "distvgg.decode"}}
+assert not sys.modules.keys() & {{"datasets", "pyarrow", "PIL", "distvgg.data.decode"}}
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -196,7 +198,7 @@ def test_cifar100_as_folders_keeps_its_splits_apart_and_gets_its_superclasses(
     assert dataset.class_names == CIFAR100_NAMES
     assert dataset.superclass_of is not None
     for name, superclass in zip(dataset.class_names, dataset.superclass_of, strict=True):
-        assert dataset.superclass_names[superclass] == decode.CIFAR100_SUPERCLASS_OF[name]
+        assert dataset.superclass_names[superclass] == cifar.CIFAR100_SUPERCLASS_OF[name]
     for split, loaded in (("train", dataset.train), ("test", dataset.test)):
         assert loaded is not None
         assert np.array_equal(loaded.images, splits[split])
@@ -272,8 +274,9 @@ def child(
     code = f"""
 import hashlib, os, signal, sys
 import numpy as np
-from distvgg import data, decode
-from distvgg.config import DataConfig, UserError
+from distvgg.config import DataConfig
+from distvgg.data import cache
+from distvgg.errors import UserError
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -281,7 +284,7 @@ def die(*_, **__):
 {before}
 sys.stdin.readline()
 try:
-    dataset = data.load_dataset(DataConfig(name="custom", path={path!r}))
+    dataset = cache.load_dataset(DataConfig(name="custom", path={path!r}))
 except UserError as error:
     sys.exit(str(error))
 print(hashlib.sha256(np.array(dataset.train.images)).hexdigest(), len(dataset.test))
@@ -301,12 +304,12 @@ def test_two_processes_on_a_cold_cache_decode_once(
 ) -> None:
     log = tmp_path / "builds"
     before = f"""
-build = data._build
+build = cache._build
 def logged(*args):
     with open({str(log)!r}, "a") as file:
         file.write("built\\n")
     build(*args)
-data._build = logged
+cache._build = logged
 """
     processes = [child(parquet, cold, before=before) for _ in range(2)]
     for process in processes:
@@ -319,7 +322,7 @@ data._build = logged
     assert log.read_text() == "built\n"
 
 
-@pytest.mark.parametrize("moment", ["data.channel_moments", "os.fsync"])
+@pytest.mark.parametrize("moment", ["cache.channel_moments", "os.fsync"])
 def test_a_killed_build_is_never_read_and_does_not_stay(
     moment: str, parquet: str, cold: Path
 ) -> None:
@@ -337,7 +340,7 @@ def test_a_killed_build_is_never_read_and_does_not_stay(
 def test_a_build_that_still_runs_elsewhere_is_left_alone(parquet: str, cold: Path) -> None:
     cold.mkdir()
     (cold / "other.building").mkdir()
-    with data._locked(cold / "other.lock", fcntl.LOCK_EX):
+    with cache._locked(cold / "other.lock", fcntl.LOCK_EX):
         load_dataset(custom(parquet))
     assert (cold / "other.building").exists()
 
@@ -370,7 +373,7 @@ def test_a_whole_entry_is_read_without_writing(
 ) -> None:
     """So that a cache that somebody else filled may be read-only."""
     load_dataset(custom(parquet))
-    monkeypatch.setattr(data, "_locked", None)
+    monkeypatch.setattr(cache, "_locked", None)
     load_dataset(custom(parquet))
 
 
@@ -541,9 +544,11 @@ def test_a_flipped_bit_changes_no_pixel_unnoticed(bit: int) -> None:
 def test_no_network_is_one_quick_line_with_three_ways_out(cold: Path, tmp_path: Path) -> None:
     """The hub's address is a closed port of this machine, so that no machine finds it."""
     code = (
-        "import sys; from distvgg import config, data\n"
-        "try: data.load_dataset(config.DataConfig())\n"
-        "except config.UserError as error: sys.exit(str(error))"
+        "import sys; from distvgg.config import DataConfig\n"
+        "from distvgg.data.cache import load_dataset\n"
+        "from distvgg.errors import UserError\n"
+        "try: load_dataset(DataConfig())\n"
+        "except UserError as error: sys.exit(str(error))"
     )
     offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     start = time.perf_counter()
@@ -575,7 +580,7 @@ def test_the_synthetic_set_is_balanced_reproducible_and_no_cifar(
         assert np.array_equal(split.superclasses, dataset.superclass_of[split.labels])
     names = {*dataset.class_names, *dataset.superclass_names}
     assert len(names) == 120
-    assert not names & {*CIFAR100_NAMES, *decode.CIFAR100_SUPERCLASSES}
+    assert not names & {*CIFAR100_NAMES, *cifar.CIFAR100_SUPERCLASSES}
 
     (entry,) = (p for p in cache.glob("synthetic-*") if p.is_dir())
     synthetic.write(tmp_path)

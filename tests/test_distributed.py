@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from distvgg.config import load
-from distvgg.distributed import StepSums
-from distvgg.reduction_plan import TreePlan
-from distvgg.tree_sum import ExchangeQueue
+from distvgg.distributed.reduction_plan import TreePlan
+from distvgg.distributed.step_sums import StepSums
+from distvgg.distributed.tree_sum import ExchangeQueue
 from launch import FLOAT64, ROOT, Started, assert_same_run, rows, run, train
 
 # 12 micro-batches a step, so that ranks have 12, 6, 4, 3 and 2 of them: powers of two and not.

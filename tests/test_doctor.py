@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from disks import small_disk
-from distvgg.config import UserError, load
+from distvgg.config import load
+from distvgg.errors import UserError
 from launch import run, tiny
 
 pytestmark = pytest.mark.usefixtures("newcomer")
@@ -179,7 +180,7 @@ def test_a_set_on_the_hub_once_prepared_needs_no_network_and_no_client(
 def test_the_room_that_checkpoints_take_is_theirs_to_a_hundredth(
     tmp_path: Path, images: Path, more: tuple[str, ...]
 ) -> None:
-    from distvgg import doctor
+    from distvgg.commands import doctor
 
     words = ("--model.width", "0.5", "--checkpoint.keep", "1", *more)
     done = run(["train", *of_set(images, tmp_path / "run"), *words])
@@ -192,7 +193,7 @@ def test_the_room_that_checkpoints_take_is_theirs_to_a_hundredth(
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_to_fix(tmp_path: Path) -> None:
-    from distvgg import doctor
+    from distvgg.commands import doctor
 
     with small_disk(tmp_path / "disk", "10m") as disk:
         with pytest.raises(UserError, match=r"10\.0 MiB free, and checkpoints take .*: make room"):
@@ -208,7 +209,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_to_fix(tmp_path: Path) -> No
 def test_an_nvidia_gpu_is_known_without_its_driver(
     tmp_path: Path, vendor: str, kind: str, expected: bool
 ) -> None:
-    from distvgg.distributed import has_nvidia_hardware
+    from distvgg.distributed.device import has_nvidia_hardware
 
     device = tmp_path / "sys" / "bus" / "pci" / "devices" / "0000:01:00.0"
     device.mkdir(parents=True)

@@ -15,14 +15,18 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
-from distvgg import engine
-from distvgg.checkpoint import Checkpoints
-from distvgg.config import Config, UserError, load
-from distvgg.distributed import resolve_precision
-from distvgg.engine import due, evaluation_due
-from distvgg.model import VGG, training_flops
-from distvgg.optim import lr_at
-from distvgg.sampling import Plan
+from distvgg.config import Config, load
+from distvgg.data.plan import Plan
+from distvgg.distributed.device import resolve_precision
+from distvgg.errors import UserError
+from distvgg.models.flops import training_flops
+from distvgg.models.vgg import VGG
+from distvgg.optim.schedule import lr_at
+from distvgg.training import trainer
+from distvgg.training.checkpoint import Checkpoints
+from distvgg.training.setup import build
+from distvgg.training.step import train_step
+from distvgg.training.trainer import due, evaluation_due
 from launch import TINY, rows, run, train
 
 
@@ -43,7 +47,7 @@ def test_a_step_equals_a_plain_loop(tmp_path: Path) -> None:
     """torch alone, without accelerate: the same micro-batches in, the same losses, weights and
     BatchNorm statistics out, clipping and label smoothing included."""
     config = tiny(optim__clip_norm=0.5, train__label_smoothing=0.1, optim__lr=0.05)
-    run = engine.build(config, tmp_path / "run")
+    run = build(config, tmp_path / "run")
     reference = VGG(config.model, run.dataset.num_classes)
     reference.load_state_dict(run.vgg.state_dict())
     sgd = torch.optim.SGD(
@@ -53,7 +57,7 @@ def test_a_step_equals_a_plain_loop(tmp_path: Path) -> None:
     for step in range(4):
         micro_batches = run.loader.micro_batches(step)
         lr = lr_at(step, config.optim, 100, 10)
-        engine.train_step(run, micro_batches, lr)
+        train_step(run, micro_batches, lr)
         run.watch.drain()
         loss = run.meter.read()["train/loss"]
 
@@ -94,7 +98,7 @@ def test_a_step_equals_a_plain_loop(tmp_path: Path) -> None:
 def test_mixed_labels_are_a_soft_target(tmp_path: Path) -> None:
     """The loss is the cross-entropy with both labels' shares, smoothed; a hit is the larger's."""
     config = tiny(augment__mixup_alpha=1.0, augment__cutmix_alpha=1.0, train__label_smoothing=0.1)
-    run = engine.build(config, tmp_path / "run")
+    run = build(config, tmp_path / "run")
     classes = run.dataset.num_classes
     for step in range(3):
         micro_batches = run.loader.micro_batches(step)
@@ -112,7 +116,7 @@ def test_mixed_labels_are_a_soft_target(tmp_path: Path) -> None:
                 loss += F.cross_entropy(logits, target, reduction="sum", label_smoothing=0.1).item()
                 larger = batch.labels if batch.share > 0.5 else batch.partner_labels
                 hits += (logits.argmax(1) == larger).sum().item()
-        engine.train_step(run, micro_batches, lr=0.05)
+        train_step(run, micro_batches, lr=0.05)
         run.watch.drain()
         row = run.meter.read()
         assert row["train/loss"] == pytest.approx(loss / 64, rel=1e-5)
@@ -134,7 +138,7 @@ def test_bf16_is_real_and_close_to_float32(tmp_path: Path) -> None:
 
 
 def test_bf16_computes_in_bf16(tmp_path: Path) -> None:
-    run = engine.build(tiny(train__precision="bf16"), tmp_path / "run")
+    run = build(tiny(train__precision="bf16"), tmp_path / "run")
     seen: set[torch.dtype] = set()
     for layer in (run.vgg.features[0], run.vgg.classifier[-1]):
         layer.register_forward_hook(lambda _m, _i, out: seen.add(out.dtype))
@@ -252,7 +256,7 @@ def test_throughput_counts_no_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
         save(*args, **kwargs)
 
     monkeypatch.setattr(Checkpoints, "save", slow)
-    engine.train(tiny(checkpoint__every_steps=2, train__epochs=0.6), tmp_path / "run")
+    trainer.train(tiny(checkpoint__every_steps=2, train__epochs=0.6), tmp_path / "run")
     milliseconds = [row["perf/step_ms"] for row in rows(tmp_path / "run") if "perf/step_ms" in row]
     assert len(milliseconds) >= 4
     assert max(milliseconds) < 1000

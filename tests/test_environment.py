@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distvgg import environment
-from distvgg.config import UserError
+from distvgg.errors import UserError
 from launch import CPU, assert_same_run, run, tiny, train
 
 BF16 = ("--train.precision", "bf16")

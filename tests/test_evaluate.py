@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distvgg.data import Dataset, Split
-from distvgg.evaluate import (
+from distvgg.data.dataset import Dataset, Split
+from distvgg.data.loader import EvalLoader, Pixels
+from distvgg.training.evaluation import (
     CALIBRATION_BINS,
     COLUMNS,
     Evaluation,
     calibration_sums,
     evaluate,
 )
-from distvgg.loader import EvalLoader, Pixels
 
 CPU = torch.device("cpu")
 N, CLASSES, SIDE = 211, 10, 8

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from disks import small_disk
-from distvgg.checkpoint import read
-from distvgg.config import ContactError, RunError, load
-from distvgg.data import load_dataset, train_val_indices
-from distvgg.distributed import lost_contact
-from distvgg.run import TrainState
-from distvgg.sampling import Plan, epoch_permutation
-from distvgg.watch import PATIENCE, NonFiniteError, Watch
+from distvgg.config import load
+from distvgg.data.cache import load_dataset
+from distvgg.data.dataset import train_val_indices
+from distvgg.data.plan import Plan, epoch_permutation
+from distvgg.distributed.peer_failure import lost_contact
+from distvgg.errors import ContactError, RunError
+from distvgg.training.checkpoint import read
+from distvgg.training.nan_monitor import PATIENCE, NonFiniteError, Watch
+from distvgg.training.state import TrainState
 from launch import ROOT, Started, assert_same_run, measured, rows, train
 
 ARGS = ("--checkpoint.every_steps", "4", "--train.epochs", "3")  # 29 steps
@@ -70,16 +72,17 @@ def test_the_micro_batch_that_went_wrong_is_named_and_nothing_is_spoilt(
 def test_a_step_that_failed_changes_no_weight_nor_does_any_later_one(tmp_path: Path) -> None:
     from accelerate.state import AcceleratorState
 
-    from distvgg import engine
+    from distvgg.training.setup import build
+    from distvgg.training.step import train_step
     from test_engine import tiny
 
-    run = engine.build(tiny(), tmp_path / "run")
-    engine.train_step(run, run.loader.micro_batches(0), lr=0.1)
+    run = build(tiny(), tmp_path / "run")
+    train_step(run, run.loader.micro_batches(0), lr=0.1)
     before = {k: v.clone() for k, v in run.vgg.named_parameters()}
     batches = run.loader.micro_batches(1)
     batches[3] = batches[3]._replace(images=batches[3].images * torch.inf)
-    engine.train_step(run, batches, lr=0.1)
-    engine.train_step(run, run.loader.micro_batches(2), lr=0.1)  # the host may be a step late
+    train_step(run, batches, lr=0.1)
+    train_step(run, run.loader.micro_batches(2), lr=0.1)  # the host may be a step late
     for name, value in run.vgg.named_parameters():
         assert torch.equal(value, before[name]), name
     with pytest.raises(NonFiniteError):

@@ -19,9 +19,9 @@ from benchmarks.gpu import (
     windows,
 )
 from distvgg.config import load
-from distvgg.data import train_val_indices
-from distvgg.loader import DeviceLoader, Pixels
-from distvgg.run import Run
+from distvgg.data.dataset import train_val_indices
+from distvgg.data.loader import DeviceLoader, Pixels
+from distvgg.training.state import Run
 from launch import TINY, assert_same_run, rows, run, train
 
 GPUS = torch.cuda.device_count()

@@ -1,9 +1,8 @@
-"""launch/node.py, which every launch script ends in: what the bare launcher of several loses."""
+"""`distvgg launch`, which every launch script ends in: what the bare launcher of several loses."""
 
 import argparse
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -17,9 +16,10 @@ import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from distvgg.commands.launch import explain, main
 from launch import CPU, ROOT, TINY, rows, run
 
-NODE = ("launch/node.py", "--processes", "2", "--")
+NODE = ("-m", "distvgg", "launch", "--processes", "2", "--")
 
 
 def start(run_dir: Path, *words: str) -> subprocess.Popen[str]:
@@ -79,7 +79,6 @@ def test_any_number_of_gpus_trains(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with mock.patch.dict(os.environ):
         os.environ.pop("ACCELERATE_USE_CPU", None)
-        main = runpy.run_path(str(ROOT / NODE[0]))["main"]
         assert main(["--port", "0", "--", recipe]) == 0
     assert launched[0].num_processes == expected
     assert launched[0].training_script_args == ["train", recipe]
@@ -138,7 +137,6 @@ def test_the_exit_code_is_that_of_the_cause(ends: list[tuple[int, int]], expecte
     for rank, (second, code) in enumerate(ends):
         failures[rank] = ProcessFailure(rank, pid=1, exitcode=code, error_file="")
         failures[rank].timestamp = second
-    explain = runpy.run_path(str(ROOT / NODE[0]))["explain"]
     assert explain(ChildFailedError("train", failures)) == expected
 
 
@@ -151,7 +149,8 @@ def test_gpus_that_torch_does_not_see_are_an_error(tmp_path: Path) -> None:
     (card / "class").write_text("0x030200\n")
     (card / "vendor").write_text("0x10de\n")
     script = f"mount --bind {card.parent} /sys/bus/pci/devices && exec {sys.executable} $0 $@"
-    words = ["unshare", "--mount", "bash", "-c", script, "launch/node.py", "--", "quickstart"]
+    launch = ["-m", "distvgg", "launch", "--", "quickstart"]
+    words = ["unshare", "--mount", "bash", "-c", script, *launch]
     done = subprocess.run(
         [*words, *TINY, "--run-dir", str(tmp_path / "run")],
         env={k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"},

@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distvgg.config import Config, UserError
-from distvgg.data import Dataset, Split
-from distvgg.loader import DeviceLoader, EvalLoader, MicroBatch, Pixels
-from distvgg.sampling import Plan
+from distvgg.config import Config
+from distvgg.data.dataset import Dataset, Split
+from distvgg.data.loader import DeviceLoader, EvalLoader, MicroBatch, Pixels
+from distvgg.data.plan import Plan
+from distvgg.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,8 @@ import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
 from distvgg.config import ModelConfig
-from distvgg.model import VGG, build_vgg, training_flops
+from distvgg.models.flops import training_flops
+from distvgg.models.vgg import VGG, build_vgg
 
 PAPER = {"head_width": 4096, "pool_size": 7, "image_size": 64}
 

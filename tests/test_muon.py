@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from distvgg.config import ModelConfig, OptimConfig
-from distvgg.distributed import SharedResults
-from distvgg.model import build_vgg
-from distvgg.muon import A, B, C, orthogonalise
-from distvgg.optim import build_optimizer, set_lr, skip_step_if
-from distvgg.reduction_plan import Ranks
+from distvgg.distributed.reduction_plan import Ranks
+from distvgg.distributed.shared_results import SharedResults
+from distvgg.models.vgg import build_vgg
+from distvgg.optim.build import build_optimizer, set_lr, skip_step_if
+from distvgg.optim.muon import A, B, C, orthogonalise
 from test_tree_sum import over_ranks
 
 

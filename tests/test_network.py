@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from distvgg import network
+from distvgg import reachability
 
 
 @pytest.fixture
@@ -29,14 +29,14 @@ def mute_port() -> Iterator[int]:
 
 def seconds_until_no(host: str, port: int) -> float:
     started = time.monotonic()
-    assert not network.connects(host, port)
+    assert not reachability.connects(host, port)
     return time.monotonic() - started
 
 
 def test_a_listening_socket_is_reached_and_a_closed_port_or_no_name_refused_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         # `localhost` has an IPv6 address as well, where nobody listens.
-        assert network.connects("localhost", server.getsockname()[1])
+        assert reachability.connects("localhost", server.getsockname()[1])
     assert seconds_until_no("127.0.0.1", 1) < 2  # silence is waited for 3
     assert seconds_until_no("a" * 64 + ".invalid", 443) < 2
 
@@ -54,7 +54,7 @@ def test_one_silent_address_of_several_hides_no_other(
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", a) for a in addresses]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
         started = time.monotonic()
-        assert network.connects("two.invalid", 443)
+        assert reachability.connects("two.invalid", 443)
         assert time.monotonic() - started < 2
 
 
@@ -87,4 +87,4 @@ def test_a_proxy_counts_for_its_scheme_and_not_for_hosts_that_bypass_it(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("https_proxy", "http://proxy.invalid:3128")
     monkeypatch.setenv("no_proxy", ".here")
-    assert network.behind_proxy(urlsplit(url)) is behind
+    assert reachability.behind_proxy(urlsplit(url)) is behind

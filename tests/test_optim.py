@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from distvgg.config import ModelConfig, OptimConfig
-from distvgg.model import build_vgg
-from distvgg.optim import build_optimizer, lr_at, parameter_groups, set_lr
+from distvgg.models.vgg import build_vgg
+from distvgg.optim.build import build_optimizer, parameter_groups, set_lr
+from distvgg.optim.schedule import lr_at
 
 
 @pytest.mark.parametrize(

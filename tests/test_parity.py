@@ -17,9 +17,11 @@ from torchvision import transforms
 from torchvision.models.vgg import cfgs, make_layers
 
 from distvgg.config import Config, ModelConfig, load
-from distvgg.data import Dataset, load_dataset, train_val_indices
-from distvgg.model import VGG, build_vgg
-from distvgg.sampling import derive_seed, epoch_permutation
+from distvgg.data.cache import load_dataset
+from distvgg.data.dataset import Dataset, train_val_indices
+from distvgg.data.plan import epoch_permutation
+from distvgg.models.vgg import VGG, build_vgg
+from distvgg.rng import derive_seed
 from launch import FLOAT64, rows, run
 
 COLUMNS = {16: "D", 19: "E"}  # of the paper's table 1, by which torchvision names them

@@ -20,11 +20,14 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from distvgg.config import UserError, load
-from distvgg.confusion import read_confusion
-from distvgg.data import load_dataset, train_val_indices
-from distvgg.evaluate import evaluate_run
-from distvgg.model import VGG, build_vgg, training_flops
+from distvgg.commands.evaluate import evaluate_run
+from distvgg.config import load
+from distvgg.data.cache import load_dataset
+from distvgg.data.dataset import train_val_indices
+from distvgg.errors import UserError
+from distvgg.models.flops import training_flops
+from distvgg.models.vgg import VGG, build_vgg
+from distvgg.runs.confusion import read_confusion
 from launch import ROOT, rows, run
 
 # Kept from the recipe: flip, checkpoints, rows. Less is trained, and of test all is measured.

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from disks import file_size_limit, read_only
-from distvgg.config import Config, UserError, load
-from distvgg.run_folder import leave_run_folder, match_run_folder, take_run_folder, write_whole
+from distvgg.config import Config, load
+from distvgg.errors import UserError
+from distvgg.runs.files import write_whole
+from distvgg.runs.folder import leave_run_folder, match_run_folder, take_run_folder
 
 
 def test_a_run_folder_keeps_to_its_config(tmp_path: Path) -> None:
@@ -49,7 +51,7 @@ def test_a_start_that_was_cut_off_leaves_a_folder_that_can_be_taken(tmp_path: Pa
 def test_two_runs_cannot_use_a_folder_but_one_after_a_dead_one_can(tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; from distvgg.config import Config;"
-        " from distvgg.run_folder import take_run_folder;"
+        " from distvgg.runs.folder import take_run_folder;"
         f" lock = take_run_folder(Path({str(tmp_path)!r}), Config());"
         " print('taken', flush=True); time.sleep(60)"
     )

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distvgg.config import UserError
-from distvgg.sampling import Plan, derive_seed, epoch_permutation
+from distvgg.data.plan import Plan, epoch_permutation
+from distvgg.errors import UserError
+from distvgg.rng import derive_seed
 
 
 @st.composite

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,21 +22,25 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.scaling import compare
-from distvgg import distributed, scaling
-from distvgg.bench import FEW, MANY, gpu_from, job_of, measure
+from distvgg.commands.bench import FEW, MANY, gpu_from, job_of, measure
+from distvgg.commands.bench_options import BenchOptions, fabric_of, gpu_of
 from distvgg.config import Config, load
-from distvgg.data import Dataset, Split
-from distvgg.distributed import SharedResults
-from distvgg.gradients import GradientReducer
-from distvgg.hardware import BenchOptions, fabric_of, gpu_of
-from distvgg.loader import DeviceLoader, Pixels
-from distvgg.model import build_vgg, training_flops
-from distvgg.muon import orthogonalise, orthogonalise_flops
-from distvgg.optim import build_optimizer
-from distvgg.reduction_plan import MIB, Ranks, TreePlan, levels_of
-from distvgg.sampling import Plan, epoch_permutation
-from distvgg.scaling import Fabric, Gpu, Job, Layer, Link, Setup
-from distvgg.tree_sum import ExchangeQueue, Messages, TreeSum
+from distvgg.data.dataset import Dataset, Split
+from distvgg.data.loader import DeviceLoader, Pixels
+from distvgg.data.plan import Plan, epoch_permutation
+from distvgg.distributed import cost_model
+from distvgg.distributed.cost_model import Fabric, Gpu, Job, Layer, Link, Setup
+from distvgg.distributed.device import place
+from distvgg.distributed.gradients import GradientReducer
+from distvgg.distributed.process_group import distribute, start
+from distvgg.distributed.reduction_plan import MIB, Ranks, TreePlan, levels_of
+from distvgg.distributed.shared_results import SharedResults
+from distvgg.distributed.step_sums import StepSums
+from distvgg.distributed.tree_sum import ExchangeQueue, Messages, TreeSum
+from distvgg.models.flops import training_flops
+from distvgg.models.vgg import batch_norm_layers, build_vgg
+from distvgg.optim.build import build_optimizer
+from distvgg.optim.muon import orthogonalise, orthogonalise_flops
 from launch import run
 
 RANKS = 1024
@@ -49,54 +54,54 @@ NODES = FLAT._replace(gpus_per_node=8)
 def test_a_flat_ring_takes_what_the_papers_say(ranks: int) -> None:
     n = 3_000_000
     expected = 2 * (ranks - 1) / ranks * n / 1e9 + 2 * (ranks - 1) * 2e-6
-    assert scaling.ring(n, ranks, FLAT) == pytest.approx(expected, rel=1e-12)
+    assert cost_model.ring(n, ranks, FLAT) == pytest.approx(expected, rel=1e-12)
 
 
 def test_over_nodes_hops_are_counted_by_kind_and_the_narrowest_link_counts() -> None:
     # 64 GPUs on 8 nodes: of 63 hops 7 leave a node; 8 cards of 0.1 GB/s are below 1 GB/s.
     expected = 2 * (56 * 2e-6 + 7 * 4e-6) + 2 * 63 / 64 * 1e6 / 0.8e9
-    assert scaling.ring(10**6, 64, NODES) == pytest.approx(expected, rel=1e-12)
+    assert cost_model.ring(10**6, 64, NODES) == pytest.approx(expected, rel=1e-12)
     # A chain of 7 hops in each node, a tree of depth 3 between the 8.
     expected = 2 * (7 * 3e-6 + 3 * 5e-6) + 2 * 1e6 / 0.8e9
-    assert scaling.tree(10**6, 64, NODES) == pytest.approx(expected, rel=1e-12)
+    assert cost_model.tree(10**6, 64, NODES) == pytest.approx(expected, rel=1e-12)
 
 
 def test_small_messages_take_the_tree_and_large_ones_the_ring() -> None:
-    for n, faster in ((1000, scaling.tree), (10**10, scaling.ring)):
-        assert scaling.all_reduce(n, 1024, NODES) == faster(n, 1024, NODES)
+    for n, faster in ((1000, cost_model.tree), (10**10, cost_model.ring)):
+        assert cost_model.all_reduce(n, 1024, NODES) == faster(n, 1024, NODES)
 
 
 def test_one_gpu_does_not_communicate_or_wait() -> None:
     setup = Setup(job_of(load("fast")), Gpu(0.01, 0.002, 0.1), NODES)
-    taken = scaling.step(setup, 1, 4)
+    taken = cost_model.step(setup, 1, 4)
     assert (taken.exposed, taken.wait) == (0.0, 0.0)
     assert taken.seconds == pytest.approx(4 * 0.01 + 0.002)
     assert taken.rate == pytest.approx(4 * setup.job.micro_batch_size / 0.042)
-    assert scaling.efficiency(setup, taken, 4) == pytest.approx(1)
+    assert cost_model.efficiency(setup, taken, 4) == pytest.approx(1)
 
 
 def test_an_exchange_takes_what_its_messages_do() -> None:
     """By hand: 64 GPUs on 8 nodes exchange with 7 others in the node, then with 7 nodes; there and
     back. With 3 micro-batches a rank two partial sums travel there."""
-    assert scaling.levels(64, 8) == (8, 8)
+    assert cost_model.levels(64, 8) == (8, 8)
     fabric = NODES._replace(send=1e-5)
     near, far = 7 * (7e-7 + 1e6 / 8 / 1e9), 7 * (9e-7 + 1e6 / 64 / 1e8)
     for accumulation, c in ((3, 2), (4, 1)):
-        sums = scaling.partial_sums(64, accumulation, (8, 8))
+        sums = cost_model.partial_sums(64, accumulation, (8, 8))
         assert sums == (c, c)
-        there, back = scaling.exchange(10**6, (8, 8), sums, fabric)
+        there, back = cost_model.exchange(10**6, (8, 8), sums, fabric)
         assert there == pytest.approx([1.6e-5 + c * near, 1.8e-5 + c * far])
         assert back == pytest.approx([1.8e-5 + far, 1.6e-5 + near])
     # In one level 7 peers are in the node and 56 beyond.
-    there, back = scaling.exchange(10**6, (64,), (1,), fabric)
+    there, back = cost_model.exchange(10**6, (64,), (1,), fabric)
     shard = 1e6 / 64
     assert there == pytest.approx([1.8e-5 + 7 * (7e-7 + shard / 1e9) + 56 * (9e-7 + shard / 1e8)])
     assert back == there
     # Between two ranks of one node it moves as many bytes as a ring.
     fabric = FLAT._replace(inside=Link(1e9, 0, 0, 0, 0))
-    there, back = scaling.exchange(10**6, (2,), (1,), fabric)
-    assert sum(there + back) == pytest.approx(scaling.ring(10**6, 2, fabric))
-    assert scaling.exchange(10**6, (), (), FLAT) == ([], [])
+    there, back = cost_model.exchange(10**6, (2,), (1,), fabric)
+    assert sum(there + back) == pytest.approx(cost_model.ring(10**6, 2, fabric))
+    assert cost_model.exchange(10**6, (), (), FLAT) == ([], [])
 
 
 # Of which only stages take time, or only messages, or only bytes.
@@ -126,7 +131,7 @@ def test_the_model_counts_the_stages_messages_and_bytes_that_are_sent(
     radices: tuple[int, ...], accumulation: int
 ) -> None:
     ranks = math.prod(radices)
-    size, sums = 64 * ranks, scaling.partial_sums(ranks, accumulation, radices)
+    size, sums = 64 * ranks, cost_model.partial_sums(ranks, accumulation, radices)
     total = []
     for rank in range(ranks):
         plan = TreePlan(ranks * accumulation, Ranks(rank, ranks, radices))
@@ -134,7 +139,7 @@ def test_the_model_counts_the_stages_messages_and_bytes_that_are_sent(
         for _ in plan.leaves(rank):
             total[-1].add([torch.zeros(size)])
     counted = counts(t.exchange() for t in total)
-    halves = [scaling.exchange(4 * size, radices, sums, fabric) for fabric in COUNTING]
+    halves = [cost_model.exchange(4 * size, radices, sums, fabric) for fabric in COUNTING]
     predicted = [sum(there) + sum(back) for there, back in halves]
     # The most that a rank sends in each level, added up: no less than any rank's own.
     for of_rank in counted:
@@ -148,9 +153,9 @@ def test_a_bucket_waits_for_its_gradients_and_for_the_one_before() -> None:
     """By hand: backward 1 s; the first of 0.4 s is sent at 0.5, the next of 0.4 at 0.6, the last
     of 0.1 at 1.0."""
     stages = [(0.5, 0.4), (0.6, 0.4), (1.0, 0.1)]
-    assert scaling.backward_end(1.0, stages) == pytest.approx(1.4)
-    assert scaling.backward_end(1.0, stages[:1]) == 1.0
-    assert scaling.backward_end(1.0, stages, overlaps=False) == pytest.approx(1.9)
+    assert cost_model.backward_end(1.0, stages) == pytest.approx(1.4)
+    assert cost_model.backward_end(1.0, stages[:1]) == 1.0
+    assert cost_model.backward_end(1.0, stages, overlaps=False) == pytest.approx(1.9)
 
 
 def test_shared_work_is_as_long_as_the_largest_share_and_its_results_travel_once() -> None:
@@ -162,13 +167,13 @@ def test_shared_work_is_as_long_as_the_largest_share_and_its_results_travel_once
         Gpu(0.01, 0.0, 0.0, shared=1.2),
         FLAT._replace(send=0.5),
     )
-    assert scaling.shared_seconds(setup, 1, ()) == (pytest.approx(1.2), 0.0)
-    share, gather = scaling.shared_seconds(setup, 2, (2,))
+    assert cost_model.shared_seconds(setup, 1, ()) == (pytest.approx(1.2), 0.0)
+    share, gather = cost_model.shared_seconds(setup, 2, (2,))
     assert share == pytest.approx(0.7)
     # 100 of its 600 bytes lie in the other's shard; then shards of 500.
     assert gather == pytest.approx(2 * (0.5 + 6e-6 + 7e-7) + 100 / 1e9 + 500 / 1e9, rel=1e-12)
-    assert scaling.shared_seconds(setup, 5, (5,))[0] == pytest.approx(0.5)
-    assert scaling.step(setup, 2, 1).compute == pytest.approx(0.01 + 0.7)
+    assert cost_model.shared_seconds(setup, 5, (5,))[0] == pytest.approx(0.5)
+    assert cost_model.step(setup, 2, 1).compute == pytest.approx(0.01 + 0.7)
 
 
 @pytest.mark.parametrize("radices", [(2,), (6,), (8, 2), (8, 8), (8, 16)])
@@ -183,7 +188,7 @@ def test_the_model_counts_what_shared_results_take(radices: tuple[int, ...]) -> 
         for rank in range(ranks)
     )
     setups = [Setup(job, Gpu(1, 0, 0), fabric) for fabric in COUNTING]
-    predicted = [scaling.shared_seconds(setup, ranks, radices)[1] for setup in setups]
+    predicted = [cost_model.shared_seconds(setup, ranks, radices)[1] for setup in setups]
     for of_rank in counted:
         assert all(n <= most * (1 + 1e-9) for n, most in zip(of_rank, predicted, strict=True))
         # Bytes by results, not by ranks: what a rank computes once, and its shards once.
@@ -207,8 +212,8 @@ def test_the_job_shares_out_what_muon_does() -> None:
 def test_the_slowest_of_many_is_as_slow_as_simulated(ranks: int) -> None:
     draws = np.random.default_rng(0).standard_normal((4000, ranks)).max(1)
     error = 4 * draws.std() / math.sqrt(len(draws))
-    assert scaling.slowest(ranks) == pytest.approx(draws.mean(), abs=error + 0.03)
-    assert scaling.slowest(ranks) <= math.sqrt(2 * math.log(ranks))
+    assert cost_model.slowest(ranks) == pytest.approx(draws.mean(), abs=error + 0.03)
+    assert cost_model.slowest(ranks) <= math.sqrt(2 * math.log(ranks))
 
 
 @st.composite
@@ -239,18 +244,18 @@ def setups(draw: st.DrawFn) -> Setup:
 @given(setup=setups(), ranks=st.sampled_from([2, 4, 8, 64, 1024]), accumulation=st.integers(1, 9))
 def test_no_step_is_faster_than_its_parts(setup: Setup, ranks: int, accumulation: int) -> None:
     job, fabric = setup.job, setup.fabric
-    taken = scaling.step(setup, ranks, accumulation)
-    radices = scaling.levels(ranks, fabric.gpus_per_node)
-    talking = sum(t for _, t in scaling.stages(setup, ranks, accumulation, radices))
+    taken = cost_model.step(setup, ranks, accumulation)
+    radices = cost_model.levels(ranks, fabric.gpus_per_node)
+    talking = sum(t for _, t in cost_model.stages(setup, ranks, accumulation, radices))
     forwards = (accumulation - 1 + job.forward_share) * setup.gpu.micro_batch
     assert taken.seconds >= taken.compute
     assert taken.seconds >= (forwards + talking) * (1 - 1e-9)
     assert taken.exposed <= talking * (1 + 1e-9) + 1e-9
-    assert scaling.efficiency(setup, taken, accumulation) <= 1 + 1e-9
+    assert cost_model.efficiency(setup, taken, accumulation) <= 1 + 1e-9
     # Twice the images never take less; nor do twice the ranks, on as full nodes.
-    assert scaling.step(setup, ranks, 2 * accumulation).seconds >= taken.seconds
+    assert cost_model.step(setup, ranks, 2 * accumulation).seconds >= taken.seconds
     if ranks >= fabric.gpus_per_node:
-        assert scaling.step(setup, 2 * ranks, accumulation).seconds >= taken.seconds * (1 - 1e-9)
+        assert cost_model.step(setup, 2 * ranks, accumulation).seconds >= taken.seconds * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("ranks", [2**i for i in range(4, 11)])
@@ -260,9 +265,9 @@ def test_the_levels_of_a_run_are_near_the_best(gpu: Literal["h100", "a100"], ran
     job, options = job_of(load("fast")), BenchOptions(gpu=gpu)
     setup = Setup(job, gpu_of(options, job, 4), fabric_of(options))
     chosen, flat, *others = (
-        scaling.step(setup, ranks, 4, radices).exposed
+        cost_model.step(setup, ranks, 4, radices).exposed
         for radices in (
-            scaling.levels(ranks, 8),
+            cost_model.levels(ranks, 8),
             (ranks,),
             *(levels_of(ranks, 8, largest) for largest in (2, 4, 16, 32, ranks)),
         )
@@ -274,7 +279,7 @@ def test_the_levels_of_a_run_are_near_the_best(gpu: Literal["h100", "a100"], ran
 @given(setup=setups())
 def test_buckets_hold_every_gradient_once_and_are_ready_in_order(setup: Setup) -> None:
     layers = setup.job.layers
-    buckets = scaling.ready_buckets(layers)
+    buckets = cost_model.ready_buckets(layers)
     assert sum(n for _, n in buckets) == sum(sum(layer.gradients) for layer in layers)
     ready = [share for share, _ in buckets]
     assert ready == sorted(ready)
@@ -286,19 +291,19 @@ def test_the_smallest_efficient_batch_is_the_smallest(ranks: int) -> None:
     options = BenchOptions(gpu="h100", jitter=0.02)
     job = job_of(load("fast"))
     setup = Setup(job, gpu_of(options, job, 4), fabric_of(options))
-    batch = scaling.smallest_batch(setup, ranks, 4)
+    batch = cost_model.smallest_batch(setup, ranks, 4)
     assert batch is not None
     accumulation, rest = divmod(batch, ranks * job.micro_batch_size)
     assert rest == 0
     reached = [
-        scaling.efficiency(setup, scaling.step(setup, ranks, a), 4)
+        cost_model.efficiency(setup, cost_model.step(setup, ranks, a), 4)
         for a in (accumulation, accumulation // 2)
         if a
     ]
     assert reached[0] >= 0.9
     assert all(e < 0.9 for e in reached[1:])
     hopeless = Setup(job, Gpu(0.001, 0.0, 0.5), setup.fabric)
-    assert scaling.smallest_batch(hopeless, ranks, 4) is None
+    assert cost_model.smallest_batch(hopeless, ranks, 4) is None
 
 
 @pytest.mark.parametrize(
@@ -314,8 +319,8 @@ def test_the_job_is_the_network(changes: dict[str, object]) -> None:
     plan = Plan(45_000, 256, 64)
     with world(0, ranks=1) as accelerator:
         tree = TreePlan(plan.micro_batches)
-        layers, queue = distributed.batch_norm_layers(vgg), ExchangeQueue(accelerator.device)
-        sums = distributed.StepSums(accelerator, tree, layers, queue)
+        layers, queue = batch_norm_layers(vgg), ExchangeQueue(accelerator.device)
+        sums = StepSums(accelerator, tree, layers, queue)
         assert job.sums(plan.micro_batches) == sums._flat.nbytes
         assert job.statistics == (sums._running.numel() if layers else 0)
 
@@ -338,7 +343,7 @@ def test_the_check_against_real_runs_finds_no_error_where_the_model_is_true() ->
     setup = Setup(job_of(config), Gpu(0.3, 0.02, 0.0, 0.1), fabric)
 
     def made(ranks: int) -> dict[str, object]:
-        seconds = {a: scaling.step(setup, ranks, a).seconds for a in (1, 2, 4)}
+        seconds = {a: cost_model.step(setup, ranks, a).seconds for a in (1, 2, 4)}
         reduces = {"small": 2e-4, "large": 2e-4 + 16 * MIB / 1.3e9}
         times = {str(a): [s] * 4 for a, s in seconds.items()}
         return {"times": times, "shared": 0.1} | reduces
@@ -396,7 +401,7 @@ def test_a_thousand_ranks_partition_the_stream() -> None:
 
 
 @contextmanager
-def world(rank: int, ranks: int = RANKS) -> Iterator["distributed.Accelerator"]:
+def world(rank: int, ranks: int = RANKS) -> Iterator[Accelerator]:
     """accelerate's handle in one rank of many, whose collectives return this rank's own values."""
     names = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank % 8, "LOCAL_WORLD_SIZE": 8}
     names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "OMP_NUM_THREADS": 1}
@@ -407,7 +412,7 @@ def world(rank: int, ranks: int = RANKS) -> Iterator["distributed.Accelerator"]:
         if ranks > 1:
             dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
         try:
-            yield distributed.start(Config().replace(train__precision="no"))
+            yield start(Config().replace(train__precision="no"))
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -437,16 +442,16 @@ def test_a_step_of_one_rank_of_a_thousand(rank: int) -> None:
         assert batch.k == rank
 
         vgg = build_vgg(config.model, 100, seed=0)
-        distributed.place(vgg, accelerator, config)
-        tree = TreePlan(plan.micro_batches, Ranks(rank, RANKS, scaling.levels(RANKS, 8)))
+        place(vgg, accelerator, config)
+        tree = TreePlan(plan.micro_batches, Ranks(rank, RANKS, cost_model.levels(RANKS, 8)))
         silent, recorder = Recorder(carries_out=False), Recorder()
         optimizer = build_optimizer(vgg, config.optim, "no", tree.ranks, recorder)
-        model, _ = distributed.distribute(accelerator, vgg, optimizer)
-        norms = distributed.batch_norm_layers(vgg)
+        model, _ = distribute(accelerator, vgg, optimizer)
+        norms = batch_norm_layers(vgg)
         for queue in (recorder, silent):
             gradients = GradientReducer(vgg.parameters(), tree, queue)
             gradients.attach()
-            sums = distributed.StepSums(accelerator, tree, norms, queue)
+            sums = StepSums(accelerator, tree, norms, queue)
             vgg.zero_grad()
             torch.manual_seed(batch.dropout_seed)
             logits = model(batch.images)
@@ -466,7 +471,7 @@ def test_a_step_of_one_rank_of_a_thousand(rank: int) -> None:
         assert stop == (rank == 0)
         # Statistics first, then buckets: what the model says, but for padding to whole lines.
         job = job_of(config)
-        sums_ = [8 * job.statistics, *(size for _, size in scaling.ready_buckets(job.layers))]
+        sums_ = [8 * job.statistics, *(size for _, size in cost_model.ready_buckets(job.layers))]
         assert recorder.sent == pytest.approx([2 * 1023 / 1024 * n for n in sums_], rel=0.01)
         # Muon's results: what this rank computes, and its shards, however many ranks there are.
         results = optimizer._updates

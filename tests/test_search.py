@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from benchmarks.search import Search, interval, search
-from distvgg.config import UserError, load
-from distvgg.result import read_result
+from distvgg.config import load
+from distvgg.errors import UserError
+from distvgg.runs.result import read_result
 from launch import TINY, run_module
 
 PROXY = dict(zip([w[2:] for w in TINY[::2]], TINY[1::2], strict=True))

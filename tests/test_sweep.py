@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from distvgg.config import UserError, load
-from distvgg.sweep import list_fields, parse, words_of_task
+from distvgg.commands.sweep import list_fields, parse, words_of_task
+from distvgg.config import load
+from distvgg.errors import UserError
 from launch import run
 
 FOLDER = Path("runs/sweep-7")

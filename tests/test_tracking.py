@@ -58,11 +58,12 @@ def test_a_log_file_gets_plain_lines(logged: tuple[Path, str]) -> None:
 def test_a_log_file_says_at_most_every_30_seconds_how_much_is_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from distvgg import tracking
+
+    from distvgg.tracking import console as module
 
     now = 1000.0
-    monkeypatch.setattr(tracking, "time", SimpleNamespace(monotonic=lambda: now))
-    console = tracking.Console(200)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    console = module.Console(200)
     for step in range(101, 171):  # a resumed run
         now += 1
         console.advance()

@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distvgg.reduction_plan import Ranks, TreePlan, cover, levels_of
-from distvgg.tree_sum import Messages, TreeSum
+from distvgg.distributed.reduction_plan import Ranks, TreePlan, cover, levels_of
+from distvgg.distributed.tree_sum import Messages, TreeSum
 from launch import ROOT, run
 
 WORLD_SIZES = (1, 2, 3, 4, 6)

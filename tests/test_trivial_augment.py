@@ -5,9 +5,9 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from distvgg.augment import draw_epoch, trivial_augment
 from distvgg.config import AugmentConfig
-from distvgg.trivial_augment import BINS, LEVELS, OPS, apply_ops
+from distvgg.data.transforms import draw_epoch, trivial_augment
+from distvgg.data.trivial_augment import BINS, LEVELS, OPS, apply_ops
 
 WIDE = v2.TrivialAugmentWide()
 THEIRS = dict(zip(OPS, WIDE._AUGMENTATION_SPACE, strict=True))

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from distvgg.wandb_ledger import Ledger, rows_in
+from distvgg.tracking.wandb_ledger import Ledger, rows_in
 from launch import CPU, ROOT, Started, measured
 from wandb_client import client, login, own
 from wandb_driver import row

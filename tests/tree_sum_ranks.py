@@ -6,8 +6,8 @@ import sys
 import torch
 from accelerate import Accelerator
 
-from distvgg.reduction_plan import Ranks, TreePlan
-from distvgg.tree_sum import ExchangeQueue, TreeSum
+from distvgg.distributed.reduction_plan import Ranks, TreePlan
+from distvgg.distributed.tree_sum import ExchangeQueue, TreeSum
 from test_tree_sum import by_definition, some_leaves
 
 LEVELS = {1: [()], 2: [(2,)], 3: [(3,)], 4: [(4,), (2, 2)], 6: [(6,), (2, 3), (3, 2)]}

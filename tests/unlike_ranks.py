@@ -6,12 +6,13 @@ import sys
 
 import torch
 
-from distvgg import data, preemption
+from distvgg import preemption
 from distvgg.cli import main
+from distvgg.data import cache
 
 RANK = int(os.environ["RANK"])
 counts = {"listings": 0, "looks": 0}
-list_files, exists = data._fingerprint, os.path.exists
+list_files, exists = cache._fingerprint, os.path.exists
 
 
 def counted_listing(config: object) -> str:
@@ -26,7 +27,7 @@ def counted_look(path: object) -> bool:
 
 if __name__ == "__main__":
     torch.cpu.get_capabilities = lambda: {"avx512_bf16": RANK == 0}
-    data._fingerprint, os.path.exists = counted_listing, counted_look
+    cache._fingerprint, os.path.exists = counted_listing, counted_look
     preemption.LOOK_EVERY = 0.0
     code = main()
     sys.stdout.write(f"rank {RANK}: {counts['listings']} listings, {counts['looks']} looks\n")

@@ -19,8 +19,8 @@ from accelerate import Accelerator
 
 from distvgg import metrics
 from distvgg.config import load
-from distvgg.metrics_file import Mark
-from distvgg.tracking import Tracking
+from distvgg.runs.metrics_file import Mark
+from distvgg.tracking.trackers import Tracking
 
 
 def row(number: int) -> metrics.Row:

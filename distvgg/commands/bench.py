@@ -1,0 +1,369 @@
+"""`distvgg bench`: what to expect of more GPUs, from what one takes.
+
+Owns the measuring of the device at hand, by real steps of the recipe on synthetic images, and the
+words and tables around the model of `scaling.py`. Invariant: each number says whether it was
+measured here, given, or assumed.
+"""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from distvgg import environment
+from distvgg.commands.bench_options import BenchOptions, fabric_of, gpu_of
+from distvgg.config import Config
+from distvgg.distributed.cost_model import (
+    TARGET,
+    Gpu,
+    Job,
+    Layer,
+    Setup,
+    Step,
+    efficiency,
+    smallest_batch,
+    step,
+)
+from distvgg.distributed.hardware import HARDWARE
+from distvgg.errors import UserError
+from distvgg.models.vgg import VGG
+from distvgg.runs.provenance import commit, hardware, versions
+
+if TYPE_CHECKING:
+    from distvgg.training.state import Run
+
+
+# Micro-batches of the steps that are timed: their difference is what a micro-batch takes, the rest
+# is what a step takes by itself.
+FEW, MANY = 1, 4
+SECONDS, BLOCK_SECONDS = 8.0, 0.05
+ASKED = (8, 64, 512)
+Times = dict[int, list[float]]
+
+
+def bench(config: Config, recipe: str, options: BenchOptions, *, as_json: bool) -> str:
+    """Step time, throughput and efficiency on 1 to `max_gpus` GPUs, as tables or as JSON.
+
+    Raises:
+        UserError: options that do not fit; several processes.
+    """
+    if environment.world_size() > 1:
+        raise UserError("bench measures one device and computes the rest: start it as one process")
+    job, batch = job_of(config), config.train
+    alone = batch.global_batch_size // batch.micro_batch_size
+    if options.gpu is None and options.images_per_sec is None:
+        gpu, source = measure(config), "measured"
+        if options.jitter is not None:
+            gpu = gpu._replace(jitter=options.jitter)
+    else:
+        gpu, source = gpu_of(options, job, alone), "given" if options.images_per_sec else "assumed"
+    setup = Setup(job, gpu, fabric_of(options))
+    counts = [2**i for i in range(options.max_gpus.bit_length())]
+    strong = [step(setup, n, alone // n) for n in counts if alone % n == 0]
+    weak = [step(setup, n, alone) for n in counts]
+    if as_json:
+        return json.dumps(findings(config, recipe, options, source, setup, strong, weak), indent=2)
+    model, m = config.model, batch.micro_batch_size
+    size = sum(sum(layer.gradients) for layer in job.layers)
+    header = ["GPUs", "micro-batches", "batch", "step ms", "exposed", "wait", "images/s", "eff."]
+    parts = [
+        f"VGG-{model.depth}{'-BN' if model.batch_norm else ''} of {recipe}: {size / 1e6:.1f} MB of"
+        f" gradients, {job.flops / 1e9:.2f} GFLOP an image, micro-batches of {m}\n"
+        + "\n".join(origins(setup, options, source, alone)),
+        f"Strong scaling: the global batch of {batch.global_batch_size:,} shared by more GPUs\n"
+        + aligned([header, *(cells(setup, s, alone) for s in strong)]),
+        f"Weak scaling: {alone} micro-batch(es) of {m} on each GPU\n"
+        + aligned(
+            [
+                [*header, f"batch for {TARGET:.0%}"],
+                *([*cells(setup, s, alone), batch_words(setup, s.ranks, alone)] for s in weak),
+            ]
+        ),
+        "batch: images a step, over all GPUs. exposed: ms of communication that backward does not"
+        " hide.\nwait: ms for the slowest GPU. eff.: images/s over those of as many single GPUs."
+        f"\nbatch for {TARGET:.0%}: the smallest with that efficiency.",
+        "\n".join(expectations(setup, options, batch.global_batch_size, alone)),
+    ]
+    return "\n\n".join(parts)
+
+
+def job_of(config: Config) -> Job:
+    """What a rank computes and sends, read off the network itself (on no device, for 100 classes
+    but of CIFAR-10). Counted as in `model.training_flops`: convolutions and linear layers."""
+    with torch.device("meta"):
+        model = VGG(config.model, 10 if config.data.name == "cifar10" else 100)
+    layers: list[Layer] = []
+    side, statistics_ = config.model.image_size, 0
+    for module in [*model.features, *model.classifier]:
+        gradients = tuple(p.numel() * p.element_size() for p in module.parameters())
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            pixels = side**2 if isinstance(module, nn.Conv2d) else 1
+            forward = 2 * module.weight.numel() * pixels
+            if isinstance(module, nn.Linear):
+                gradients = gradients[::-1]  # the weight is transposed first: its bias is earlier
+            # Nobody needs the gradient of the images.
+            layers.append(Layer(gradients, forward, 2 * forward if layers else forward))
+        elif isinstance(module, nn.BatchNorm2d):
+            # Its gradients come before those of the convolution that it follows.
+            layers[-1] = layers[-1]._replace(gradients=gradients + layers[-1].gradients)
+            statistics_ += 2 * module.num_features
+        elif isinstance(module, nn.MaxPool2d):
+            side = max(1, side // 2)
+    shared, results = shared_work(model, config)
+    return Job(tuple(layers), config.train.micro_batch_size, statistics_, shared, results)
+
+
+def shared_work(model: nn.Module, config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What ranks share out in a step: operations of each piece, and bytes of its result."""
+    if config.optim.name != "muon":
+        return (), ()
+    from distvgg.optim.build import muon_dtype, parameter_groups
+    from distvgg.optim.muon import orthogonalise_flops
+
+    muon, *_ = (group["params"] for group in parameter_groups(model, config.optim))
+    steps, size = config.optim.muon_steps, muon_dtype(config.train.precision).itemsize
+    flops = tuple(orthogonalise_flops(len(p), p[0].numel(), steps) for p in muon)
+    return flops, tuple(size * p.numel() for p in muon)
+
+
+def measure(config: Config, seconds: float = SECONDS) -> Gpu:
+    """What the device here takes for a recipe's steps, from about so many seconds of real ones."""
+    from distvgg.training.setup import build
+
+    with TemporaryDirectory() as folder:
+        run = build(rehearsal(config, ranks=1), Path(folder) / "run")
+        step_times(run, rounds=1)  # allocation, compilation
+        first = step_times(run, rounds=1)
+        block = max(1, round(BLOCK_SECONDS / first[FEW][0]))
+        one_round = block * sum(times[0] for times in first.values())
+        rounds = min(40, max(5, round(seconds / one_round)))
+        times = step_times(run, rounds, block)
+        shared = shared_seconds(run)
+        assert run.lock is not None
+        os.close(run.lock)
+        run.accelerator.end_training()
+    return gpu_from(times, block, shared)
+
+
+def rehearsal(config: Config, ranks: int) -> Config:
+    """A config of the same computation, `MANY` micro-batches a rank, that needs no data and leaves
+    nothing."""
+    return config.replace(
+        data=Config().data.model_dump() | {"name": "synthetic", "val_size": 1000},
+        train__global_batch_size=ranks * MANY * config.train.micro_batch_size,
+        track__wandb=False,
+        track__tensorboard=False,
+    )
+
+
+def step_times(
+    run: "Run", rounds: int, block: int = 1, lengths: Sequence[int] = (FEW, MANY)
+) -> Times:
+    """Times training steps in turns. They learn nothing (their learning rate is 0), which takes as
+    long.
+
+    Args:
+        run: of a `rehearsal`; every rank must call this alike.
+        block: steps that are timed together.
+        lengths: of a step, in micro-batches of a rank; divisors of `MANY`.
+
+    Returns:
+        Seconds a step by micro-batches of a rank, [rounds].
+    """
+    from distvgg.data.dataset import train_val_indices
+    from distvgg.data.loader import Pixels
+    from distvgg.training.state import of_global_batch
+    from distvgg.training.step import train_step
+
+    config, device = run.config, run.accelerator.device
+    rows, _ = train_val_indices(run.dataset.train.labels, config.data)
+    pixels = Pixels(run.dataset, run.dataset.train, config.model.image_size, device)
+    each = run.plan.world_size * run.plan.micro_batch_size
+    run.gradients.detach()
+    runs = {length: of_global_batch(run, length * each, pixels, rows) for length in lengths}
+    times: Times = {accumulation: [] for accumulation in lengths}
+    for nth in range(rounds):
+        for accumulation in lengths if nth % 2 else reversed(lengths):
+            timed = runs[accumulation]
+            timed.gradients.attach()
+            synchronize(device)
+            started = time.perf_counter()
+            for _ in range(block):
+                train_step(timed, timed.loader.micro_batches(run.state.step), lr=0.0)
+                run.state.step += 1
+                run.watch.look()
+            synchronize(device)
+            times[accumulation].append((time.perf_counter() - started) / block)
+            timed.gradients.detach()
+    run.gradients.attach()
+    return times
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a device, so that a block's time is its own."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def shared_seconds(run: "Run", rounds: int = 5) -> float:
+    """What a step's work takes that ranks would share out, all of it: the median of some rounds."""
+    from distvgg.optim.muon import Muon
+
+    optimizer = getattr(run.optimizer, "optimizer", None)  # accelerate's wrapper holds it
+    if not isinstance(optimizer, Muon):
+        return 0.0
+    device, seconds = run.accelerator.device, []
+    for _ in range(rounds + 1):
+        synchronize(device)
+        started = time.perf_counter()
+        optimizer.rehearse()
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+def gpu_from(times: Times, block: int = 1, shared: float = 0.0) -> Gpu:
+    """What one GPU takes, from the times of its steps: medians, and for the jitter the spread of
+    the middle half, so that a burst of somebody else's work does not count as the GPU's own.
+    `shared` seconds of each step are the work that ranks share out."""
+    few, many = statistics.median(times[FEW]), statistics.median(times[MANY])
+    own = few - FEW * (many - few) / (MANY - FEW)
+    fixed, shared = max(0.0, own - shared), min(shared, max(0.0, own))
+    low, _, high = statistics.quantiles(times[MANY], n=4)
+    # A normal's quartiles are 1.349 standard deviations apart; a block averages its steps.
+    jitter = (high - low) / 1.349 * block**0.5 / many
+    return Gpu((many - fixed - shared) / MANY, fixed, jitter, shared)
+
+
+def origins(setup: Setup, options: BenchOptions, source: str, alone: int) -> list[str]:
+    """Where the numbers come from, in lines."""
+    gpu, fabric = setup.gpu, setup.fabric
+    rate = step(setup, 1, alone).rate
+    named = HARDWARE[options.gpu or "h100"]
+    takes = (
+        f"{rate:,.0f} images/s: {1000 * gpu.micro_batch:.3g} ms a micro-batch,"
+        f" {1000 * gpu.fixed:.3g} ms a step by itself, jitter {gpu.jitter:.1%}"
+    )
+    if gpu.shared:
+        takes += f", {1000 * gpu.shared:.3g} ms of Muon that GPUs share out"
+    words = {
+        "measured": f"measured on {hardware(_device())}",
+        "given": "given by images_per_sec, nothing measured",
+        "assumed": f"ASSUMED, an {named.name.split(',')[0]} at {options.peak_share:.0%} of its"
+        f" peak of {named.peak / 1e12:.0f} TFLOP/s; small micro-batches reach less",
+    }
+    lines = [f"one GPU   {takes} ({words[source]})"]
+    if not gpu.jitter:
+        lines.append("          no jitter known: nobody waits for stragglers here; --jitter 0.02")
+    given = options.nvlink is not None and options.network is not None
+    lines.append(
+        f"links     {fabric.gpus_per_node} GPUs a node; {fabric.inside.bandwidth / 1e9:.3g} GB/s"
+        f" within, {fabric.between.bandwidth / 1e9:.3g} GB/s a GPU between nodes"
+        f" ({'given' if given else f'ASSUMED, {named.name}'})"
+    )
+    return lines
+
+
+def _device() -> torch.device:
+    from distvgg.distributed.device import device_here
+
+    return device_here()
+
+
+def cells(setup: Setup, taken: Step, alone: int) -> list[str]:
+    """A line of a table."""
+    micro_batches = taken.global_batch_size // (taken.ranks * setup.job.micro_batch_size)
+    return [
+        *(f"{n:,}" for n in (taken.ranks, micro_batches, taken.global_batch_size)),
+        *(f"{1000 * s:.3f}" for s in (taken.seconds, taken.exposed, taken.wait)),
+        f"{taken.rate:,.0f}",
+        f"{efficiency(setup, taken, alone):.1%}",
+    ]
+
+
+def batch_words(setup: Setup, ranks: int, alone: int) -> str:
+    """The smallest batch that is efficient."""
+    found = smallest_batch(setup, ranks, alone)
+    return "none" if found is None else f"{found:,}"
+
+
+def expectations(setup: Setup, options: BenchOptions, batch: int, alone: int) -> list[str]:
+    """What to expect of 8, 64 and 512 GPUs, a line each, and how many the recipe feeds."""
+    m = setup.job.micro_batch_size
+    lines = [
+        f"The recipe's global batch of {batch:,} feeds at most {alone} GPU(s), a micro-batch of {m}"
+        " each. A larger one feeds more: another run, whose learning rate is to be found again."
+    ]
+    for ranks in (n for n in ASKED if n <= options.max_gpus):
+        found = smallest_batch(setup, ranks, alone)
+        if found is None:
+            lines.append(
+                f"{ranks} GPUs: never at {TARGET:.0%}, the slowest of them takes too long."
+            )
+            continue
+        taken = step(setup, ranks, found // (ranks * m))
+        lines.append(
+            f"{ranks} GPUs: {taken.rate:,.0f} images/s at a global batch of {found:,}, as"
+            f" {ranks * efficiency(setup, taken, alone):.1f} single GPUs."
+        )
+    return lines
+
+
+def findings(
+    config: Config,
+    recipe: str,
+    options: BenchOptions,
+    source: str,
+    setup: Setup,
+    strong: Sequence[Step],
+    weak: Sequence[Step],
+) -> dict[str, Any]:
+    """Everything, as plain values: curves as lists of points, in seconds, bytes and images."""
+    batch = config.train
+    alone = batch.global_batch_size // batch.micro_batch_size
+
+    def points(steps: Sequence[Step]) -> list[dict[str, Any]]:
+        return [
+            {
+                "gpus": s.ranks,
+                "global_batch_size": s.global_batch_size,
+                "step_seconds": s.seconds,
+                "compute_seconds": s.compute,
+                "exposed_seconds": s.exposed,
+                "wait_seconds": s.wait,
+                "images_per_sec": s.rate,
+                "efficiency": efficiency(setup, s, alone),
+                "smallest_efficient_batch": smallest_batch(setup, s.ranks, alone),
+            }
+            for s in steps
+        ]
+
+    return {
+        "recipe": recipe,
+        "micro_batch_size": batch.micro_batch_size,
+        "global_batch_size": batch.global_batch_size,
+        "gradient_bytes": sum(sum(layer.gradients) for layer in setup.job.layers),
+        "flops_per_image": setup.job.flops,
+        "one_gpu": {"source": source, **setup.gpu._asdict()},
+        "options": options.model_dump(),
+        "fabric": setup.fabric._asdict()
+        | {"inside": setup.fabric.inside._asdict(), "between": setup.fabric.between._asdict()},
+        "strong": points(strong),
+        "weak": points(weak),
+        "hardware": hardware(_device()) if source == "measured" else None,
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width, all to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)

@@ -1,0 +1,101 @@
+"""The options of `distvgg bench`, and the GPUs and links that they mean. Imports no torch."""
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from distvgg.config import Section
+from distvgg.distributed.cost_model import Fabric, Gpu, Job, Link
+from distvgg.distributed.hardware import (
+    HARDWARE,
+    HOPS,
+    LAUNCH,
+    PEAK_SHARE,
+    POSTS,
+    RING_HOPS,
+    SEND,
+    TREE_HOPS,
+)
+from distvgg.errors import UserError
+
+
+class BenchOptions(Section):
+    """What `distvgg bench` is told beside a config."""
+
+    gpu: Literal["h100", "a100"] | None = None
+    """Predict for this GPU, at an assumed share of its peak. None: measure the device here."""
+    peak_share: float = Field(PEAK_SHARE, gt=0, le=1)
+    """That share. Measure on one, and give `images_per_sec` instead, as soon as you can."""
+    images_per_sec: float | None = Field(None, gt=0)
+    """Of one GPU in training, measured elsewhere (perf/images_per_sec). None: see `gpu`."""
+    fixed_ms: float = Field(0.0, ge=0)
+    """What a step takes however many micro-batches it has; for a rate or a named GPU."""
+    jitter: float | None = Field(None, ge=0, le=1)
+    """Standard deviation of a rank's compute, as a share of it. None: as measured, else 0."""
+    gpus_per_node: int = Field(8, ge=1)
+    """GPUs of a node, each with a network card."""
+    nvlink: float | None = Field(None, gt=0)
+    """GB/s that a GPU sends within a node. None: those of the GPU, of an H100 where none is
+    named."""
+    network: float | None = Field(None, gt=0)
+    """GB/s that a GPU sends to other nodes. None: likewise."""
+    max_gpus: int = Field(1024, ge=1, le=1 << 20)
+    """The largest number of GPUs in the tables."""
+
+
+def read_options(words: Mapping[str, str]) -> BenchOptions:
+    """Options as they were typed.
+
+    Raises:
+        UserError: an unknown one, or a value out of range.
+    """
+    for name in words:
+        if name not in BenchOptions.model_fields:
+            raise UserError(
+                f"no option --{name}: give one of {', '.join(BenchOptions.model_fields)}"
+            )
+    try:
+        return BenchOptions.model_validate(words)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        wanted = re.sub(r"^\w+ should", "must", first["msg"])
+        raise UserError(f"--{first['loc'][0]} {wanted} (got {first['input']!r})") from error
+
+
+def fabric_of(options: BenchOptions) -> Fabric:
+    """The links that options name or leave to the GPU."""
+    hardware = HARDWARE[options.gpu or "h100"]
+    inside = 1e9 * options.nvlink if options.nvlink else hardware.inside
+    between = 1e9 * options.network if options.network else hardware.between
+    return Fabric(
+        options.gpus_per_node,
+        LAUNCH,
+        SEND,
+        Link(inside, RING_HOPS[0], TREE_HOPS[0], HOPS[0], POSTS[0]),
+        Link(between, RING_HOPS[1], TREE_HOPS[1], HOPS[1], POSTS[1]),
+    )
+
+
+def gpu_of(options: BenchOptions, job: Job, accumulation: int) -> Gpu:
+    """The GPU that options give by its rate with so many micro-batches a step, or by its name.
+
+    Raises:
+        UserError: at that rate a step is shorter than its fixed part.
+    """
+    fixed, jitter = options.fixed_ms / 1000, options.jitter or 0.0
+    if options.images_per_sec is None:
+        assert options.gpu is not None
+        speed = options.peak_share * HARDWARE[options.gpu].peak
+        micro_batch = job.micro_batch_size * job.flops / speed
+        return Gpu(micro_batch, fixed, jitter, sum(job.shared) / speed)
+    seconds = accumulation * job.micro_batch_size / options.images_per_sec
+    if seconds <= fixed:
+        raise UserError(
+            f"at images_per_sec {options.images_per_sec:g} a step takes {1000 * seconds:.3g} ms:"
+            f" fixed_ms {options.fixed_ms:g} must be less"
+        )
+    images = accumulation * job.micro_batch_size * job.flops
+    shared = (seconds - fixed) * sum(job.shared) / (images + sum(job.shared))
+    return Gpu((seconds - fixed - shared) / accumulation, fixed, jitter, shared)

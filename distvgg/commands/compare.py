@@ -1,0 +1,312 @@
+"""Run folders side by side: a row each, whatever its state, and a line for each config over seeds.
+
+Reads run folders and takes nothing there, not even a lock for an instant: a run that starts just
+then would be refused. Invariant: every folder is a row; only finished runs enter a mean; validation
+ranks, test never does. Imports no torch.
+"""
+
+import os
+import socket
+import statistics
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from distvgg import metrics
+from distvgg.config import Config, load
+from distvgg.data.plan import Plan
+from distvgg.errors import UserError
+from distvgg.runs.files import write_whole
+from distvgg.runs.layout import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    FAILURE_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+    REQUEUE_FILE,
+    RESULT_FILE,
+    checkpoint_folders,
+)
+from distvgg.runs.result import Result, read_result
+
+# Fields that name a run or say what is kept or read of it, and change none of its numbers.
+NOT_COMPARED = ("track.", "checkpoint.", "eval.test", "eval.tta")
+# What finished runs of one config may still differ in.
+PROVENANCE = ("data_fingerprint", "num_processes", "hardware", "versions", "commit")
+SEED, NOTHING = "seed", "-"
+
+
+class Progress(BaseModel):
+    """What a row of metrics.jsonl says of a run that is not finished."""
+
+    step: int = Field(ge=1)
+    epoch: float = Field(gt=0)
+    val_top1: float | None = Field(None, alias=f"val/{metrics.TOP1}")
+
+
+class Failure(BaseModel):
+    """What failure.json says to a reader in a hurry."""
+
+    step: int
+    what: str
+    value: str
+    micro_batch: int | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a run folder tells.
+
+    Attributes:
+        config: by dotted names, those that change numbers; empty where none can be read.
+        best: step and top-1 of the best validation so far.
+        settled: the folder says what became of the run, so that only another start changes it.
+    """
+
+    name: str
+    state: str
+    config: dict[str, Any] = field(default_factory=dict)
+    result: Result | None = None
+    best: tuple[int, float] | None = None
+    settled: bool = True
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs whose configs differ in nothing but the seed. A seed that was run twice counts once: it
+    is no second sample of what seeds do."""
+
+    entries: list[Entry]
+
+    @property
+    def seeds(self) -> int:
+        return len({e.config[SEED] for e in self.entries})
+
+    @property
+    def finished(self) -> list[Result]:
+        return list({e.result.seed: e.result for e in self.entries if e.result}.values())
+
+    @property
+    def val(self) -> list[float]:
+        return [r.val[metrics.TOP1] for r in self.finished]
+
+    @property
+    def test(self) -> list[float]:
+        return [r.test[metrics.TOP1] for r in self.finished if r.test]
+
+    @property
+    def mean_val(self) -> float:
+        """Below any accuracy where no run is finished."""
+        return statistics.mean(self.val) if self.val else -1.0
+
+
+def compare(run_dirs: Sequence[Path], out: Path | None = None) -> str:
+    """The table of some run folders, also written to `out`, which is passed over if a wildcard has
+    put it among the folders.
+
+    Raises:
+        UserError: a folder does not exist, or `out` cannot be written.
+    """
+    for run_dir in run_dirs:
+        if not os.path.exists(run_dir):  # unlike Path's, false where it cannot be known
+            raise UserError(f"run folder {run_dir} does not exist: give folders of distvgg train")
+    paths = list(dict.fromkeys(Path(os.path.abspath(p)) for p in run_dirs))
+    if out is not None:
+        paths = [p for p in paths if p != Path(os.path.abspath(out))]
+    top = os.path.commonpath([p.parent for p in paths]) if paths else ""
+    while True:
+        entries = [read(p, str(p.relative_to(top))) for p in paths]
+        text = table(entries)
+        if out is None:
+            return text
+        try:
+            writer = f"{socket.gethostname()}-{os.getpid()}."
+            write_whole(out, text.encode() + b"\n", writer=writer)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {out} ({error.strerror}): choose another file with --out"
+            ) from error
+        # Of two that end together, the one that saw less may have been the last to write.
+        again = [read(p, e.name) for p, e in zip(paths, entries, strict=True)]
+        if [e for e in again if e.settled] == [e for e in entries if e.settled]:
+            return text
+
+
+def read(run_dir: Path, name: str) -> Entry:
+    """What a folder tells; damage and all else that is wrong with it is its state."""
+    try:
+        if _content(run_dir / CONFIG_FILE) is None:
+            return Entry(name, "no run here")
+        flat = load(str(run_dir / CONFIG_FILE))
+    except OSError as error:
+        return Entry(name, f"cannot be read: {error.strerror}")
+    except UserError as error:
+        return Entry(name, shorten(f"{CONFIG_FILE} cannot be used: {error}", 100))
+    config = {k: v for k, v in flat.flat().items() if not k.startswith(NOT_COMPARED)}
+    try:
+        if (result := read_result(run_dir)) is None:
+            return _unfinished(run_dir, name, flat, config)
+    except OSError as error:
+        return Entry(name, f"cannot be read: {error.strerror}", config)
+    except UserError:
+        return Entry(name, f"{RESULT_FILE} is damaged, or of another version", config)
+    best = int(result.best[metrics.STEP]), result.best[metrics.TOP1]
+    return Entry(name, "finished", config, result, best)
+
+
+def _unfinished(run_dir: Path, name: str, config: Config, compared: dict[str, Any]) -> Entry:
+    """A run without a result. Whether it is at work no file tells on every file system, so its last
+    sign of life is told instead: as a time of day, since tables are kept."""
+    rows = _progress(run_dir)
+    validated = [(r.step, r.val_top1) for r in rows if r.val_top1 is not None]
+    best = max(validated, key=lambda v: v[1], default=None)  # of equals the first, as in training
+    if (failure := _content(run_dir / FAILURE_FILE)) is not None:
+        return Entry(name, _failed(failure), compared, best=best)
+    at = _reached(run_dir, rows, config)
+    if _content(run_dir / REQUEUE_FILE) is not None:
+        return Entry(name, f"{at} (stopped, to be started again)", compared, best=best)
+    signs = [run_dir / n for n in (CONFIG_FILE, LOCK_FILE, METRICS_FILE)]  # each start locks anew
+    last = datetime.fromtimestamp(max(p.stat().st_mtime for p in signs if p.exists()))
+    state = f"{at} (running or killed, last sign {last:%Y-%m-%d %H:%M})"
+    return Entry(name, state, compared, best=best, settled=False)
+
+
+def _failed(content: bytes) -> str:
+    try:
+        failure = Failure.model_validate_json(content)
+    except ValueError:
+        return f"failed ({FAILURE_FILE} is damaged)"
+    k = failure.micro_batch
+    where = "the sum over micro-batches" if k is None else f"micro-batch {k}"
+    return f"failed at step {failure.step}: {failure.what} of {where} is {failure.value}"
+
+
+def _reached(run_dir: Path, rows: Sequence[Progress], config: Config) -> str:
+    """How far a run has come: rows have a cadence of their own, which checkpoints may be ahead of.
+    Rows alone tell how many images there are, and so how many steps."""
+    saved = [int(p.name.removeprefix("step_")) for p in checkpoint_folders(run_dir / CHECKPOINTS)]
+    step = max([r.step for r in rows] + saved, default=0)
+    if not rows:
+        return f"step {step}" if step else "no step yet"
+    batch = config.train
+    images = max(1, round(rows[-1].step * batch.global_batch_size / rows[-1].epoch))
+    plan = Plan(images, batch.global_batch_size, batch.micro_batch_size)
+    return f"step {step}/{plan.steps(batch.epochs)}"
+
+
+def _progress(run_dir: Path) -> list[Progress]:
+    """The rows so far; the last may be half written, and power loss leaves worse."""
+    rows = []
+    for line in (_content(run_dir / METRICS_FILE) or b"").splitlines():
+        with suppress(ValueError):
+            rows.append(Progress.model_validate_json(line))
+    return rows
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """Runs by their group's mean, groups where some config has several seeds, and what to mind."""
+    configs = [e.config for e in entries if e.config]
+    differ = [k for k in (configs or [{}])[0] if len({str(c[k]) for c in configs}) > 1]
+    groups = grouped(entries)
+    runs = [e for g in groups for e in g.entries] + [e for e in entries if not e.config]
+    keys = [k for k in differ if k != SEED]
+    parts = [_aligned(_run_rows(runs, [*keys, *([SEED] if SEED in differ else [])]))]
+    if any(g.seeds > 1 for g in groups):
+        parts.append(_aligned(_group_rows(groups, keys)))
+    if notes := _notes(groups, keys):
+        parts.append("\n".join(notes))
+    return "\n\n".join(parts)
+
+
+def grouped(entries: Sequence[Entry]) -> list[Group]:
+    """The runs that have a config, by all of it but the seed: the best mean of validation first."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.config:
+            key = str({k: v for k, v in entry.config.items() if k != SEED})
+            groups.setdefault(key, []).append(entry)
+    by_seed = [Group(sorted(g, key=lambda e: e.config[SEED])) for g in groups.values()]
+    return sorted(by_seed, key=lambda g: -g.mean_val)
+
+
+def _run_rows(entries: Sequence[Entry], differ: Sequence[str]) -> list[list[str]]:
+    late = any(e.best and not (e.result and e.result.steps == e.best[0]) for e in entries)
+    step = ["at step"] if late else []  # in a column only where it is not the last for all
+    rows = [["run", *differ, "val top1", "test top1", "best val top1", *step, "images/s", "state"]]
+    for e in entries:
+        val, test, speed = NOTHING, NOTHING, NOTHING
+        if e.result:
+            val = _percent(e.result.val[metrics.TOP1])
+            test = _percent(e.result.test[metrics.TOP1]) if e.result.test else NOTHING
+            speed = f"{e.result.images_per_sec:8,.0f}" if e.result.images_per_sec else NOTHING
+        best = [NOTHING] + [NOTHING] * late
+        if e.best:
+            best = [_percent(e.best[1])] + [f"{e.best[0]:7}"] * late
+        values = [_typed(e.config[k]) if e.config else NOTHING for k in differ]
+        rows.append([e.name, *values, val, test, *best, speed, e.state])
+    return rows
+
+
+def _group_rows(groups: Sequence[Group], keys: Sequence[str]) -> list[list[str]]:
+    rows = [[*keys, "seeds finished", "mean val top1", "mean test top1", ""]]
+    for g in groups:
+        n, config = len(g.finished), g.entries[0].config
+        cells = [_spread(g.val), _spread(g.test) if len(g.test) == n else NOTHING]
+        mark = "<- best" if g is groups[0] and n and len(groups) > 1 else ""
+        rows.append([*(_typed(config[k]) for k in keys), f"{n} of {g.seeds}", *cells, mark])
+    return rows
+
+
+def _notes(groups: Sequence[Group], keys: Sequence[str]) -> list[str]:
+    lines = []
+    if any(len(g.val) > 1 for g in groups):
+        lines.append("\N{PLUS-MINUS SIGN}: sample standard deviation over seeds.")
+    ranked = [g for g in groups if g.val]
+    if ranked and len(groups) > 1:
+        config = ranked[0].entries[0].config
+        line = f"Best mean val top1: {', '.join(f'{k} {_typed(config[k])}' for k in keys)}"
+        line += f", over {len(ranked[0].val)} seed(s)"
+        if len(ranked) > 1:
+            lead = 100 * (ranked[0].mean_val - ranked[1].mean_val)
+            line += f", {lead:.2f} points ahead of the next, over {len(ranked[1].val)} seed(s)"
+        lines.append(f"{line}.")
+    results = [e.result for g in groups for e in g.entries if e.result]
+    unlike = [k for k in PROVENANCE if len({str(getattr(r, k)) for r in results}) > 1]
+    if unlike:
+        lines.append(f"Finished runs also differ in {', '.join(unlike)}: see {RESULT_FILE}.")
+    return lines
+
+
+def _spread(values: Sequence[float]) -> str:
+    if len(values) < 2:
+        return _percent(values[0]) if values else NOTHING
+    mean, deviation = 100 * statistics.mean(values), 100 * statistics.stdev(values)
+    return f"{mean:6.2f} \N{PLUS-MINUS SIGN} {deviation:.2f}%"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:6.2f}%"
+
+
+def _typed(value: Any) -> str:
+    """A config value as it is typed on the command line."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join(lines)

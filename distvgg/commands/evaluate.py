@@ -1,0 +1,113 @@
+"""`distvgg evaluate`: measures the weights of a run again."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from distvgg import metrics
+from distvgg.config import Config, SplitName, load
+from distvgg.data.cache import load_dataset
+from distvgg.data.dataset import train_val_indices
+from distvgg.data.loader import EvalLoader, Pixels
+from distvgg.distributed.device import place
+from distvgg.distributed.peer_failure import left_in_order, lost_contact
+from distvgg.distributed.process_group import start
+from distvgg.errors import UserError
+from distvgg.models.vgg import VGG
+from distvgg.runs.confusion import Confusion, by_superclass, describe_pairs
+from distvgg.runs.layout import CONFIG_FILE, WEIGHTS_FILE, run_of
+from distvgg.runs.result import read_result
+from distvgg.training.checkpoint import DamageError, read
+from distvgg.training.evaluation import Evaluation, evaluate_over_ranks
+
+if TYPE_CHECKING:
+    pass
+
+
+@left_in_order()
+@lost_contact()
+def evaluate_run(path: Path, split: SplitName) -> str:
+    """Measures the weights of a finished run, or on train and validation of any of a run's
+    checkpoints, again: reads only the run folder and the data.
+
+    Args:
+        path: a run folder, or one of its `checkpoints/step_*`.
+        split: train, the images trained on, as they are: what a run has learned by heart is the
+            gap to the others.
+
+    Returns:
+        The metrics and the pairs of classes that are confused most often, for a reader.
+
+    Raises:
+        UserError: neither of these, damaged, no such split in its data, or test where it is not to
+            be read.
+    """
+    run_dir = run_of(path)
+    if not (run_dir / CONFIG_FILE).exists() or not (path / WEIGHTS_FILE).exists():
+        raise UserError(
+            f"{path} is not the folder of a finished run, nor a checkpoint: it needs {CONFIG_FILE}"
+            f" and {WEIGHTS_FILE}, which distvgg train leaves there"
+        )
+    config = load(str(run_dir / CONFIG_FILE))
+    if split == "test":
+        _refuse_test(path, run_dir, config)
+    accelerator = start(config)
+    dataset = load_dataset(config.data)
+    data, rows = dataset.test, None
+    if split != "test":
+        train, val = train_val_indices(dataset.train.labels, config.data)
+        data, rows = dataset.train, train if split == "train" else val
+    if data is None:
+        raise UserError(f"{config.data.path} has no test split: take --split val")
+    model = VGG(config.model, dataset.num_classes)
+    try:
+        content = (path / WEIGHTS_FILE).read_bytes() if path == run_dir else read(path).model
+        model.load_state_dict(safetensors.torch.load(content))
+    except (SafetensorError, RuntimeError, DamageError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path / WEIGHTS_FILE} cannot be loaded: {reason}") from error
+    place(model, accelerator, config)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    pixels = Pixels(dataset, data, config.model.image_size, accelerator.device)
+    loader = EvalLoader(pixels, rows, config.eval.batch_size)
+    flip = config.eval.tta == "flip"
+    found = evaluate_over_ranks(accelerator, model, loader, dataset, flip=flip)
+    accelerator.end_training()
+    return describe(found, Confusion.of(dataset, split, found.confusion))
+
+
+def _refuse_test(path: Path, run_dir: Path, config: Config) -> None:
+    """Test may measure the final weights of a finished run once more, which is no choice between
+    weights; whatever else could be measured on it, somebody could choose by."""
+    if path != run_dir:
+        raise UserError(
+            f"{path} is a checkpoint, and test is for the final weights of a run alone: take"
+            " --split val"
+        )
+    if not config.eval.test:
+        raise UserError(
+            f"{run_dir} was trained with eval.test false, so that nobody can choose by test: take"
+            " --split val, or train the recipe that was chosen with --eval.test true in a folder"
+            " of its own"
+        )
+    if read_result(run_dir) is None:
+        raise UserError(
+            f"{run_dir} is not finished, and test is read at the end: finish it with the same"
+            " training command, or take --split val"
+        )
+
+
+def describe(found: Evaluation, confusion: Confusion) -> str:
+    """An evaluation for a reader."""
+    row = {f"{confusion.split}/{name}": value for name, value in found.row.items()}
+    error = 100 * found.row[metrics.CALIBRATION_ERROR]
+    unsaid = "train " if confusion.split == "train" else ""  # as in the rows of a training
+    parts = [
+        f"{unsaid}{metrics.describe(row)}, calibration error {error:.2f}%",
+        describe_pairs(confusion, "class"),
+    ]
+    if (coarse := by_superclass(confusion)) is not None:
+        parts.append(describe_pairs(coarse, "superclass"))
+    return "\n".join(parts)

@@ -1,0 +1,199 @@
+"""DeviceLoader: a split resident on the device -> the micro-batches of a step.
+
+The uint8 images go to the device once; order and augmentation draws go there an epoch at a time; a
+step then only indexes, and copies nothing from host to device but what TrivialAugment needs. On a
+CPU the images stay the mapped pages of the cache, which all processes share.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distvgg.config import AugmentConfig, Config
+from distvgg.data.dataset import Dataset, Split
+from distvgg.data.mixing import draw_mixture, mix
+from distvgg.data.plan import Plan, epoch_permutation
+from distvgg.data.transforms import (
+    Draws,
+    cutout,
+    draw_epoch,
+    normalise,
+    resize,
+    sent,
+    trivial_augment,
+    view,
+)
+from distvgg.errors import UserError
+from distvgg.rng import derive_seed
+
+
+class MicroBatch(NamedTuple):
+    """What one forward and backward computes on, and all that it may depend on.
+
+    `images` [m, 3, side, side], normalised; `labels` [m] int64; `rows` [m] int64, which rows of the
+    split they are; `dropout_seed` seeds the forward. Of mixed images, `labels` and `rows` are the
+    first one's, whose share of the mixture is `share`; `partner_labels` [m] int64 the other's.
+    """
+
+    k: int
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+    dropout_seed: int
+    partner_labels: Tensor | None = None
+    share: float = 1.0
+
+    @property
+    def main_labels(self) -> Tensor:
+        """[m] int64, of what has the larger share of each image."""
+        if self.partner_labels is None or self.share >= 0.5:
+            return self.labels
+        return self.partner_labels
+
+
+class Pixels:
+    """A split's images and labels on a device, and how its bytes become network input.
+
+    Args:
+        side: of the images that the network takes, in pixels.
+    """
+
+    def __init__(self, dataset: Dataset, split: Split, side: int, device: torch.device) -> None:
+        self.device = device
+        self.labels = torch.from_numpy(split.labels).to(device)
+        self._images = torch.from_numpy(split.images).to(device)
+        self._side = side
+        dtype = torch.get_default_dtype()
+        self._mean = torch.tensor(dataset.mean, dtype=dtype, device=device)
+        self._std = torch.tensor(dataset.std, dtype=dtype, device=device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def smallest_side(self) -> int:
+        """Of the stored images, in pixels."""
+        return min(self._images.shape[1:3])
+
+    def augmented(self, rows: Tensor, draws: Draws, config: AugmentConfig) -> Tensor:
+        """Random views of some rows: [n] int64 -> [n, 3, side, side]."""
+        images = view(self._images, rows, draws, config.crop_padding)
+        if config.trivial:
+            images = trivial_augment(images, draws)
+        x = normalise(images, self._mean, self._std)
+        if config.cutout:
+            x = cutout(x, draws.hole, config.cutout)
+        return resize(x, self._side)
+
+    def plain(self, rows: Tensor) -> Tensor:
+        """Some rows as they are: [n] int64 -> [n, 3, side, side]."""
+        return resize(normalise(self._images[rows], self._mean, self._std), self._side)
+
+
+class DeviceLoader:
+    """The micro-batches that a rank runs in a step: a pure function of (config, data, step, rank).
+
+    Args:
+        rows: [plan.n_samples] int64, the rows of the split that are trained on.
+
+    Raises:
+        UserError: the images are no larger than the crop's padding or the cutout.
+    """
+
+    def __init__(
+        self, config: Config, pixels: Pixels, rows: np.ndarray, plan: Plan, rank: int
+    ) -> None:
+        side = pixels.smallest_side
+        for field in ("crop_padding", "cutout"):
+            if (value := getattr(config.augment, field)) >= side:
+                raise UserError(
+                    f"augment.{field} {value} must be less than the images' {side} pixels"
+                )
+        assert len(rows) == plan.n_samples
+        self._config, self._pixels, self._plan, self._rank = config, pixels, plan, rank
+        self._rows = torch.from_numpy(rows).to(pixels.device)
+        # Two, since a step may straddle two epochs.
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """The rank's micro-batches of a step, in order of `k`."""
+        plan, seed = self._plan, self._config.seed
+        parts = []
+        for epoch, first, last in plan.spans(plan.positions(step, self._rank)):
+            rows, draws = self._epoch(epoch)
+            parts.append((rows[first:last], draws.take(slice(first, last))))
+        rows = torch.cat([r for r, _ in parts])
+        draws = Draws(*map(torch.cat, zip(*(d for _, d in parts), strict=True)))
+        images = self._pixels.augmented(rows, draws, self._config.augment)
+        labels = self._pixels.labels[rows]
+        m = plan.micro_batch_size
+        return [
+            self._mixed(
+                step,
+                MicroBatch(
+                    k,
+                    images[a * m : (a + 1) * m],
+                    labels[a * m : (a + 1) * m],
+                    rows[a * m : (a + 1) * m],
+                    derive_seed(seed, "dropout", step, k),
+                ),
+            )
+            for a, k in enumerate(plan.rank_micro_batches(self._rank))
+        ]
+
+    def _mixed(self, step: int, batch: MicroBatch) -> MicroBatch:
+        """A micro-batch with its images mixed in place, where they are to be."""
+        config, m = self._config, len(batch.labels)
+        mixture = draw_mixture(
+            config.augment, config.seed, step, batch.k, m, self._config.model.image_size
+        )
+        if mixture is None:
+            return batch
+        mix(batch.images, mixture)
+        partner_labels = batch.labels.roll(mixture.shift)
+        return batch._replace(partner_labels=partner_labels, share=mixture.share)
+
+    def rows(self, step: int, k: int) -> Tensor:
+        """The rows of the split in any micro-batch, also another rank's: [m] int64."""
+        m = self._plan.micro_batch_size
+        start = step * self._plan.global_batch_size + k * m
+        parts = [
+            self._epoch(epoch)[0][first:last]
+            for epoch, first, last in self._plan.spans(range(start, start + m))
+        ]
+        return torch.cat(parts)
+
+    def _draw_epoch(self, epoch: int) -> tuple[Tensor, Draws]:
+        """Rows and draws of one epoch in stream order, on the device."""
+        seed, n, device = self._config.seed, self._plan.n_samples, self._pixels.device
+        order = epoch_permutation(seed, epoch, n)
+        draws = draw_epoch(self._config.augment, seed, epoch, n).take(order).to(device)
+        return self._rows[sent(order, device)], draws
+
+
+class EvalLoader:
+    """Fixed batches of a split in order, unaugmented. Which images share a batch depends on the
+    batch size alone, never on how many processes divide the batches among them.
+
+    Args:
+        rows: [n] int64, the rows to take; None for all.
+    """
+
+    def __init__(self, pixels: Pixels, rows: np.ndarray | None, batch_size: int) -> None:
+        self._pixels = pixels
+        taken = torch.arange(len(pixels)) if rows is None else torch.from_numpy(rows)
+        self._batches = torch.split(taken.to(pixels.device), batch_size)
+        self.n_samples = len(taken)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def batches(self, rank: int, world_size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Every `world_size`-th batch from `rank` on: (batch number, images, labels)."""
+        for i in range(rank, len(self._batches), world_size):
+            rows = self._batches[i]
+            yield i, self._pixels.plain(rows), self._pixels.labels[rows]

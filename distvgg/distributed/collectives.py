@@ -1,0 +1,117 @@
+"""Values that ranks exchange once, at the start of a run or to agree on a stop."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
+
+from distvgg.distributed.host_copy import HostCopy
+from distvgg.errors import UserError
+from distvgg.runs.provenance import machine
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator, PartialState
+
+T = TypeVar("T")
+_BROADCAST_BYTES = 64 * 2**20
+
+
+def machines(accelerator: "Accelerator") -> list[dict[str, str]]:
+    """Every rank's device and versions, by rank; all ranks must call it."""
+    from accelerate.utils import gather_object
+
+    found: list[dict[str, str]] = gather_object([machine(accelerator.device)])
+    return found
+
+
+def from_main(process: "Accelerator | PartialState", make: Callable[[], T]) -> T:
+    """Calls `make` on the main process and returns its result on every rank. A UserError that it
+    raises is raised on every rank, so that none is left waiting."""
+    outcome: list[Any] = [None]
+    if process.is_main_process:
+        try:
+            outcome = [make()]
+        except UserError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    made: T = outcome[0]
+    return made
+
+
+def bytes_from_main(accelerator: "Accelerator", content: bytes | None) -> bytes:
+    """Copies bytes of the main process to every rank, in parts of 64 MiB, without pickling.
+
+    Args:
+        content: on the main process, not empty; ignored on the others.
+    """
+    if accelerator.num_processes == 1:
+        assert content is not None
+        return content
+    size = from_main(accelerator, lambda: len(content or b""))
+    if accelerator.is_main_process:
+        assert content is not None
+        whole = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    else:
+        whole = torch.empty(size, dtype=torch.uint8)
+    for part in torch.split(whole, _BROADCAST_BYTES):
+        there = part.to(accelerator.device)
+        dist.broadcast(there, src=0)
+        if there is not part:
+            part.copy_(there)
+    return whole.numpy().tobytes()
+
+
+def from_node_leaders(accelerator: "Accelerator", here: T | None) -> T | None:
+    """Returns on every rank what the first rank of its node passed; all ranks must call it."""
+    from accelerate.utils import gather_object
+
+    leader = accelerator.process_index - accelerator.local_process_index
+    found: T | None = gather_object([here])[leader]
+    return found
+
+
+def any_rank(accelerator: "Accelerator", here: bool) -> bool:
+    """Whether something holds on any rank. Every rank must call it, and waits for the others."""
+    flag = torch.tensor(float(here), device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum") > 0)
+
+
+def summing(accelerator: "Accelerator") -> Any:
+    """A function that sums a tensor over ranks; every rank must call it alike."""
+    return lambda tensor: accelerator.reduce(tensor, "sum")
+
+
+class Agreement:
+    """Whether any rank was told to stop, asked by all ranks equally often: an all-reduce that is
+    read at the next asking, when it is long done. To be closed: one that is still under way when
+    the process exits aborts it."""
+
+    def __init__(self, accelerator: "Accelerator") -> None:
+        self._accelerator = accelerator
+        self._flag: HostCopy | None = None
+        self._pending: dist.Work | None = None
+
+    def asked(self, here: bool) -> bool:
+        """The answer to the asking before this one; with one process, to this one."""
+        if self._accelerator.num_processes == 1:
+            return here
+        self.close()
+        if self._flag is not None and self._flag.read() > 0:
+            return True
+        # Filled on the device: a number that comes from the host would wait for what it computes.
+        flag = torch.full((), float(here), device=self._accelerator.device)
+        self._pending = dist.all_reduce(flag, async_op=True)
+        if flag.is_cuda:
+            self.close()  # for the stream, not the host: the copy must not wait for what comes next
+        self._flag = HostCopy(flag)
+        return False
+
+    def close(self) -> None:
+        """Ends what is under way."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None

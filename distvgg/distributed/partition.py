@@ -1,0 +1,17 @@
+"""Assignment of tasks to ranks."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+def share_out(costs: Sequence[float], ranks: int) -> list[int]:
+    """Which rank does each of some pieces of work: the costliest that is left goes to whoever has
+    least so far."""
+    load, owners = [0.0] * ranks, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = min(range(ranks), key=lambda rank: load[rank])
+        load[owners[i]] += costs[i]
+    return owners

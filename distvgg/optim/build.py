@@ -1,0 +1,84 @@
+"""Parameter groups, the optimizer, and the learning rate as a pure function of the step.
+
+Invariant: nothing here counts. `lr_at(step)` is computed, not advanced, so no scheduler has a state
+to save or can be stepped once per process.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distvgg.config import OptimConfig
+from distvgg.distributed.reduction_plan import Ranks
+from distvgg.distributed.tree_sum import ExchangeQueue
+from distvgg.optim.muon import Muon
+
+
+def build_optimizer(
+    model: nn.Module,
+    config: OptimConfig,
+    precision: str = "bf16",
+    ranks: Ranks | None = None,
+    queue: ExchangeQueue | None = None,
+) -> torch.optim.Optimizer:
+    """The optimizer over the groups of `parameter_groups`; Muon shares out its work among ranks
+    (None: this process is alone)."""
+    groups = parameter_groups(model, config)
+    if config.name == "muon":
+        queue = queue or ExchangeQueue(next(model.parameters()).device)
+        return Muon(groups, config.muon_steps, muon_dtype(precision), ranks or Ranks(), queue)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
+    sgd = torch.optim.SGD(
+        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
+    )
+    if config.momentum:
+        for p in model.parameters():
+            # torch would take uninitialised memory here if the first step is skipped (fp16).
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Matrices and filters, which decay; biases and BatchNorm's weights, which do unless
+    `decay_norm_and_bias` is off. Muon has all matrices and filters but the last, and comes first.
+    `lr_ratio` of a group is that of its learning rate to `config.lr`."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    vector_decay = config.weight_decay if config.decay_norm_and_bias else 0.0
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay, "lr_ratio": 1.0},
+        {"params": vectors, "weight_decay": vector_decay, "lr_ratio": 1.0},
+    ]
+    if config.name == "muon":
+        sgd = {"orthogonalised": False, "momentum": config.momentum, "nesterov": config.nesterov}
+        groups = [group | sgd for group in groups]
+        muon = {
+            "orthogonalised": True,
+            "params": matrices[:-1],
+            "momentum": config.muon_momentum,
+            "nesterov": True,
+            "lr_ratio": config.muon_lr / config.lr,
+        }
+        groups[0]["params"] = matrices[-1:]
+        groups.insert(0, muon)
+    return [{"lr": config.lr * group["lr_ratio"]} | group for group in groups if group["params"]]
+
+
+def muon_dtype(precision: str) -> torch.dtype:
+    """What Muon computes and sends in: rounded where everything else is."""
+    return torch.get_default_dtype() if precision == "no" else torch.bfloat16
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_ratio"]
+
+
+def skip_step_if(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:
+    """Lets the next step change nothing if a scalar on the device is 1, without asking the device:
+    the protocol between torch.amp.GradScaler and fused optimizers."""
+    bare: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper holds it
+    bare.found_inf, bare.grad_scale = flag, None

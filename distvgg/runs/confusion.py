@@ -1,0 +1,112 @@
+"""Which classes a network takes for which: the confusion matrix of a run, kept and put in words.
+
+Invariant: integer counts alone; whatever is told of them is computed when it is asked for. Imports
+no torch.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from distvgg.config import SplitName
+from distvgg.runs.files import read_json, write_whole
+from distvgg.runs.layout import CONFUSION_FILE
+
+if TYPE_CHECKING:
+    from distvgg.data.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How often each class was taken for which.
+
+    Attributes:
+        counts: [classes][classes], images by their true class (row) and the predicted (column).
+        superclass_of: [classes], the superclass of each class; None where there are none.
+    """
+
+    split: SplitName
+    class_names: list[str]
+    counts: list[list[int]]
+    superclass_names: list[str]
+    superclass_of: list[int] | None
+
+    def __post_init__(self) -> None:
+        n = len(self.class_names)
+        if [len(row) for row in self.counts] != [n] * n:
+            raise ValueError(f"{n} classes need a square matrix of that side")
+
+    @staticmethod
+    def of(dataset: "Dataset", split: SplitName, counts: np.ndarray) -> "Confusion":
+        of = dataset.superclass_of
+        return Confusion(
+            split=split,
+            class_names=dataset.class_names,
+            counts=counts.tolist(),
+            superclass_names=dataset.superclass_names,
+            superclass_of=None if of is None else of.tolist(),
+        )
+
+
+def by_superclass(confusion: Confusion) -> Confusion | None:
+    """The same images by their superclasses; None where there are none."""
+    if confusion.superclass_of is None:
+        return None
+    n = len(confusion.superclass_names)
+    of, counts = np.array(confusion.superclass_of), np.zeros((n, n), dtype=np.int64)
+    np.add.at(counts, (of[:, None], of[None, :]), np.array(confusion.counts))
+    return Confusion(confusion.split, confusion.superclass_names, counts.tolist(), [], None)
+
+
+def worst_pairs(confusion: Confusion, n: int = 10) -> list[tuple[str, str, int]]:
+    """The mistakes that are made most often: (true class, predicted class, images), at most `n`, of
+    equals the first by the order of classes. A pair that never occurs is none."""
+    counts, names = np.array(confusion.counts), confusion.class_names
+    np.fill_diagonal(counts, 0)
+    worst = np.argsort(-counts, axis=None, kind="stable")[:n]
+    pairs = zip(*np.unravel_index(worst, counts.shape), strict=True)
+    return [(names[t], names[p], int(counts[t, p])) for t, p in pairs if counts[t, p]]
+
+
+def class_accuracy(confusion: Confusion) -> dict[str, float]:
+    """The share of each class's images that are recognised, the worst class first; classes without
+    an image are left out."""
+    counts = np.array(confusion.counts)
+    images = counts.sum(1)
+    share = {
+        name: int(counts[i, i]) / int(images[i])
+        for i, name in enumerate(confusion.class_names)
+        if images[i]
+    }
+    return dict(sorted(share.items(), key=lambda item: item[1]))
+
+
+def describe_pairs(confusion: Confusion, what: str, n: int = 10) -> str:
+    """The worst pairs for a reader, in two columns, the worst on the left from top to bottom."""
+    pairs = {f"{true} as {predicted}": k for true, predicted, k in worst_pairs(confusion, n)}
+    if not pairs:
+        return f"no {what} was taken for another"
+    width = max(map(len, pairs))
+    cells = [f"  {pair:<{width}} {k:5,}" for pair, k in pairs.items()]
+    half = -(-len(cells) // 2)
+    lines = ["".join(pair) for pair in zip_longest(cells[:half], cells[half:], fillvalue="")]
+    return "\n".join([f"{what} taken for another, and how many images:", *lines])
+
+
+def save_confusion(confusion: Confusion, run_dir: Path) -> None:
+    """Writes `confusion.json`, whole or not at all."""
+    write_whole(run_dir / CONFUSION_FILE, json.dumps(asdict(confusion)).encode() + b"\n")
+
+
+def read_confusion(run_dir: Path) -> Confusion | None:
+    """The confusion matrix in a run folder, None where there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    remedy = f"distvgg evaluate {run_dir} prints what it told"
+    return read_json(run_dir / CONFUSION_FILE, Confusion, remedy)

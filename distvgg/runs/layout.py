@@ -1,0 +1,32 @@
+"""The names of the files of a run folder."""
+
+import re
+from pathlib import Path
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+WEIGHTS_FILE = "model.safetensors"
+PREPROCESSING_FILE = "preprocessing.json"
+CONFUSION_FILE = "confusion.json"
+RESULT_FILE = "result.json"
+FAILURE_FILE = "failure.json"
+CHECKPOINTS = "checkpoints"
+STOP_FILE = "STOP"
+REQUEUE_FILE = "REQUEUE"
+LOCK_FILE = ".lock"
+LOGS = "logs"
+
+
+def run_of(path: Path) -> Path:
+    """The run folder that a path means: the path itself, or for one of its checkpoints the folder
+    above `checkpoints/`."""
+    return path.parent.parent if path.parent.name == CHECKPOINTS and _is_checkpoint(path) else path
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The checkpoints in `checkpoints/`, oldest first; not those that a kill left unfinished."""
+    return sorted(filter(_is_checkpoint, folder.glob("step_*")))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return re.fullmatch(r"step_\d{8}", path.name) is not None

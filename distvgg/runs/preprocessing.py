@@ -1,0 +1,84 @@
+"""What using a run's weights needs beside them: normalisation constants, sizes, class names.
+
+Kept as `preprocessing.json` in the run folder, and as metadata of each `model.safetensors`. Imports
+no torch.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distvgg.runs.files import read_json, write_whole
+from distvgg.runs.layout import PREPROCESSING_FILE
+
+if TYPE_CHECKING:
+    from distvgg.data.dataset import Dataset
+
+
+METADATA_KEY = "preprocessing"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image file to network input, and from an output's index to a name.
+
+    An RGB image of `stored_size` becomes `(pixel / 255 - mean) / std`, and is then resized to
+    `image_size` squared (bilinear, antialiased) where that differs.
+
+    Attributes:
+        mean, std: per channel (red, green, blue), in 0..1.
+        stored_size: height and width in pixels to which the data set's images were cropped or
+            resized before training.
+        image_size: side in pixels of the network's input.
+        class_names: by output index.
+        superclass_of: [classes], index into `superclass_names`; None where there are none.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    stored_size: tuple[int, int]
+    image_size: int
+    class_names: list[str]
+    superclass_names: list[str]
+    superclass_of: list[int] | None
+
+    @staticmethod
+    def of(dataset: "Dataset", image_size: int) -> "Preprocessing":
+        """Collects the constants of a data set."""
+        height, width = dataset.train.images.shape[1:3]
+        superclasses = dataset.superclass_of
+        return Preprocessing(
+            mean=dataset.mean,
+            std=dataset.std,
+            stored_size=(height, width),
+            image_size=image_size,
+            class_names=dataset.class_names,
+            superclass_names=dataset.superclass_names,
+            superclass_of=None if superclasses is None else superclasses.tolist(),
+        )
+
+    def metadata(self) -> dict[str, str]:
+        """The same for the header of a safetensors file. One entry: safetensors writes several in
+        an order that changes from process to process, and with it the bytes of the file."""
+        return {METADATA_KEY: json.dumps(asdict(self))}
+
+
+def save_preprocessing(preprocessing: Preprocessing, run_dir: Path) -> None:
+    """Writes `preprocessing.json`, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = json.dumps(asdict(preprocessing), indent=2).encode() + b"\n"
+    write_whole(run_dir / PREPROCESSING_FILE, content)
+
+
+def read_preprocessing(run_dir: Path) -> Preprocessing | None:
+    """Reads `preprocessing.json`; None for a run of version 0.1, which has none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    remedy = "the same training command writes it again, if the run is not finished"
+    return read_json(run_dir / PREPROCESSING_FILE, Preprocessing, remedy)

@@ -1,0 +1,87 @@
+"""Progress and rows on the terminal."""
+
+import sys
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from accelerate.tracking import GeneralTracker
+
+from distvgg import metrics
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+# Seconds between two lines of training progress where there is no terminal.
+CALM = 30.0
+
+
+class Console(GeneralTracker):
+    """A progress bar on a terminal; in a log file a line for each evaluation and, no more often
+    than every 30 s, one for training."""
+
+    name = "console"
+    requires_logging_directory = False
+
+    def __init__(self, steps: int, done: int = 0) -> None:
+        super().__init__()
+        self._steps = steps
+        self._before = done
+        self._done = 0  # since then
+        self._started = 0.0  # when the first step was done: what came before tells no speed
+        self._last_line = -CALM
+        self._bar: tqdm[Any] | None = None
+
+    @property
+    def tracker(self) -> Any:
+        return self._bar
+
+    def advance(self) -> None:
+        self._done += 1
+        if self._done == 1:
+            self._started = time.monotonic()
+            self._bar = _progress_bar(self._steps, self._before) if sys.stderr.isatty() else None
+        if self._bar is not None:
+            self._bar.update()
+
+    def say(self, line: str) -> None:
+        with suppress(OSError):  # a log file on a full disk, a terminal that is gone
+            if self._bar is not None:
+                self._bar.write(line)
+            else:
+                print(line, flush=True)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        assert step is not None
+        if metrics.TRAIN_LOSS not in values:
+            self.say(f"{self._where(values)}  {metrics.describe(values)}")
+        elif self._bar is not None:
+            self._bar.set_postfix_str(metrics.describe(values))
+        elif time.monotonic() - self._last_line >= CALM:
+            self._last_line = time.monotonic()
+            left = ""
+            if self._done > 1:
+                seconds = (self._last_line - self._started) / (self._done - 1)
+                left = f", {_duration(seconds * (self._steps - step))} left"
+            self.say(f"{self._where(values)}  {metrics.describe(values)}{left}")
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _where(self, row: metrics.Row) -> str:
+        step = f"{row[metrics.STEP]:>{len(str(self._steps))}}/{self._steps}"
+        return f"step {step}  epoch {row[metrics.EPOCH]:.2f}"
+
+
+def _progress_bar(steps: int, done: int) -> "tqdm[Any]":
+    from tqdm import tqdm
+
+    return tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

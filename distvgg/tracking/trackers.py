@@ -1,0 +1,135 @@
+"""Where rows go: metrics.jsonl always, a terminal or log, W&B and TensorBoard through accelerate.
+
+Every destination is one of accelerate's trackers, ours included. Invariant: `metrics.jsonl` is
+written first, flushed row by row, by the main process only; no destination asks a question, and
+W&B, the one that lives elsewhere, cannot end a run or hold it up for long.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.tracking import GeneralTracker
+
+from distvgg import metrics
+from distvgg.config import Config
+from distvgg.errors import UserError
+from distvgg.runs.layout import METRICS_FILE
+from distvgg.runs.metrics_file import Mark, MetricsFile
+from distvgg.tracking.console import Console
+from distvgg.tracking.wandb_tracker import WandB, wandb_mode
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Tracking:
+    """All destinations of a run. Silent on every process but the main one.
+
+    Args:
+        steps: of the whole run.
+        done: steps that are done already.
+        mark: the end of metrics.jsonl then.
+    """
+
+    def __init__(
+        self,
+        accelerator: "Accelerator",
+        config: Config,
+        run_dir: Path,
+        steps: int,
+        done: int = 0,
+        mark: Mark = Mark(),  # noqa: B008  frozen
+    ) -> None:
+        self._trackers: list[GeneralTracker] = []
+        self._console: Console | None = None
+        self._file: MetricsFile | None = None
+        self.curves = [str(run_dir / METRICS_FILE)]
+        if not accelerator.is_main_process:
+            return
+        self._console = Console(steps, done)
+        self._file = MetricsFile(run_dir / METRICS_FILE, mark, self.say)
+        accelerator.log_with = [JsonLines(self._file), self._console]
+        if config.track.tensorboard:
+            accelerator.log_with.append(require_tensorboard())
+            self.curves.append(f"tensorboard --logdir {run_dir / 'tensorboard'}")
+        mode, why = wandb_mode() if config.track.wandb else ("disabled", "")
+        if mode != "disabled":
+            wandb = WandB(config, run_dir, mode, why, self.say, self._file.rows)
+            accelerator.log_with.append(wandb)
+        flat = {k: v if v is not None else "none" for k, v in config.flat().items()}
+        # What TensorBoard has of steps after the checkpoint is hidden: they come again.
+        purge = {"tensorboard": {"purge_step": done + 1}}
+        accelerator.init_trackers(config.track.project, flat, purge)
+        self._trackers = accelerator.trackers
+        if mode != "disabled":
+            self.curves.extend(wandb.curves())
+
+    def log(self, row: metrics.Row) -> None:
+        """Hands a row, with its `step`, to every destination."""
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(row, step=int(row[metrics.STEP]))
+            except OSError as error:  # TensorBoard's, as of a full disk; the others take it all
+                self._trackers.remove(tracker)
+                self.say(f"{tracker.name}: {error.strerror}; rows still go to {METRICS_FILE}")
+
+    def mark(self) -> Mark:
+        """The end of metrics.jsonl. For the main process."""
+        assert self._file is not None
+        return self._file.mark()
+
+    def flush(self) -> None:
+        """Brings metrics.jsonl to the disk. For the main process, from any thread.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        assert self._file is not None
+        self._file.flush()
+
+    def step_done(self) -> None:
+        """Moves the progress bar."""
+        if self._console:
+            self._console.advance()
+
+    def say(self, line: str) -> None:
+        """Prints a line without tearing the progress bar; on the main process only."""
+        if self._console:
+            self._console.say(line)
+
+
+class JsonLines(GeneralTracker):
+    """metrics.jsonl as one of accelerate's trackers."""
+
+    name = "jsonl"
+    requires_logging_directory = False
+
+    def __init__(self, file: MetricsFile) -> None:
+        super().__init__()
+        self._file = file
+
+    @property
+    def tracker(self) -> MetricsFile:
+        return self._file
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        self._file.append(values)
+
+    def finish(self) -> None:
+        self._file.close()
+
+
+def require_tensorboard() -> str:
+    """Its name as a tracker of accelerate's.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import tensorboard  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "track.tensorboard needs TensorBoard: pip install 'distvgg[tensorboard]', or"
+            " --track.tensorboard false"
+        ) from error
+    return "tensorboard"

@@ -1,0 +1,182 @@
+"""Exact evaluation: every image once, for any number of processes.
+
+Invariant: numbers are integer counts and float64 sums by batch, reduced once and added in the order
+of the batches, so that the result is the same to the last bit for any number of processes, given
+the same weights. The count is asserted against the dataset's size.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distvgg import metrics
+from distvgg.data.dataset import Dataset
+from distvgg.data.loader import EvalLoader
+from distvgg.distributed.collectives import summing
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+# Bins of equal width over the confidence of predictions (as many as in Guo et al., 2017, table 1).
+CALIBRATION_BINS = 15
+# The columns of what is summed by batch: three sums, then the hits and the confidence of each bin.
+_LOSS, _TOP5, _TTA, _HITS, _CONFIDENCE = 0, 1, 2, 3, 3 + CALIBRATION_BINS
+COLUMNS = 3 + 2 * CALIBRATION_BINS
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation finds.
+
+    `row` has the metrics by their bare names; `confusion` is [classes, classes] int64, images by
+    their true class (row) and the predicted one (column).
+    """
+
+    row: metrics.Row
+    confusion: np.ndarray
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: EvalLoader,
+    num_classes: int,
+    superclass_of: np.ndarray | None,
+    *,
+    flip: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
+    between: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Loss, accuracies, calibration error and confusion of a model over all batches of a loader.
+
+    Every rank must call it; the model is the bare module, not its DDP wrapper, and is left in the
+    mode that it was in. What is reduced over ranks is [batches * 33 + num_classes**2] float64, in
+    which counts are exact: 90 kB for 100 classes and 20 batches.
+
+    Args:
+        superclass_of: [num_classes] int64, the superclass of each class; None leaves that metric
+            out.
+        flip: also measure `tta_top1`, by the mean logits of each image and its mirror.
+        between: called before each batch, equally often on every rank; may raise to leave.
+    """
+    device = next(model.parameters()).device
+    # One row a batch: each rank fills its own, the others' stay zero, and adding zero is exact.
+    rows = torch.zeros(len(loader), COLUMNS, dtype=torch.float64, device=device)
+    confusion = torch.zeros(num_classes**2, dtype=torch.float64, device=device)
+    batches = loader.batches(rank, world_size)
+    with _evaluation_mode(model):
+        for _ in range(-(-len(loader) // world_size)):
+            between()
+            if (batch := next(batches, None)) is None:
+                break  # the last round, in which this rank has none
+            i, images, labels = batch
+            logits = logits_of(model, images)
+            best = logits.topk(min(5, num_classes), dim=1).indices
+            rows[i, _LOSS] = F.cross_entropy(logits, labels, reduction="none").double().sum()
+            rows[i, _TOP5] = (best == labels[:, None]).any(1).sum()
+            rows[i, _HITS:] = calibration_sums(logits, best[:, 0] == labels)
+            if flip:
+                both = logits + logits_of(model, images.flip(3))
+                rows[i, _TTA] = (both.argmax(1) == labels).sum()
+            pairs = labels * num_classes + best[:, 0]
+            confusion.index_add_(0, pairs, confusion.new_ones(len(labels)))
+    total = sum_over_ranks(torch.cat([rows.flatten(), confusion])).cpu().numpy()
+    sums = total[: rows.numel()].reshape(-1, COLUMNS).sum(0)
+    counts = total[rows.numel() :].reshape(num_classes, num_classes).astype(np.int64)
+    assert counts.sum() == loader.n_samples, (
+        f"evaluated {counts.sum()} images of {loader.n_samples}"
+    )
+    return Evaluation(_row(sums, counts, superclass_of, flip), counts)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode, and back into the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """[n, 3, side, side] -> [n, classes], in float32 at least."""
+    logits: Tensor = model(images)
+    return logits.to(torch.promote_types(torch.float32, images.dtype))
+
+
+def calibration_sums(logits: Tensor, hits: Tensor) -> Tensor:
+    """What the calibration error is computed from: the hits and the summed confidence of each bin.
+
+    The confidence is the probability of the predicted class. Bin `b` of `M` holds the predictions
+    whose confidence is in `(b/M, (b+1)/M]`.
+
+    Args:
+        logits: [n, classes] float.
+        hits: [n] bool, whether the most likely class is the true one.
+
+    Returns:
+        [2 * CALIBRATION_BINS] float64: hits, then confidence.
+    """
+    confidence = logits.double().softmax(1).amax(1)
+    edges = torch.linspace(0, 1, CALIBRATION_BINS + 1, dtype=torch.float64, device=logits.device)
+    bins = torch.bucketize(confidence, edges[1:-1])
+    facts = torch.stack([hits.double(), confidence], dim=1)
+    within = bins[:, None] == torch.arange(CALIBRATION_BINS, device=logits.device)
+    return (facts[:, :, None] * within[:, None, :]).sum(0).flatten()
+
+
+def _row(
+    sums: np.ndarray, confusion: np.ndarray, superclass_of: np.ndarray | None, flip: bool
+) -> metrics.Row:
+    """The metrics that sums and counts come to. A prediction's superclass is that of its most
+    likely class.
+
+    The expected calibration error (Guo et al., "On Calibration of Modern Neural Networks", 2017,
+    equation 3) weighs each bin's gap between accuracy and mean confidence by its share of images;
+    the number of images in a bin cancels out.
+    """
+    count = int(confusion.sum())
+    gaps = np.abs(sums[_HITS:_CONFIDENCE] - sums[_CONFIDENCE:])
+    row: metrics.Row = {
+        metrics.LOSS: float(sums[_LOSS]) / count,
+        metrics.TOP1: int(confusion.trace()) / count,
+        metrics.TOP5: float(sums[_TOP5]) / count,
+    }
+    if superclass_of is not None:
+        same = superclass_of[:, None] == superclass_of[None, :]
+        row[metrics.SUPERCLASS_TOP1] = int(confusion[same].sum()) / count
+    if flip:
+        row[metrics.TTA_TOP1] = float(sums[_TTA]) / count
+    return row | {metrics.CALIBRATION_ERROR: float(gaps.sum()) / count, metrics.COUNT: count}
+
+
+def evaluate_over_ranks(
+    accelerator: "Accelerator",
+    model: nn.Module,
+    loader: EvalLoader,
+    dataset: Dataset,
+    *,
+    flip: bool,
+    between: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """`evaluate`, its batches shared out among all processes."""
+    return evaluate(
+        model,
+        loader,
+        dataset.num_classes,
+        dataset.superclass_of,
+        flip=flip,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        sum_over_ranks=summing(accelerator),
+        between=between,
+    )

@@ -1,0 +1,260 @@
+"""The parts of a run: made from a config and a run folder, taken from and kept in a checkpoint.
+
+Invariant: what `TrainState` and the tensors of a checkpoint hold is all that a run has come to; the
+rest is a function of config and data. It is the same on every rank after every step.
+"""
+
+import hashlib
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
+from distvgg import environment, preemption
+from distvgg.config import Config
+from distvgg.data.cache import cache_entry, load_dataset
+from distvgg.data.dataset import Dataset, train_val_indices
+from distvgg.data.loader import DeviceLoader, EvalLoader, Pixels
+from distvgg.data.plan import Plan
+from distvgg.distributed.collectives import (
+    any_rank,
+    bytes_from_main,
+    from_main,
+    from_node_leaders,
+    machines,
+)
+from distvgg.distributed.device import place
+from distvgg.distributed.gradients import GradientReducer
+from distvgg.distributed.process_group import distribute, ranks_of, start
+from distvgg.distributed.reduction_plan import TreePlan
+from distvgg.distributed.step_sums import StepSums
+from distvgg.distributed.tree_sum import ExchangeQueue
+from distvgg.errors import UserError
+from distvgg.models.ema import Average
+from distvgg.models.flops import training_flops
+from distvgg.models.vgg import VGG, batch_norm_layers, build_vgg
+from distvgg.optim.build import build_optimizer
+from distvgg.preemption import Preempted
+from distvgg.rng import derive_seed
+from distvgg.runs.folder import leave_run_folder, take_run_folder
+from distvgg.runs.layout import CHECKPOINTS, METRICS_FILE, STOP_FILE
+from distvgg.runs.metrics_file import holds
+from distvgg.runs.preprocessing import Preprocessing, save_preprocessing
+from distvgg.training.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    load_optimizer_tensors,
+)
+from distvgg.training.meters import Clock, TrainMeter
+from distvgg.training.nan_monitor import Watch
+from distvgg.training.state import METER, TRAINED, Run, TrainState, _names
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def build(config: Config, folder: Path) -> Run:
+    """Joins the process group, takes the run folder, makes every part of the run, and brings it to
+    where the newest sound checkpoint was.
+
+    Raises:
+        UserError: config, data, processes or run folder do not fit together.
+        Preempted: told to stop meanwhile.
+    """
+    accelerator = start(config, folder)
+    device = accelerator.device
+    asked = config.train.precision
+    config = config.replace(train__precision=accelerator.mixed_precision)
+    locks: list[int] = []  # taken by the main process alone
+    from_main(accelerator, lambda: locks.append(take_run_folder(folder, config)))
+    dataset = _load_dataset(config, accelerator, folder)
+    train_rows, val_rows = train_val_indices(dataset.train.labels, config.data)
+    n, batch, world_size = len(train_rows), config.train, accelerator.num_processes
+    plan = Plan(n, batch.global_batch_size, batch.micro_batch_size, world_size)
+    torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
+    vgg = build_vgg(config.model, dataset.num_classes, derive_seed(config.seed, "weights"))
+    place(vgg, accelerator, config)
+    ranks, queue = ranks_of(accelerator), ExchangeQueue(device)
+    optimizer = build_optimizer(vgg, config.optim, config.train.precision, ranks, queue)
+    meter = TrainMeter(device)
+    average = Average(vgg, config.optim.ema_decay) if config.optim.ema_decay else None
+
+    preprocessing, keep = Preprocessing.of(dataset, config.model.image_size), config.checkpoint.keep
+    checkpoints = None
+    if locks:
+        checkpoints = Checkpoints(folder / CHECKPOINTS, keep, preprocessing.metadata())
+    found = _newest(checkpoints, folder, accelerator)
+    state = TrainState(data=_digest(dataset))
+    if found is not None:
+        state = _restore(found, state, vgg, average, optimizer, meter, accelerator)
+    from_main(accelerator, lambda: _keep(preprocessing, folder))
+    state.starts.append((state.step, accelerator.num_processes))
+    found_machines = machines(accelerator)
+    before = None if found is None else state.machine
+    threads = config.train.cpu_threads if device.type == "cpu" else None
+    notes = environment.notes(found_machines, before, threads)
+    state.machine = found_machines[0]
+    if asked == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16"):
+        notes.append(f"precision {config.train.precision}, as the launcher was told")
+
+    model, optimizer = distribute(accelerator, vgg, optimizer)
+    model.train()
+    if average is not None:
+        accelerator.prepare_model(average.network, evaluation_mode=True)
+    fp16 = accelerator.scaler is not None
+    pixels = Pixels(dataset, dataset.train, config.model.image_size, device)
+    tree = TreePlan(plan.micro_batches, ranks)
+    gradients = GradientReducer(vgg.parameters(), tree, queue)
+    gradients.attach()
+    return Run(
+        config=config,
+        folder=folder,
+        accelerator=accelerator,
+        dataset=dataset,
+        preprocessing=preprocessing,
+        plan=plan,
+        steps=plan.steps(config.train.epochs),
+        loader=DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index),
+        val_loader=EvalLoader(pixels, val_rows, config.eval.batch_size),
+        vgg=vgg,
+        average=average,
+        model=model,
+        optimizer=optimizer,
+        tree=tree,
+        queue=queue,
+        sums=StepSums(accelerator, tree, batch_norm_layers(vgg), queue),
+        gradients=gradients,
+        failed=torch.zeros((), dtype=torch.float32, device=device),
+        meter=meter,
+        clock=Clock(
+            plan.global_batch_size,
+            training_flops(config.model, dataset.num_classes),
+            *state.timed,
+        ),
+        watch=Watch(
+            lag=int(device.type == "cuda"),
+            fp16=fp16,
+            skipped=state.skipped,
+            skipped_in_a_row=state.skipped_in_a_row,
+        ),
+        state=state,
+        checkpoints=checkpoints,
+        lock=locks[0] if locks else None,
+        notes=notes,
+    )
+
+
+def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> Dataset:
+    """Loads, unless told to stop. A rank that is takes the others along, once they are here."""
+    entry = dataset = None
+    try:
+        with preemption.interruptible():
+            # Once a node: of a folder of images it asks for the size and time of every file.
+            entry = cache_entry(config.data) if accelerator.is_local_main_process else None
+    except Preempted:
+        pass
+    entry = from_node_leaders(accelerator, entry)
+    try:
+        with preemption.interruptible():
+            if entry is not None:
+                dataset = load_dataset(config.data, entry)
+    except Preempted:
+        with suppress(OSError):  # the others may decode for long yet, and look for this file
+            (folder / STOP_FILE).touch()
+    if any_rank(accelerator, preemption.requested()):
+        if accelerator.is_main_process:
+            leave_run_folder(folder, requeue=True)
+        accelerator.end_training()  # gloo aborts a process that exits with its group still up
+        raise Preempted(f"{preemption.reason()}: stopped before the first step; nothing to save")
+    if not accelerator.is_main_process:
+        preemption.leave_looking_to_another()
+    assert dataset is not None
+    return dataset
+
+
+def _keep(preprocessing: Preprocessing, folder: Path) -> None:
+    try:
+        save_preprocessing(preprocessing, folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write run folder {folder} ({error.strerror}): make room, or choose another"
+            " with --run-dir"
+        ) from error
+
+
+def _newest(
+    checkpoints: Checkpoints | None, folder: Path, accelerator: "Accelerator"
+) -> Checkpoint | None:
+    """Reads the newest checkpoint that fits the folder on the main process, for all ranks."""
+
+    def refuse(checkpoint: Checkpoint) -> str | None:
+        try:
+            mark = TrainState.model_validate(checkpoint.progress).metrics
+        except ValidationError:
+            return "its progress is not what this version notes"
+        if holds(folder / METRICS_FILE, mark):
+            return None
+        return f"{METRICS_FILE} no longer has the rows that it counts on"
+
+    found = None
+    if checkpoints is not None:
+        found = checkpoints.newest(refuse, lambda line: print(line, flush=True))
+    known = from_main(accelerator, lambda: None if found is None else (found.name, found.progress))
+    if known is None:
+        return None
+    model, state = (
+        bytes_from_main(accelerator, content)
+        for content in ((None, None) if found is None else (found.model, found.state))
+    )
+    return Checkpoint(known[0], model, state, known[1])
+
+
+def _restore(
+    checkpoint: Checkpoint,
+    fresh: TrainState,
+    vgg: VGG,
+    average: Average | None,
+    optimizer: torch.optim.Optimizer,
+    meter: TrainMeter,
+    accelerator: "Accelerator",
+) -> TrainState:
+    state = TrainState.model_validate(checkpoint.progress)
+    if state.data != fresh.data:
+        raise UserError(
+            f"checkpoint {checkpoint.name} was trained on other data than is there now: bring the"
+            " data back, or start again with another --run-dir"
+        )
+    try:
+        weights = safetensors.torch.load(checkpoint.model)
+        tensors = safetensors.torch.load(checkpoint.state)
+        meter.sums.copy_(tensors.pop(METER))
+        if average is not None:
+            average.network.load_state_dict(weights)
+            average.measured_at = state.step
+            kept = [name for name in tensors if name.startswith(TRAINED)]
+            weights = {name.removeprefix(TRAINED): tensors.pop(name) for name in kept}
+        vgg.load_state_dict(weights)
+        load_optimizer_tensors(optimizer, _names(vgg), tensors)
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"checkpoint {checkpoint.name} does not fit the config of its folder ({why}): start"
+            " again with another --run-dir"
+        ) from error
+    if state.scaler is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state.scaler)
+    return state
+
+
+def _digest(dataset: Dataset) -> str:
+    """Of the labels, and of the pixels' exact moments, which hardly any change of them leaves."""
+    digest = hashlib.sha256(repr((dataset.mean, dataset.std, dataset.class_names)).encode())
+    for split in (dataset.train, dataset.test):
+        if split is not None:
+            digest.update(split.labels.tobytes())
+    return digest.hexdigest()

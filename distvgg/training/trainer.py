@@ -1,0 +1,295 @@
+"""Training: take the steps of a run, measure, save, stop, finish.
+
+Invariant: a step is a pure function of (config, data, weights, optimizer state, step number); the
+number of processes decides only where its micro-batches run, and neither rows nor validations nor
+checkpoints leave a trace in what follows. Progress is one integer.
+"""
+
+import math
+import os
+from pathlib import Path
+
+from distvgg import metrics, preemption
+from distvgg.config import Config
+from distvgg.data.loader import EvalLoader, Pixels
+from distvgg.data.plan import Plan
+from distvgg.distributed.collectives import Agreement
+from distvgg.distributed.peer_failure import left_in_order, lost_contact
+from distvgg.errors import RunError
+from distvgg.optim.schedule import lr_at
+from distvgg.preemption import Preempted
+from distvgg.runs.confusion import Confusion, save_confusion
+from distvgg.runs.folder import leave_run_folder, match_run_folder
+from distvgg.runs.layout import STOP_FILE
+from distvgg.runs.result import Result, read_result, save_result, save_weights
+from distvgg.tracking.trackers import Tracking
+from distvgg.training.diagnose import explain
+from distvgg.training.evaluation import Evaluation, evaluate_over_ranks
+from distvgg.training.nan_monitor import NonFiniteError
+from distvgg.training.setup import build
+from distvgg.training.state import Run, checkpoint_tensors, network, warmup_steps
+from distvgg.training.step import train_step
+
+
+def train(config: Config, run_dir: Path) -> Result:
+    """Trains a config in a run folder, from where the folder's newest sound checkpoint was; a run
+    that is finished already is only read.
+
+    Raises:
+        UserError: config, data, processes or run folder do not fit together.
+        RunError: the numbers ran away, another process died, or the result cannot be written.
+        Preempted: told to stop; what there was to save is saved.
+    """
+    config = match_run_folder(run_dir, config)
+    if (earlier := read_result(run_dir)) is not None:
+        return earlier
+    preemption.look_for(run_dir / STOP_FILE)
+    with left_in_order(), lost_contact():
+        run = build(config, run_dir)
+        if run.accelerator.is_main_process:  # accelerate's own print speaks once a node
+            print("\n".join([summary(run), *(f"note: {note}" for note in run.notes)]), flush=True)
+        state = run.state
+        tracking = Tracking(
+            run.accelerator, run.config, run_dir, run.steps, state.step, state.metrics
+        )
+        try:
+            return fit(run, tracking)
+        except Preempted:
+            raise Preempted(stop_early(run, tracking)) from None
+        except NonFiniteError as failure:
+            raise RunError(explain(run, failure)) from None
+        finally:
+            if run.checkpoints is not None and run.lock is not None:
+                run.checkpoints.wait()  # whoever takes the folder next must find it still
+                os.close(run.lock)
+
+
+def fit(run: Run, tracking: Tracking) -> Result:
+    """Takes the steps that are left, with rows, validations and checkpoints when they are due."""
+    config, state = run.config, run.state
+    warmup = warmup_steps(run)
+    while True:
+        if validation_due(run):
+            validate(run, tracking)
+        if checkpoint_due(run):
+            save_checkpoint(run, tracking)
+        if state.step == run.steps:
+            return finish(run, tracking)
+        if run.watch.stop:
+            run.watch.drain()
+            raise Preempted
+
+        with run.clock.waiting_for_data():
+            micro_batches = run.loader.micro_batches(state.step)
+        lr = lr_at(state.step, config.optim, run.steps, warmup)
+        train_step(run, micro_batches, lr)
+        state.step += 1
+        run.clock.step_done()
+        tracking.step_done()
+        run.watch.look()
+        if due(state.step, config.track.every_steps, run.steps):
+            run.watch.drain()
+            tracking.log(train_row(run, lr))
+        if run.checkpoints and (failure := run.checkpoints.failure()):
+            tracking.say(failure)
+
+
+def train_row(run: Run, lr: float) -> metrics.Row:
+    """The row of training metrics since the last."""
+    row = where(run) | run.meter.read()
+    row |= {metrics.TRAIN_LR: lr, metrics.TRAIN_GRAD_NORM: run.watch.grad_norm}
+    if run.accelerator.scaler is not None:
+        row[metrics.TRAIN_SKIPPED] = run.watch.skipped
+    return row | run.clock.read()
+
+
+def validate(run: Run, tracking: Tracking) -> None:
+    """Measures the validation split, and notes whether it is the best so far."""
+    run.watch.drain()  # the steps' own time, on a device that is behind
+    with run.clock.paused():
+        val = measure(run, run.val_loader).row
+        tracking.log(where(run) | prefixed("val", val))
+    state = run.state
+    state.validated, state.val = state.step, val
+    if state.best_step is None or val[metrics.TOP1] > state.best_top1:
+        state.best_step, state.best_top1 = state.step, val[metrics.TOP1]
+
+
+def measure(run: Run, loader: EvalLoader) -> Evaluation:
+    """Evaluates the network as it is now, over all ranks.
+
+    Raises:
+        Preempted: some rank was told to stop; all raise it.
+    """
+    run.watch.drain()
+    agreement = Agreement(run.accelerator)
+
+    def leave_if_asked() -> None:
+        if agreement.asked(preemption.requested()):
+            raise Preempted
+
+    found = evaluate_over_ranks(
+        run.accelerator,
+        network(run),
+        loader,
+        run.dataset,
+        flip=run.config.eval.tta == "flip",
+        between=leave_if_asked,
+    )
+    agreement.close()
+    return found
+
+
+def save_checkpoint(run: Run, tracking: Tracking) -> None:
+    """Starts to save the run as it is after the last step: the main process, in the background."""
+    run.watch.drain()  # on all ranks alike: what is not finite is not saved
+    state, scaler = run.state, run.accelerator.scaler
+    state.saved, state.timed = state.step, run.clock.totals()
+    state.skipped, state.skipped_in_a_row = run.watch.skipped, run.watch.skipped_in_a_row
+    state.scaler = scaler and scaler.state_dict()
+    with run.clock.paused():
+        kept = network(run)
+        if run.checkpoints is None:
+            return
+        state.metrics = tracking.mark()
+        model, rest = checkpoint_tensors(run, kept)
+        run.checkpoints.save(
+            state.step,
+            model,
+            rest,
+            state.model_dump(),
+            best=state.best_step,
+            flush=tracking.flush,
+        )
+
+
+def stop_early(run: Run, tracking: Tracking) -> str:
+    """Saves, leaves the marker that there is more to do, and says so in a line.
+
+    Raises:
+        RunError: the checkpoint could not be written; there is no marker then.
+    """
+    network(run)  # where it has to be measured, all ranks do
+    preemption.ignore()  # nothing waits for another rank from here on, and some leave before others
+    state, checkpoints = run.state, run.checkpoints
+    at = f"{preemption.reason()}: stopped after step {state.step} of {run.steps}"
+    if checkpoints is not None:
+        checkpoints.wait()
+        if checkpoints.saved < state.step:
+            save_checkpoint(run, tracking)
+            checkpoints.wait()
+        failures = list(iter(checkpoints.failure, None))
+        if checkpoints.saved < state.step:
+            raise RunError(f"{at}; {failures[-1]}")
+        for failure in failures:
+            tracking.say(failure)
+        leave_run_folder(run.folder, requeue=True)
+    run.accelerator.end_training()
+    return f"{at}, with a checkpoint: the same command goes on from there"
+
+
+def finish(run: Run, tracking: Tracking) -> Result:
+    """Reads test once, if at all, then writes the weights, the confusion matrix and the result.
+
+    Raises:
+        RunError: they cannot be written.
+        Preempted: told to stop.
+    """
+    state, test = run.state, None
+    if run.config.eval.test and run.dataset.test is not None:
+        side, device = run.config.model.image_size, run.accelerator.device
+        pixels = Pixels(run.dataset, run.dataset.test, side, device)
+        final = measure(run, EvalLoader(pixels, None, run.config.eval.batch_size))
+        test = final.row
+        tracking.log(where(run) | prefixed("test", test))
+    else:  # the last validation once more, whose matrix a start after it would not have
+        final = measure(run, run.val_loader)
+    kept = network(run)
+    confusion = Confusion.of(run.dataset, "val" if test is None else "test", final.confusion)
+    preemption.ignore()  # nothing waits for another rank from here on, and some leave before others
+    result = Result.of(
+        run.config,
+        run.dataset,
+        run.plan,
+        run.accelerator,
+        val=state.val,
+        best={metrics.STEP: state.best_step or 0, metrics.TOP1: state.best_top1},
+        test=test,
+        starts=state.starts,
+        images_per_sec=run.clock.images_per_sec(),
+        curves=tracking.curves,
+    )
+    if run.checkpoints is not None:
+        run.checkpoints.wait()
+        for failure in iter(run.checkpoints.failure, None):
+            tracking.say(failure)
+        try:
+            tracking.flush()
+            weights, _ = checkpoint_tensors(run, kept)
+            save_weights(weights, run.preprocessing.metadata(), run.folder)
+            leave_run_folder(run.folder, requeue=False)
+            save_confusion(confusion, run.folder)
+            save_result(result, run.folder)
+        except OSError as error:
+            raise RunError(
+                f"the result cannot be written to {run.folder} ({error.strerror}): make room, and"
+                " the same command goes on from the last checkpoint"
+            ) from error
+    run.accelerator.end_training()
+    return result
+
+
+def where(run: Run) -> metrics.Row:
+    """What every row begins with."""
+    return {metrics.STEP: run.state.step, metrics.EPOCH: run.plan.epoch(run.state.step)}
+
+
+def checkpoint_due(run: Run) -> bool:
+    """Whether to save now: at the cadence, at the end, and where validation was the best so far."""
+    state, every = run.state, run.config.checkpoint.every_steps
+    best = state.best_step == state.step
+    return state.step > state.saved and (best or due(state.step, every or run.steps, run.steps))
+
+
+def validation_due(run: Run) -> bool:
+    """Whether to validate now, also where that was cut short before."""
+    state, every = run.state, run.config.eval.every_epochs
+    return state.step > state.validated and evaluation_due(state.step, every, run.plan, run.steps)
+
+
+def due(step: int, every: int, total: int) -> bool:
+    """Whether something done every so many steps, and at the end, is due after `step` steps."""
+    return step % every == 0 or step == total
+
+
+def evaluation_due(step: int, every_epochs: float, plan: Plan, total: int) -> bool:
+    """Whether to validate after `step` steps: where a multiple of `every_epochs` has just been
+    passed, and at the end."""
+
+    def passed(steps: int) -> int:
+        # The rounding error of a fraction such as 0.1 must not cost a step: as in Plan.steps.
+        return math.floor(plan.epoch(steps + 1e-6) / every_epochs)
+
+    return passed(step) > passed(step - 1) or step == total
+
+
+def prefixed(split: str, row: metrics.Row) -> metrics.Row:
+    """A split's metrics by the names that they have in rows."""
+    return {f"{split}/{name}": value for name, value in row.items()}
+
+
+def summary(run: Run) -> str:
+    """What is about to run, in a line or two."""
+    model, plan, accelerator = run.config.model, run.plan, run.accelerator
+    size = sum(p.numel() for p in run.vgg.parameters()) / 1e6
+    name = f"VGG-{model.depth}{'-BN' if model.batch_norm else ''}"
+    on_cpu = accelerator.device.type == "cpu"
+    threads = f", {run.config.train.cpu_threads} thread(s) each" if on_cpu else ""
+    return (
+        f"{name} of {size:.1f}M parameters on {run.config.data.name}:"
+        f" {plan.n_samples:,} train, {run.val_loader.n_samples:,} val images\n"
+        f"{run.steps:,} steps of {plan.global_batch_size} = {accelerator.num_processes} process(es)"
+        f" x {plan.accumulation} x {plan.micro_batch_size}, {accelerator.mixed_precision} on"
+        f" {accelerator.device.type}{threads}, into {run.folder}"
+        + (f"\nresumed after step {run.state.step:,}" if run.state.step else "")
+    )
