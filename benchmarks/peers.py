@@ -372,7 +372,7 @@ def distvgg(config: Config, processes: int, steps: int) -> float:
     with tempfile.TemporaryDirectory(prefix="peers-") as temporary:
         recipe, run, log = (Path(temporary) / name for name in ("fast.yaml", "run", "log"))
         recipe.write_text(config.to_yaml())
-        words = ["launch/node.py", "--processes", str(processes), "--", str(recipe)]
+        words = ["-m", "distvgg", "launch", "--processes", str(processes), "--", str(recipe)]
         with (
             log.open("w") as output,
             subprocess.Popen(

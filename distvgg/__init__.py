@@ -1,1 +1,34 @@
-"""distvgg trains VGG image classifiers over any number of processes, exactly."""
+"""Training of VGG image classifiers whose result does not depend on the number of GPUs.
+
+The names below are imported when they are first used, so that `import distvgg` loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distvgg.commands.evaluate import evaluate
+    from distvgg.config import load as load_config
+    from distvgg.models.pretrained import load_model
+    from distvgg.training.trainer import train
+
+__version__ = "0.2.0"
+__all__ = ["__version__", "evaluate", "load_config", "load_model", "train"]
+
+_PUBLIC = {
+    "evaluate": ("distvgg.commands.evaluate", "evaluate"),
+    "load_config": ("distvgg.config", "load"),
+    "load_model": ("distvgg.models.pretrained", "load_model"),
+    "train": ("distvgg.training.trainer", "train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'distvgg' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__

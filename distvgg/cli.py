@@ -7,7 +7,6 @@ mistake of the user's is one line on the main process and exit code 2.
 """
 
 import functools
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import tyro
-import yaml
 
-from distvgg import environment, preemption
+from distvgg import __version__, environment, preemption
+from distvgg.commands.arguments import default_run_dir, one_recipe, resolve, split_options
 from distvgg.commands.bench_options import BenchOptions, read_options
 from distvgg.config import Config, SplitName, load, recipe_names
 from distvgg.errors import ContactError, RunError, UserError
@@ -44,10 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command of the command line; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["launch"]:
-        from distvgg.commands import launch
+        of_train = words[words.index("--") + 1 :] if "--" in words else []
+        if not {"-h", "--help"} & set(of_train):
+            from distvgg.commands import launch
 
-        return launch.main(words[1:])
+            return launch.main(words[1:])
+        words = ["train", *of_train]
     environment.clear()  # before a command loads torch
+    if words[:1] == ["--version"]:
+        print(f"distvgg {__version__}")
+        return 0
     if not words or words[0] in ("-h", "--help"):
         print(USAGE.format(recipes=", ".join(recipe_names())))
         return 0 if words else 2
@@ -86,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(words: list[str]) -> str:
-    positional, options = _split(words)
+    positional, options = split_options(words)
     if "help" in options:
         # A recipe's own values are shown as the defaults.
         _help(functools.partial(train, config=load(positional[0]) if positional else Config()))
@@ -98,19 +103,19 @@ def _config(words: list[str]) -> str:
 
 
 def _doctor(words: list[str]) -> str:
-    positional, options = _split([w for w in words if w != "--prepare"])
+    positional, options = split_options([w for w in words if w != "--prepare"])
     if "help" in options:
         _help(functools.partial(doctor, load(positional[0]) if positional else Config()))
     run_dir, prepare = options.pop("run_dir", None), "--prepare" in words
     alone = not (positional or options or prepare)
-    recipe = None if alone else _recipe(positional)
+    recipe = None if alone else one_recipe(positional)
     config = Config() if recipe is None else load(recipe, options)
     return doctor(config, recipe, Path(run_dir) if run_dir else None, prepare)
 
 
 def _bench(words: list[str]) -> str:
-    positional, options = _split([w for w in words if w != "--json"])
-    recipe = _recipe(positional or ["fast"])
+    positional, options = split_options([w for w in words if w != "--json"])
+    recipe = one_recipe(positional or ["fast"])
     if "help" in options:
         _help(functools.partial(bench, config=load(recipe), options=BenchOptions()))
     of_config = {name for name in options if "." in name or name in Config.model_fields}
@@ -128,12 +133,12 @@ def _sweep(words: list[str]) -> str:
             sweeps.append(word.removeprefix("--sweep="))
         else:
             rest.append(word)
-    positional, options = _split(rest)
+    positional, options = split_options(rest)
     if "help" in options:
         _help(sweep)
     task, tasks = (_number(options, name) for name in ("task", "tasks"))
     run_dir = Path(options.pop("run_dir", "runs/sweep"))
-    return sweep(_recipe(positional), sweeps, options, task, tasks, run_dir)
+    return sweep(one_recipe(positional), sweeps, options, task, tasks, run_dir)
 
 
 def _number(options: dict[str, str], name: str) -> int | None:
@@ -143,17 +148,8 @@ def _number(options: dict[str, str], name: str) -> int | None:
     return None if value is None else int(value)
 
 
-def _recipe(positional: list[str]) -> str:
-    if len(positional) != 1:
-        raise UserError(
-            f"give one recipe, not {' '.join(positional) or 'none'}: one of"
-            f" {', '.join(recipe_names())}, or the path of a YAML file"
-        )
-    return positional[0]
-
-
 def _evaluate(words: list[str]) -> str:
-    positional, options = _split(words)
+    positional, options = split_options(words)
     if "help" in options:
         _help(evaluate)
     split = options.pop("split", "test")
@@ -165,7 +161,7 @@ def _evaluate(words: list[str]) -> str:
 
 
 def _compare(words: list[str]) -> str:
-    positional, options = _split(words)
+    positional, options = split_options(words)
     if "help" in options:
         _help(compare)
     out = options.pop("out", None)
@@ -287,61 +283,6 @@ def bench(
     from distvgg.commands.bench import bench
 
     return bench(config, recipe, options, as_json=json)
-
-
-def resolve(words: list[str]) -> tuple[str, Config, Path]:
-    """What a command line of `train` means: recipe, config and run folder.
-
-    Raises:
-        UserError: no recipe, an unknown key, a value out of range.
-    """
-    positional, options = _split(words)
-    run_dir = options.pop("run_dir", None)
-    recipe = _recipe(positional)
-    config = load(recipe, options)
-    return recipe, config, Path(run_dir) if run_dir else default_run_dir(recipe, config)
-
-
-def default_run_dir(recipe: str, config: Config) -> Path:
-    """The same folder for the same config, on every process and every time. Its name is of the
-    values that are not the defaults, so that a new field changes none."""
-    folder, old = (
-        Path("runs") / f"{Path(recipe).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-        for text in (config.to_yaml(exclude_defaults=True), _yaml_of_0_1(config))
-    )
-    return old if old.exists() and not folder.exists() else folder
-
-
-def _yaml_of_0_1(config: Config) -> str:
-    """All fields that a config had in version 0.1, whose run folders were named after them."""
-    values = config.model_dump()
-    train = values["train"]
-    del train["cpu_threads"]
-    at = list(train).index("precision") + 1
-    fields = [*train.items()]
-    fields.insert(at, ("gradient_compression", "no"))
-    fields[-1:-1] = [("start_size", None), ("full_size_at", 0.7)]
-    values["train"] = dict(fields)
-    return yaml.safe_dump(values, sort_keys=False)
-
-
-def _split(words: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Parts words into positionals and options: `--name VALUE` or `--name=VALUE`, hyphens in a name
-    counting as underscores."""
-    positional: list[str] = []
-    options: dict[str, str] = {}
-    rest = iter(words)
-    for word in rest:
-        if word in ("-h", "--help"):
-            options["help"] = ""
-        elif not word.startswith("--"):
-            positional.append(word)
-        else:
-            name, given, value = word.removeprefix("--").partition("=")
-            if not given and (value := next(rest, "--")).startswith("--"):
-                raise UserError(f"--{name} needs a value: --{name} VALUE")
-            options[name.replace("-", "_")] = value
-    return positional, options
 
 
 def _help(command: Callable[..., Any]) -> None:

@@ -1,9 +1,4 @@
-"""What is measured: sums on the device, a clock without pauses, the names of all metrics.
-
-Invariant: metrics are sums and counts, reduced over ranks once and divided once. Reading is the
-only host synchronisation, at the cadence of the rows. Torch is imported only to measure: who reads
-the numbers of a run needs their names, and no torch.
-"""
+"""The names of all metrics, and a row of them in words. Imports no torch."""
 
 from typing import TYPE_CHECKING
 

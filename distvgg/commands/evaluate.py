@@ -1,7 +1,6 @@
 """`distvgg evaluate`: measures the weights of a run again."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -22,28 +21,35 @@ from distvgg.runs.result import read_result
 from distvgg.training.checkpoint import DamageError, read
 from distvgg.training.evaluation import Evaluation, evaluate_over_ranks
 
-if TYPE_CHECKING:
-    pass
 
-
-@left_in_order()
-@lost_contact()
-def evaluate_run(path: Path, split: SplitName) -> str:
-    """Measures the weights of a finished run, or on train and validation of any of a run's
-    checkpoints, again: reads only the run folder and the data.
+def evaluate(path: str | Path, split: SplitName = "test") -> metrics.Row:
+    """Measures the weights of a run again. Reads only the run folder and the data.
 
     Args:
-        path: a run folder, or one of its `checkpoints/step_*`.
-        split: train, the images trained on, as they are: what a run has learned by heart is the
-            gap to the others.
+        path: the folder of a finished run, or one of its `checkpoints/step_*`.
+        split: test, for the final weights of a finished run alone; val; or train, the images
+            trained on, without augmentation.
 
     Returns:
-        The metrics and the pairs of classes that are confused most often, for a reader.
+        The metrics by their bare names: `loss`, `top1`, `top5`, `calibration_error`, `count` and,
+        where the data has superclasses, `superclass_top1`.
 
     Raises:
         UserError: neither of these, damaged, no such split in its data, or test where it is not to
             be read.
     """
+    found, _ = _measure(Path(path), split)
+    return found.row
+
+
+def evaluate_run(path: Path, split: SplitName) -> str:
+    """Describes what `evaluate` finds, and the pairs of classes that are confused most often."""
+    return describe(*_measure(path, split))
+
+
+@left_in_order()
+@lost_contact()
+def _measure(path: Path, split: SplitName) -> tuple[Evaluation, Confusion]:
     run_dir = run_of(path)
     if not (run_dir / CONFIG_FILE).exists() or not (path / WEIGHTS_FILE).exists():
         raise UserError(
@@ -75,7 +81,7 @@ def evaluate_run(path: Path, split: SplitName) -> str:
     flip = config.eval.tta == "flip"
     found = evaluate_over_ranks(accelerator, model, loader, dataset, flip=flip)
     accelerator.end_training()
-    return describe(found, Confusion.of(dataset, split, found.confusion))
+    return found, Confusion.of(dataset, split, found.confusion)
 
 
 def _refuse_test(path: Path, run_dir: Path, config: Config) -> None:

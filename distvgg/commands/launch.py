@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from distvgg import cli
+from distvgg.commands.arguments import resolve
 from distvgg.config import TrainConfig
 from distvgg.errors import UserError
 from distvgg.runs.layout import REQUEUE_FILE
@@ -71,10 +71,8 @@ def main(words: list[str]) -> int:
     end = words.index("--") if "--" in words else len(words)
     node = tyro.cli(Node, prog="distvgg launch", args=words[:end], description=__doc__)
     train = words[end + 1 :]
-    if {"-h", "--help"} & set(train):
-        return cli.main(["train", *train])
     try:
-        _, config, run_dir = cli.resolve(train)
+        _, config, run_dir = resolve(train)
     except UserError as error:
         return complain(node, error, everywhere=True)
     try:

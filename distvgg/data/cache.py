@@ -1,10 +1,10 @@
-"""A dataset by name or path -> memory-mapped uint8 arrays, decoded once; splits; class names.
+"""The cache of decoded datasets: a name or a path -> memory-mapped uint8 arrays.
 
-Owns the cache of decoded arrays. Invariant: an entry of the cache is whole or not there. It is
-built under a file lock in a folder aside and renamed, so that one process of a node decodes while
-the others wait, two runs may start at once, and a killed build leaves nothing that is read later:
-the kernel drops the lock of a dead process, and the next build removes what lies aside unlocked.
-All processes of a node share the mapped pages.
+Invariant: an entry of the cache is complete or does not exist. It is built under a file lock in a
+temporary folder and renamed, so that one process of a node decodes while the others wait, and two
+runs may start at once. A killed build leaves nothing that is read later: the kernel releases the
+lock of a dead process, and the next build removes temporary folders that are not locked. All
+processes of a node share the mapped pages.
 """
 
 import fcntl

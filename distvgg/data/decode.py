@@ -1,4 +1,4 @@
-"""Rows of encoded images and labels -> checked arrays on disk; the classes of CIFAR-100.
+"""Rows of encoded images and labels -> checked arrays on disk.
 
 Owns everything that can be wrong with a user's images and labels. Imported only when the cache is
 cold. Invariant: whatever `write` leaves behind has one image shape, labels in range, and a

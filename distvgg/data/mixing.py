@@ -1,4 +1,7 @@
-"""MixUp and CutMix: images and labels of a micro-batch, combined in pairs."""
+"""MixUp and CutMix: the images and labels of a micro-batch, combined in pairs.
+
+Draws belong to `(seed, step, k)` and are a few numbers that the host keeps.
+"""
 
 import math
 from typing import NamedTuple

@@ -1,10 +1,10 @@
-"""The sample stream, its micro-batches, and who runs which.
+"""The batch plan: the sample stream, its micro-batches, and which rank runs each.
 
 Training consumes one infinite sequence of samples: epoch permutations joined end to end. Step `s`
 takes positions `[s*G, (s+1)*G)` of it (`G` the global batch), micro-batch `k` of that step the `m`
-positions from `s*G + k*m` on. Invariant: what a micro-batch holds is a pure function of
+positions from `s*G + k*m` on. Invariant: the content of a micro-batch is a pure function of
 `(seed, s, k)`; the number of processes decides only where it runs. There is no sampler state. Torch
-is imported only to draw: how many steps an epoch has is asked also by who draws nothing.
+is imported only to draw, so that steps can be counted without it.
 """
 
 import math

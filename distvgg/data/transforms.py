@@ -1,12 +1,11 @@
-"""Random views of images, and mixtures of them: pure batched tensor functions of (images, draws).
+"""Per-sample augmentation and normalisation: batched pure functions of (images, draws).
 
-Draws of a view belong to `(seed, epoch, sample)`, those of a mixture to `(seed, step, k)`, so that
-they depend neither on batches nor on processes. A whole epoch's views are drawn at once on the CPU
-and indexed on the device; a mixture is a few numbers, which the host keeps. Invariant: no function
-here reads a global generator, and no switch moves the draws of another.
+Draws belong to `(seed, epoch, sample)`, so that they depend neither on batches nor on processes. A
+whole epoch is drawn at once on the CPU and indexed on the device. Invariant: no function here reads
+a global generator, and switching one augmentation on does not move the draws of another.
 
 The order is that of torchvision's reference training of classifiers: crop and flip, then
-TrivialAugment, on uint8; then normalised, cutout, resized; then mixed.
+TrivialAugment, on uint8; then normalisation, cutout, resizing; then mixing (`mixing.py`).
 """
 
 from typing import NamedTuple

@@ -1,5 +1,4 @@
-"""GPUs and links that are not at hand, by name, with where their numbers are from; and what a user
-says of them.
+"""GPUs and links by name, with the sources of their figures.
 
 Invariant: nothing here was measured by this project, and what uses it says so. Imports no torch.
 """

@@ -1,8 +1,8 @@
-"""All that depends on how many processes there are: the Accelerator, collectives, BatchNorm.
+"""The process group and accelerate's handle on it.
 
-Invariant: what leaves this module is the same on every rank, and the same for every number of
-processes, to the last bit. What is summed over ranks has a slot of its own for each micro-batch or
-batch, to which others add zero, or goes along the tree of `tree_sum.py`.
+Invariant of this package: what leaves it is the same on every rank, and the same for every number
+of processes, to the last bit. What is summed over ranks has a slot of its own for each micro-batch
+or batch, to which others add zero, or goes along the tree of `tree_sum.py`.
 """
 
 import os

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class SharedResults:
     """Matrices of which each is computed by one rank and wanted by all.
 
-    Who computes which is a function of costs and ranks alone (`sampling.share_out`). Invariant:
+    Who computes which is a function of costs and ranks alone (`partition.share_out`). Invariant:
     after `exchange` every rank holds the same bits, and what is computed for one matrix does not
     depend on who computes it, nor on what else that rank computes.
 

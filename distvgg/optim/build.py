@@ -1,8 +1,4 @@
-"""Parameter groups, the optimizer, and the learning rate as a pure function of the step.
-
-Invariant: nothing here counts. `lr_at(step)` is computed, not advanced, so no scheduler has a state
-to save or can be stepped once per process.
-"""
+"""Parameter groups and the optimizer."""
 
 from typing import Any
 

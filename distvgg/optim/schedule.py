@@ -1,4 +1,8 @@
-"""The learning rate as a pure function of the step."""
+"""The learning rate as a pure function of the step.
+
+It is computed, not advanced, so that no scheduler has a state to save or is stepped once per
+process.
+"""
 
 import math
 

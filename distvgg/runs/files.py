@@ -1,4 +1,4 @@
-"""Files that are on disk whole or not at all."""
+"""Files that are on disk completely or not at all, and the reading of JSON files."""
 
 import os
 import shutil

@@ -1,8 +1,7 @@
-"""What a run folder is: the names of its files, whose it is, who may write to it, how.
+"""Ownership of a run folder: its config, its lock, and the markers of a stop.
 
-Invariant: a folder belongs to one config, and to one living run at a time. Whatever is written
-here is on disk whole, or not there: a kill at any instant leaves a folder that the same command can
-take up.
+Invariant: a folder belongs to one config, and to one living run at a time. A kill at any instant
+leaves a folder that the same command can take up.
 """
 
 import fcntl

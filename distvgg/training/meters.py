@@ -1,4 +1,8 @@
-"""Sums of losses and hits on the device, and a clock that leaves pauses out."""
+"""Sums of losses and hits on the device, and a clock that leaves pauses out.
+
+Invariant: metrics are sums and counts, reduced over ranks once and divided once. Reading is the
+only host synchronisation, at the interval of the rows.
+"""
 
 import time
 from collections.abc import Iterator

@@ -1,8 +1,4 @@
-"""The parts of a run: made from a config and a run folder, taken from and kept in a checkpoint.
-
-Invariant: what `TrainState` and the tensors of a checkpoint hold is all that a run has come to; the
-rest is a function of config and data. It is the same on every rank after every step.
-"""
+"""Builds the parts of a run from a config and a run folder, and restores the newest checkpoint."""
 
 import hashlib
 import os

@@ -20,7 +20,7 @@ import pytest
 
 from cluster import CONTROLLER, Cluster, default_proctrack, missing
 from distvgg.config import load
-from launch import ROOT, TINY, assert_same_run, rows
+from processes import ROOT, TINY, assert_same_run, rows
 from wandb_server import KEY, WandbServer
 
 pytestmark = [

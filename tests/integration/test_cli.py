@@ -1,0 +1,199 @@
+"""What a user sees: help, one line for each mistake, exit codes, nothing left behind."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import distvgg
+from distvgg.commands.arguments import default_run_dir
+from distvgg.config import load
+from processes import ROOT, TINY, rows, run, train
+
+
+def mistake(*args: str, processes: int = 1, env: dict[str, str] | None = None) -> str:
+    """Runs what must be refused; returns the one line."""
+    done = run(args, processes=processes, env=env)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("distvgg: error")]
+    assert len(lines) == 1, done.stderr
+    if processes == 1:
+        assert done.returncode == 2
+        assert done.stderr.strip() == lines[0]
+    else:
+        # The launcher turns any exit code into 1 and adds a traceback of its own, not ours.
+        assert done.returncode == 1
+        assert f'File "{ROOT}/distvgg/' not in done.stderr
+    return lines[0]
+
+
+def test_help_answers_within_a_second_and_imports_nothing_heavy() -> None:
+    probe = (
+        "import sys, time; t = time.process_time()\n"
+        "import distvgg.cli\n"
+        "try: distvgg.cli.main(['train', 'quickstart', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(time.process_time() - t, *sorted({'torch', 'accelerate', 'datasets', 'wandb'}"
+        " & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    *_, last = done.stdout.splitlines()
+    seconds, *heavy = last.split()
+    assert not heavy
+    assert float(seconds) < 1
+    assert "--train.global_batch_size INT" in done.stdout
+    # The recipe's own values are the defaults shown.
+    assert re.search(r"--model\.depth \{11,13,16,19\}[^-]*\(default: 11\)", done.stdout)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert run(["--version"]).stdout == f"distvgg {distvgg.__version__}\n"
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"]])
+def test_usage(args: list[str]) -> None:
+    done = run(args)
+    assert done.returncode == (0 if args else 2)
+    assert "distvgg train RECIPE --help" in done.stdout
+    assert "quickstart" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["trian"], "no command 'trian': give one of train, evaluate, compare, config"),
+        (["train"], "give one recipe, not none: one of best, debug, fast, quickstart"),
+        (["train", "fast", "more"], "give one recipe, not fast more"),
+        (["train", "quikstart"], "did you mean quickstart?"),
+        (["train", "fast", "--train.epochs"], "--train.epochs needs a value"),
+        (["train", "fast", "--train.epoch", "3"], "did you mean train.epochs?"),
+        (["train", "fast", "--optim.lr=-1"], "optim.lr must be greater than 0"),
+        (["train", "fast", "--train.global-batch-size", "100"], "not a multiple"),
+        (["train", "fast", "--data.path", "/nowhere"], "/nowhere is not a folder"),
+        (["train", "quickstart", "--train.precision", "fp16"], "fp16 needs a CUDA GPU"),
+        (["train", "quickstart", "--data.val_size", "10000"], "data.val_size 10000 leaves nothing"),
+        (["doctor", "fast", "--train.epoch", "3"], "did you mean train.epochs?"),
+        (["doctor", "--prepare"], "give one recipe, not none"),
+        (["bench", "quikstart"], "did you mean quickstart?"),
+        (["bench", "--gpus", "8"], "no option --gpus: give one of gpu, peak_share"),
+        (["bench", "--gpu", "v100"], "--gpu must be 'h100' or 'a100'"),
+        (["bench", "--images_per_sec", "0"], "--images_per_sec must be greater than 0"),
+        (["bench", "--images_per_sec", "1000", "--fixed_ms", "600"], "fixed_ms 600 must be less"),
+        (["evaluate"], "give one run folder"),
+        (["evaluate", "/nowhere"], "is not the folder of a finished run"),
+        (["evaluate", "x", "--split", "all"], "--split test|val|train"),
+        (["compare"], "give run folders: distvgg compare RUN_DIR... [--out FILE]"),
+        (["compare", "x", "--sort", "test"], "give run folders"),
+        (["compare", "x", "--out="], "give run folders"),
+        (["compare", "/nowhere"], "run folder /nowhere does not exist"),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else " ".join(value[:3]),
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    args: list[str], expected: str, tmp_path: Path
+) -> None:
+    if args[0] == "train":
+        args = [*args, "--run-dir", str(tmp_path / "run")]
+    assert expected in mistake(*args)
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    words = f"{sys.executable} -m distvgg config fast | true"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+
+
+def test_mistakes_under_the_launcher_are_told_once_and_leave_no_process(tmp_path: Path) -> None:
+    args = ("train", "quickstart", "--run-dir", str(tmp_path / "run"), *TINY)
+    line = mistake(*args, "--train.micro_batch_size", "64", processes=2)
+    assert "2 processes do not divide the 1 micro-batches" in line
+    deadline = time.monotonic() + 5
+    while left := [p for p in processes_naming(str(tmp_path)) if time.monotonic() < deadline]:
+        time.sleep(0.1)
+    assert not left
+
+
+def processes_naming(text: str) -> list[str]:
+    """The process ids whose command line contains a text."""
+    return [
+        path.parent.name
+        for path in Path("/proc").glob("[0-9]*/cmdline")
+        if text.encode() in read_bytes(path)
+    ]
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # the process has ended
+        return b""
+
+
+def test_several_processes_that_are_each_alone_are_refused(tmp_path: Path) -> None:
+    """What torchrun starts on a machine without GPU."""
+    args = ("train", "quickstart", "--run-dir", str(tmp_path / "run"))
+    env = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"ACCELERATE_USE_CPU": "false"}
+    line = mistake(*args, env=env)
+    assert "WORLD_SIZE is 2 but no process group was formed" in line
+    assert "ACCELERATE_USE_CPU=true" in line
+
+
+def test_a_finished_run_is_shown_not_repeated_and_another_config_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "run"  # a name that is also that of a part of a run
+    first = train(folder, "--train.epochs", "0.2")
+    before = (folder / "metrics.jsonl").stat().st_mtime_ns
+    again = train(folder, "--train.epochs", "0.2")
+    assert again.strip() == "\n".join(first.splitlines()[-4:])
+    assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
+    line = mistake("train", "quickstart", "--run-dir", str(folder), "--seed", "7")
+    assert "seed is 0 there, 7 here" in line
+    # The folder's own config is a recipe, and evaluate gives the numbers of the run again.
+    done = run(["train", str(folder / "config.yaml"), "--run-dir", str(folder)])
+    assert done.returncode == 0
+    done = run(["evaluate", str(folder)])
+    test = rows(folder)[-1]
+    assert (
+        f"test loss {test['test/loss']:.3f}, test top1 {100 * test['test/top1']:.2f}%"
+        in done.stdout
+    )
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    assert "cannot be loaded" in mistake("evaluate", str(folder))
+    (folder / "result.json").write_text("{")
+    assert "result.json is damaged: delete it" in mistake(
+        "train", str(folder / "config.yaml"), "--run-dir", str(folder)
+    )
+    # So does its checkpoint on validation, and is verified first.
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    val = ("evaluate", str(checkpoint), "--split", "val")
+    assert f"val top1 {100 * rows(folder)[-2]['val/top1']:.2f}%" in run(val).stdout
+    (checkpoint / "state.safetensors").write_bytes(b"")
+    assert "cannot be loaded: state.safetensors has 0 of" in mistake(*val)
+
+
+def test_the_default_run_folder_is_the_same_for_the_same_command(tmp_path: Path) -> None:
+    args = ["train", "quickstart", *TINY, "--train.epochs", "0.1"]
+    for _ in range(2):
+        assert run(args, cwd=tmp_path).returncode == 0
+    assert run([*args, "--seed", "1"], cwd=tmp_path).returncode == 0
+    folders = sorted(p.name for p in (tmp_path / "runs").iterdir())
+    assert len(folders) == 2
+    assert all(re.fullmatch(r"quickstart-[0-9a-f]{8}", name) for name in folders)
+
+
+def test_a_run_folder_named_by_version_0_1_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`quickstart-102fc94c` is what 0.1 made of the recipe: a hash of all fields that it had."""
+    monkeypatch.chdir(tmp_path)
+    config = load("quickstart")
+    new = default_run_dir("quickstart", config)
+    assert new.name != "quickstart-102fc94c"
+    Path("runs/quickstart-102fc94c").mkdir(parents=True)
+    assert default_run_dir("quickstart", config) == Path("runs/quickstart-102fc94c")
+    new.mkdir()
+    assert default_run_dir("quickstart", config) == new

@@ -1,0 +1,116 @@
+"""The README's commands, run as they are written, in a copy of the tree."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from processes import ROOT
+
+SETUP, TESTS = re.search(r"```bash\n(\S+)\n(\S+)\n```", (ROOT / "README.md").read_text()).groups()
+
+
+def clone(folder: Path) -> Path:
+    """Copies the files that git would clone, changes that are not committed included."""
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    for name in names:
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone beside the environment that runs this test, since making one takes minutes."""
+    folder = clone(tmp_path_factory.mktemp("clone") / "distvgg")
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+def shell(command: str, checkout: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "ACCELERATE_"))}
+    home = checkout.parent / "home"
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=checkout,
+        env=clean | {"HOME": str(home)},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=timeout,
+    )
+
+
+def test_the_first_command_trains_over_two_processes_and_says_where_the_curves_are(
+    checkout: Path,
+) -> None:
+    done = shell(SETUP, checkout)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    assert re.search(r"W&B: offline.*wandb sync", done.stdout)
+    (run_dir,) = (checkout / "runs").iterdir()
+    assert f"curves: runs/{run_dir.name}/metrics.jsonl" in done.stdout
+    accuracy = re.search(r"  val   loss .*, top1 ([\d.]+)%", done.stdout)
+    assert accuracy is not None
+    # Learnable: far above the 1% of chance, and the 60% that the set was made for.
+    assert float(accuracy[1]) > 60
+
+    again = shell(SETUP, checkout, timeout=60)
+    assert again.returncode == 0
+    assert again.stdout.strip() == done.stdout[done.stdout.index("done: ") :].strip()
+
+
+def test_the_second_command_runs_the_tests(checkout: Path) -> None:
+    done = shell(f"{TESTS} -q tests/unit/optim", checkout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\d+ passed", done.stdout)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_on_a_fresh_machine_the_first_command_makes_its_own_environment(tmp_path: Path) -> None:
+    fresh = clone(tmp_path / "distvgg")
+    done = shell(f"{SETUP} --train.epochs 0.5", fresh, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    assert "Making a virtual environment" in done.stdout
+    assert "done: " in done.stdout
+    again = shell(f"{SETUP} --train.epochs 0.5", fresh, timeout=60)
+    assert "Installing" not in again.stdout
+
+
+def test_debugging_trains_on_one_process_without_trackers(checkout: Path) -> None:
+    done = shell(
+        "./launch/single_gpu.sh quickstart --train.epochs 0.1 --run-dir runs/debug", checkout
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 process(es)" in done.stdout
+    assert not (checkout / "runs" / "debug" / "wandb").exists()
+
+
+@pytest.mark.parametrize("script", ["multi_gpu.sh", "single_gpu.sh"])
+def test_a_mistake_is_one_line_before_the_launcher_starts(checkout: Path, script: str) -> None:
+    done = shell(f"./launch/{script} quickstart --train.epoch 1", checkout)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "did you mean train.epochs?" in line
+
+
+def test_every_config_field_and_recipe_in_the_readme_exists() -> None:
+    from distvgg.config import Config, recipe_names
+
+    text = (ROOT / "README.md").read_text()
+    for field in re.findall(r"--((?:data|model|train|optim|track)\.\w+)", text):
+        assert field in Config().flat()
+    for recipe in re.findall(r"(?:multi_gpu\.sh|single_gpu\.sh|distvgg train) (\w+)", text):
+        assert recipe in [*recipe_names(), "RECIPE"]

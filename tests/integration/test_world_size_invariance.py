@@ -1,0 +1,144 @@
+"""The promise: the number of processes decides where micro-batches run, and nothing else.
+
+Every byte of the weights and every row of metrics.jsonl but perf/* are equal, with all that could
+tell processes apart switched on, in each precision that a CPU has. In float64 too, which a mistake
+of rounding could not hide in: a sample, a mask or an update of another weight shows at 1e-3.
+"""
+
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from distvgg.config import load
+from distvgg.distributed.reduction_plan import TreePlan
+from distvgg.distributed.step_sums import StepSums
+from distvgg.distributed.tree_sum import ExchangeQueue
+from processes import FLOAT64, ROOT, Started, assert_same_run, rows, run, train
+
+# 12 micro-batches a step, so that ranks have 12, 6, 4, 3 and 2 of them: powers of two and not.
+# Nothing else divides anything: 601 train, 103 val, 2,000 test images; steps straddle epochs.
+ARGS = ("--train.global_batch_size", "192", "--train.micro_batch_size", "16")
+ARGS += ("--data.train_size", "601", "--train.epochs", "5", "--eval.batch_size", "37")
+# Ranks share out what Muon computes, and what BatchNorm measures of an average.
+ARGS += ("--optim.name", "muon", "--optim.ema_decay", "0.9", "--model.init", "dirac")
+ARGS += ("--augment.flip", "alternating", "--augment.cutout", "8", "--augment.trivial", "true")
+ARGS += ("--augment.mixup_alpha", "0.2", "--augment.cutmix_alpha", "1")
+ARGS += ("--optim.clip_norm", "1", "--train.label_smoothing", "0.1", "--eval.tta", "flip")
+STEPS = math.ceil(5 * 601 / 192)
+PRECISIONS = {
+    "bf16": (1, 2, 3, 4, 6),
+    "no": (1, 3),
+    "float64": (1, 2),
+}
+
+
+def trained(folder: Path, precision: str, processes: int, *more: str) -> Path:
+    """A finished run of `ARGS`."""
+    args = (*ARGS, "--train.precision", "bf16" if precision == "bf16" else "no", *more)
+    program = FLOAT64 if precision == "float64" else ("-m", "distvgg")
+    train(folder, *args, processes=processes, program=program)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs on one process by precision."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {precision: trained(folder / precision, precision, 1) for precision in PRECISIONS}
+
+
+@pytest.mark.parametrize(
+    ("precision", "processes"),
+    [(precision, w) for precision, sizes in PRECISIONS.items() for w in sizes if w > 1],
+)
+def test_a_run_is_equal_to_the_bit_on_any_number_of_processes(
+    alone: dict[str, Path], tmp_path: Path, precision: str, processes: int
+) -> None:
+    assert_same_run(trained(tmp_path / "run", precision, processes), alone[precision])
+
+
+def test_a_run_is_equal_to_the_bit_over_restarts_on_other_numbers_of_processes(
+    alone: dict[str, Path], tmp_path: Path
+) -> None:
+    """Killed twice, each time some steps after its newest checkpoint."""
+    args = (*ARGS, "--train.precision", "bf16", "--checkpoint.every_steps", "2")
+    for processes, step in ((2, 4), (6, 9)):
+        started = Started(tmp_path / "run", *args, processes=processes)
+        started.until_step(step)
+        started.kill()
+        assert rows(tmp_path / "run")[-1]["step"] < STEPS
+    said = train(tmp_path / "run", *args, processes=3)
+    assert "resumed after step" in said
+    noted = json.loads((tmp_path / "run" / "result.json").read_text())["starts"]
+    assert [processes for _, processes in noted] == [2, 6, 3]
+    # The cadence of checkpoints is not part of a run's numbers.
+    assert_same_run(tmp_path / "run", alone["bf16"])
+
+
+def test_the_runs_are_what_they_are_meant_to_be(alone: dict[str, Path]) -> None:
+    """Guards the tests above: precisions differ, rows are all there, each image is counted once."""
+    tables = {precision: rows(folder) for precision, folder in alone.items()}
+    for table in tables.values():
+        assert len([r for r in table if "train/loss" in r]) == STEPS
+        counts = [(k, r[k]) for r in table for k in r if k.endswith("/count")]
+        assert counts == [("val/count", 103)] * 5 + [("test/count", 2000)]
+    for one, other in itertools.combinations(tables.values(), 2):
+        assert one[0]["train/loss"] != other[0]["train/loss"]
+        assert one[0]["train/loss"] == pytest.approx(other[0]["train/loss"], rel=0.02)
+
+
+def test_the_seed_changes_the_run(alone: dict[str, Path], tmp_path: Path) -> None:
+    """Guards the tests above: they would also pass if nothing depended on anything."""
+    other = trained(tmp_path / "other", "no", 1, "--seed", "1", "--train.epochs", "0.2")
+    first = rows(alone["no"])[0]["train/loss"]
+    assert not math.isclose(rows(other)[0]["train/loss"], first, rel_tol=1e-4)
+
+
+def test_batchnorm_takes_one_update_a_step_with_the_mean_of_its_micro_batches() -> None:
+    layer = nn.BatchNorm2d(3).double()
+    accelerator = Accelerator(cpu=True)
+    sums = StepSums(accelerator, TreePlan(5), [layer], ExchangeQueue(accelerator.device))
+    steps = torch.randn(2, 5, 8, 3, 4, 4, dtype=torch.float64)
+    mean, variance = torch.zeros(3).double(), torch.ones(3).double()
+    for step in steps:
+        for k, batch in enumerate(step):
+            labels = torch.arange(8)
+            sums.add(k, layer(batch).sum(), torch.eye(8) if k % 2 else torch.ones(8, 8), labels)
+        sums.start(stop=False)
+        losses, hits, stop = sums.finish()
+        assert hits.tolist() == [1, 8, 1, 8, 1]
+        assert (len(losses), stop) == (5, 0)
+        mean = 0.9 * mean + 0.1 * step.mean((1, 3, 4)).mean(0)
+        variance = 0.9 * variance + 0.1 * step.transpose(1, 2).flatten(2).var(2).mean(0)
+    torch.testing.assert_close(layer.running_mean, mean)
+    torch.testing.assert_close(layer.running_var, variance)
+
+
+def test_one_rank_chooses_the_precision_lists_the_data_and_looks_for_the_stop_file(
+    tmp_path: Path,
+) -> None:
+    folder, program = tmp_path / "run", (str(ROOT / "tests" / "support" / "unlike_ranks.py"),)
+    args = ("--train.precision", "auto", "--train.epochs", "3")
+    output = train(folder, *args, processes=2, program=program)
+    assert load(str(folder / "config.yaml")).train.precision == "bf16"
+    found = re.findall(r"rank (\d): (\d+) listings, (\d+) looks", output)
+    counts = {int(rank): (int(listings), int(looks)) for rank, listings, looks in found}
+    steps = rows(folder)[-1]["step"]
+    assert counts[0][0] == 1
+    assert counts[1][0] == 0
+    assert counts[0][1] > steps
+    assert counts[1][1] < steps / 2  # while data are loaded, each rank may decode them
+
+
+def test_a_checkpoint_reaches_other_ranks_as_it_is_and_in_parts(tmp_path: Path) -> None:
+    """By tests/support/bytes_of_ranks.py, which makes the parts small."""
+    done = run([], processes=3, program=(str(ROOT / "tests" / "support" / "bytes_of_ranks.py"),))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 3, done.stdout
