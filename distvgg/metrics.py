@@ -1,11 +1,5 @@
 """The names of all metrics, and a row of them in words. Imports no torch."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-
 STEP, EPOCH = "step", "epoch"
 TRAIN_LOSS, TRAIN_TOP1, TRAIN_LR = "train/loss", "train/top1", "train/lr"
 TRAIN_GRAD_NORM = "train/grad_norm"

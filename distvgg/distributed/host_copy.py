@@ -1,12 +1,9 @@
 """Copies from device to host that are waited for only when they are read."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 
 class HostCopy:

@@ -1,10 +1,6 @@
 """Assignment of tasks to ranks."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def share_out(costs: Sequence[float], ranks: int) -> list[int]:

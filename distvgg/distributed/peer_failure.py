@@ -3,15 +3,10 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from distvgg.errors import ContactError, RunError, UserError
-
-if TYPE_CHECKING:
-    pass
-
 
 # How gloo says that the other end of a connection is gone.
 _BROKEN = (

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,9 +9,6 @@ from torch import Tensor
 from distvgg.distributed.partition import share_out
 from distvgg.distributed.reduction_plan import Ranks
 from distvgg.distributed.tree_sum import Messages, all_gather
-
-if TYPE_CHECKING:
-    pass
 
 
 class SharedResults:

@@ -5,17 +5,13 @@ Invariant: the keys of `state_dict()` are torchvision's (`features.N.*`, `classi
 `width=1, head_width=4096, pool_size=7` so are the shapes, so that weights go both ways.
 """
 
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from distvgg.config import ModelConfig
 from distvgg.models.small_conv import Conv3x3
-
-if TYPE_CHECKING:
-    pass
-
 
 # Output channels of the convolutions between max-pools (table 1 of the paper).
 STAGES: dict[int, tuple[tuple[int, ...], ...]] = {
@@ -45,11 +41,14 @@ class VGG(nn.Module):
         def scaled(channels: int) -> int:
             return max(1, round(channels * config.width))
 
+        # Grids of 2x2 pixels, at 32x32, are left by all five max-pools only.
+        plain = config.max_pools == (1, 2, 3, 4, 5)
+        convolution = Conv3x3 if plain else partial(nn.Conv2d, kernel_size=3, padding=1)
         layers: list[nn.Module] = []
         channels = 3
         for number, stage in enumerate(STAGES[config.depth], start=1):
             for out in map(scaled, stage):
-                layers.append(Conv3x3(channels, out))
+                layers.append(convolution(channels, out))
                 if config.batch_norm:
                     layers.append(nn.BatchNorm2d(out))
                 layers.append(nn.ReLU(inplace=True))
