@@ -31,7 +31,7 @@ from typing import Any
 import psutil
 
 from distvgg.config import load
-from distvgg.data.plan import Plan
+from distvgg.data.plan import BatchPlan
 from distvgg.training.trainer import evaluation_due
 
 ROOT = Path(__file__).parent.parent
@@ -222,7 +222,7 @@ def evaluating(found: list[dict[str, Any]], options: argparse.Namespace) -> bool
     if not found or "test/loss" in found[-1]:
         return False
     config = load("quickstart").replace(train__epochs=options.epochs)
-    plan = Plan(TRAIN_SIZE, config.train.global_batch_size, config.train.micro_batch_size)
+    plan = BatchPlan(TRAIN_SIZE, config.train.global_batch_size, config.train.micro_batch_size)
     steps, last = plan.steps(config.train.epochs), found[-1]["step"]
     if "val/loss" in found[-1]:
         return bool(last == steps)  # test is next

@@ -35,7 +35,7 @@ from benchmarks.measure import in_turns, ratio, report, save, spread, table
 from benchmarks.runs import training, words_of
 from distvgg.config import Config, load
 from distvgg.data.cache import load_dataset
-from distvgg.data.loader import EvalLoader, Pixels
+from distvgg.data.loader import DeviceImages, EvalLoader
 from distvgg.distributed.device import device_here
 from distvgg.metrics import IMAGES_PER_SEC
 from distvgg.tracking.trackers import Tracking
@@ -178,7 +178,7 @@ def growth(run: Run, rounds: int, quick: bool) -> dict[str, Any]:
         cases[f"input_ms {n}"] = partial(input_ms, of)
     for batch, of in by_batch.items():
         cases[f"images_per_sec {batch}"] = partial(images_per_sec, of)
-    pixels = Pixels(
+    pixels = DeviceImages(
         run.dataset, run.dataset.train, run.config.model.image_size, run.accelerator.device
     )
     for n in evaluations:
@@ -206,7 +206,9 @@ def growth(run: Run, rounds: int, quick: bool) -> dict[str, Any]:
 def on_noise(run: Run, n: int, global_batch_size: int) -> Run:
     """The same run on n random images, in global batches of another size."""
     dataset = noise(n)
-    pixels = Pixels(dataset, dataset.train, run.config.model.image_size, run.accelerator.device)
+    pixels = DeviceImages(
+        dataset, dataset.train, run.config.model.image_size, run.accelerator.device
+    )
     return of_global_batch(run, global_batch_size, pixels, np.arange(n))
 
 
@@ -262,7 +264,7 @@ def row_seconds(run: Run, tracking: Tracking) -> float:
     step_seconds(run, 1)
 
     def take() -> None:
-        run.watch.drain()
+        run.monitor.drain()
         tracking.log(train_row(run, LR))
 
     return seconds(run, take)
@@ -275,7 +277,7 @@ def children_cpu_seconds() -> float:
 
 
 def draw(findings: dict[str, Any], out: Path) -> None:
-    """Draws how costs grow: medians, with smallest and largest as bars."""
+    """AugmentParams how costs grow: medians, with smallest and largest as bars."""
     import matplotlib
 
     matplotlib.use("Agg")

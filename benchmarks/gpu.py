@@ -49,7 +49,7 @@ from benchmarks.fixed_batch import (
 from benchmarks.measure import Samples, in_turns, ratio, report, save, spread, table
 from distvgg.config import Config, load
 from distvgg.data.cache import load_dataset
-from distvgg.data.plan import Plan
+from distvgg.data.plan import BatchPlan
 from distvgg.distributed.device import device_here
 from distvgg.metrics import STEP_MS
 from distvgg.models.flops import training_flops
@@ -348,7 +348,7 @@ def real_step(run: Run) -> Step:
     def step() -> None:
         train_step(run, run.loader.micro_batches(run.state.step), LR)
         run.state.step += 1
-        run.watch.look()
+        run.monitor.poll()
 
     return step
 
@@ -422,7 +422,7 @@ def traffic_of(run: Run, place: str, steps: int) -> Findings:
     return found | {"sync": host_sync(step, steps, device)}
 
 
-def windows(plan: Plan, epoch: int, steps: int) -> dict[str, int]:
+def windows(plan: BatchPlan, epoch: int, steps: int) -> dict[str, int]:
     """The first of `steps` steps that lie within an epoch, and of as many in whose middle it ends:
     then the next epoch is drawn, whose draws are not on the device yet."""
     begin, end = (e * plan.n_samples // plan.global_batch_size for e in (epoch, epoch + 1))

@@ -33,8 +33,8 @@ from benchmarks.measure import in_turns, ratio, report, save, spread, table
 from distvgg.config import Config, load
 from distvgg.data.cache import load_dataset
 from distvgg.data.dataset import Dataset, Split, train_val_indices
-from distvgg.data.loader import DeviceLoader, Pixels
-from distvgg.data.plan import Plan
+from distvgg.data.loader import DeviceImages, DeviceLoader
+from distvgg.data.plan import BatchPlan
 from distvgg.distributed.device import device_here
 
 OURS, V1, V2 = "distvgg DeviceLoader", "torchvision", "torchvision v2"
@@ -91,8 +91,8 @@ def device_loader(
 ) -> Callable[[], float]:
     """Our input path, built as for one process of a run; each call is the next epoch."""
     train = config.train
-    plan = Plan(len(rows), train.global_batch_size, train.micro_batch_size)
-    pixels = Pixels(dataset, dataset.train, config.model.image_size, device)
+    plan = BatchPlan(len(rows), train.global_batch_size, train.micro_batch_size)
+    pixels = DeviceImages(dataset, dataset.train, config.model.image_size, device)
     loader = DeviceLoader(config, pixels, rows, plan, rank=0)
     steps = plan.steps(1)
     at = steps // 2

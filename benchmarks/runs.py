@@ -37,7 +37,7 @@ PLAIN: dict[str, Any] = {
     "augment.cutmix_alpha": 0,
 }
 POLL = 0.002  # seconds: of what is timed here, seconds long, it is a thousandth
-PATIENCE = 600.0  # seconds for a row to come
+MAX_SKIPPED_STEPS = 600.0  # seconds for a row to come
 
 
 def words_of(overrides: Mapping[str, Any]) -> list[str]:
@@ -67,7 +67,7 @@ class Training:
         Raises:
             SystemExit: the training ended before, or the row does not come.
         """
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + MAX_SKIPPED_STEPS
         while not ((rows := self.rows()) and rows[-1][STEP] >= step):
             if self.process.poll() is not None or time.monotonic() > end:
                 raise SystemExit(f"no row of step {step}:\n{self.log.read_text()}")
@@ -113,7 +113,7 @@ def training(
         try:
             yield Training(folder, process, began, log)
             (folder / STOP_FILE).touch()
-            process.wait(PATIENCE)
+            process.wait(MAX_SKIPPED_STEPS)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -35,13 +35,13 @@ from distvgg.commands.bench import (
     FEW,
     MANY,
     Times,
-    gpu_from,
-    job_of,
-    rehearsal,
+    benchmark_config,
+    describe_workload,
+    fit_gpu,
     shared_seconds,
     step_times,
 )
-from distvgg.commands.bench_options import BenchOptions, fabric_of, gpu_of
+from distvgg.commands.bench_options import BenchOptions, gpu_spec, interconnect
 from distvgg.config import Config, load
 from distvgg.distributed.cost_model import Fabric, Gpu, Link, Setup, exchange, levels, step
 from distvgg.distributed.reduction_plan import MIB, TreePlan, levels_of
@@ -147,7 +147,7 @@ def work(config: Config, steps: int, file: Path) -> None:
     """One rank of a run: times steps and, with a second rank, exchanges; the main one writes."""
     with TemporaryDirectory() as folder:
         ranks = int(os.environ.get("WORLD_SIZE", 1))
-        run = build(rehearsal(config, ranks), Path(folder) / "run")
+        run = build(benchmark_config(config, ranks), Path(folder) / "run")
         step_times(run, 1, lengths=LENGTHS)  # allocation
         found: dict[str, Any] = {"times": step_times(run, steps, lengths=LENGTHS)}
         if run.accelerator.num_processes == 1:
@@ -180,10 +180,10 @@ def compare(config: Config, runs: dict[str, list[Any]]) -> list[dict[str, Any]]:
     """Measured against predicted: a row for each number of processes and length of a step."""
     pooled = {name: pool(found) for name, found in runs.items()}
     beside, alone = (
-        gpu_from(pooled[n], shared=statistics.median(r["shared"] for r in runs[n]))
+        fit_gpu(pooled[n], shared=statistics.median(r["shared"] for r in runs[n]))
         for n in ("beside", "alone")
     )
-    job, fabric = job_of(config), gloo(runs["together"])
+    job, fabric = describe_workload(config), gloo(runs["together"])
 
     def row(kind: str, ranks: int, accumulation: int, **gpus: Gpu) -> dict[str, Any]:
         measured = statistics.median(pooled[kind][accumulation])
@@ -222,9 +222,9 @@ def by_levels(config: Config, images_per_sec: float = 20_000) -> list[list[str]]
     """By GPUs and the radices of the exchange: ms that the gradients take in one piece, with
     nothing beside, and in brackets ms of a step in which a rank only waits for others' sums, Muon's
     results among them. Four micro-batches of the recipe a step."""
-    job = job_of(config)
+    job = describe_workload(config)
     options = BenchOptions(gpu="h100", images_per_sec=images_per_sec)
-    setup = Setup(job, gpu_of(options, job, MANY), fabric_of(options))
+    setup = Setup(job, gpu_spec(options, job, MANY), interconnect(options))
     size = sum(sum(layer.gradients) for layer in job.layers)
 
     def cell(ranks: int, radices: tuple[int, ...]) -> str:

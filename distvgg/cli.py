@@ -19,7 +19,7 @@ from distvgg import __version__, environment, preemption
 from distvgg.commands.arguments import default_run_dir, one_recipe, resolve, split_options
 from distvgg.commands.bench_options import BenchOptions, read_options
 from distvgg.config import Config, SplitName, load, recipe_names
-from distvgg.errors import ContactError, RunError, UserError
+from distvgg.errors import PeerLostError, RunError, UserError
 
 SPLITS: dict[str, SplitName] = {split: split for split in get_args(SplitName)}
 
@@ -75,11 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(error)
         return 2
     except RunError as error:
-        _complain(error, at_once=isinstance(error, ContactError))
+        _complain(error, at_once=isinstance(error, PeerLostError))
         return 1
     except preemption.Preempted as stop:
         preemption.ignore()
-        text, code = str(stop), 130 if stop.by_user else 0
+        text, code = str(stop), 130 if stop.interrupted else 0
     except KeyboardInterrupt:
         return 130
     if environment.rank() == 0:
@@ -232,10 +232,10 @@ def doctor(
     """
     if environment.rank():
         return ""  # of several processes, the main one checks for all
-    from distvgg.commands.doctor import examine
+    from distvgg.commands.doctor import run_checks
 
     folder = run_dir or (Path("runs") if recipe is None else default_run_dir(recipe, config))
-    return examine(None if recipe is None else config, folder, prepare=prepare)
+    return run_checks(None if recipe is None else config, folder, prepare=prepare)
 
 
 def sweep(

@@ -28,7 +28,7 @@ from pydantic import (
 from distvgg.errors import UserError
 
 
-class Section(BaseModel):
+class FrozenModel(BaseModel):
     """A part of a config: frozen, and closed to names that it does not have."""
 
     model_config = ConfigDict(
@@ -60,7 +60,7 @@ Flip = Annotated[
 TestTimeAugmentation = Annotated[Literal["no", "flip"], _no]
 
 
-class DataConfig(Section):
+class DataConfig(FrozenModel):
     """Which images, and how they are split."""
 
     name: Literal["cifar100", "cifar10", "synthetic", "custom"] = "cifar100"
@@ -89,7 +89,7 @@ class DataConfig(Section):
         return self
 
 
-class ModelConfig(Section):
+class ModelConfig(FrozenModel):
     """VGG (Simonyan and Zisserman, 2015, table 1): depth 11, 13, 16, 19 are columns A, B, D, E."""
 
     depth: Depth = 16
@@ -128,7 +128,7 @@ _TRAIN_FIELDS_OF_0_1: dict[str, tuple[tuple[Any, ...] | None, str]] = {
 }
 
 
-class TrainConfig(Section):
+class TrainConfig(FrozenModel):
     """How long, in what batches, in what arithmetic."""
 
     epochs: float = Field(20.0, gt=0)
@@ -179,7 +179,7 @@ class TrainConfig(Section):
         return self
 
 
-class OptimConfig(Section):
+class OptimConfig(FrozenModel):
     """The optimizer and its learning rate over the run."""
 
     name: Literal["sgd", "adamw", "muon"] = "sgd"
@@ -218,11 +218,11 @@ class OptimConfig(Section):
         return self
 
 
-class AugmentConfig(Section):
+class AugmentConfig(FrozenModel):
     """Random views of the training images; none at evaluation."""
 
     crop_padding: int = Field(4, ge=0, le=64)
-    """Pixels of reflected border for the random crop. 0: no crop."""
+    """DeviceImages of reflected border for the random crop. 0: no crop."""
     flip: Flip = "random"
     """Mirror left and right. random: with probability one half; alternating: each image one way in
     one epoch and the other way in the next (Jordan, 2024, section 3.6). Also true or false, for
@@ -242,7 +242,7 @@ class AugmentConfig(Section):
     """The probability that a micro-batch is mixed at all, where mixup or cutmix is on."""
 
 
-class EvalConfig(Section):
+class EvalConfig(FrozenModel):
     """When and how to measure."""
 
     every_epochs: float = Field(1.0, gt=0)
@@ -258,7 +258,7 @@ class EvalConfig(Section):
     choose by it."""
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(FrozenModel):
     """When to save what is needed to go on. Written in the background."""
 
     every_steps: int | None = Field(200, ge=1)
@@ -268,7 +268,7 @@ class CheckpointConfig(Section):
     """How many of the newest to keep, beside the best by validation."""
 
 
-class TrackConfig(Section):
+class TrackConfig(FrozenModel):
     """Where curves go. `metrics.jsonl` in the run folder is always written."""
 
     wandb: bool = True
@@ -284,7 +284,7 @@ class TrackConfig(Section):
     """Optimizer steps between two rows of training metrics."""
 
 
-class Config(Section):
+class Config(FrozenModel):
     """One run. Equal configs give equal loss curves, on any number of processes."""
 
     seed: int = Field(0, ge=0)

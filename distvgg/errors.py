@@ -12,5 +12,5 @@ class RunError(RuntimeError):
     process that died, a full disk at the end. One line as well, exit code 1."""
 
 
-class ContactError(RunError):
+class PeerLostError(RunError):
     """Another process of this run is gone."""

@@ -27,16 +27,16 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 class Preempted(BaseException):
     """The run was told to stop. Not an error, and so not an Exception: nothing on the way out may
-    take it for one. `by_user` where it was Ctrl-C."""
+    take it for one. `interrupted` where it was Ctrl-C."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message)
-        self.by_user = _wish == "SIGINT"
+        self.interrupted = _stop_reason == "SIGINT"
 
 
 # A process has one set of signal handlers, and so one wish.
 _installed = False
-_wish: str | None = None
+_stop_reason: str | None = None
 _interruptible = False
 _stop_file: Path | None = None
 _looking = True
@@ -55,7 +55,7 @@ def install() -> None:
     _installed = True
     launched = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"} & set(os.environ)
     if launched and sys.platform == "linux":
-        threading.Thread(target=_leave_the_dead, args=_signal_pipe(), daemon=True).start()
+        threading.Thread(target=_exit_if_peer_died, args=_signal_pipe(), daemon=True).start()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     # After the pipe, or a SIGTERM between the two would be a preemption where a worker died.
     for number in SIGNALS:
@@ -70,13 +70,13 @@ def ignore() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
-def look_for(stop_file: Path) -> None:
+def watch_stop_file(stop_file: Path) -> None:
     """Takes a file's appearance for the wish to stop as well."""
     global _stop_file, _looking
     _stop_file, _looking = stop_file, True
 
 
-def leave_looking_to_another() -> None:
+def stop_watching() -> None:
     """Stops looking for the stop file, for which one process of a run is enough where all agree in
     each step: a thousand would ask a file system two thousand times a second."""
     global _looking
@@ -85,21 +85,21 @@ def leave_looking_to_another() -> None:
 
 def requested() -> bool:
     """Whether this process was told to stop."""
-    global _looked, _wish
+    global _looked, _stop_reason
     now = time.monotonic()
     due = _looking and _stop_file is not None and now - _looked >= LOOK_EVERY
-    if _wish is None and _stop_file is not None and due:
+    if _stop_reason is None and _stop_file is not None and due:
         _looked = now
         if os.path.exists(_stop_file):  # unlike Path's, false on a network file system's hiccup
-            _wish = _stop_file.name
-    return _wish is not None
+            _stop_reason = _stop_file.name
+    return _stop_reason is not None
 
 
-def reason() -> str:
+def stop_reason() -> str:
     """What told this process to stop: a signal's name, STOP, or another rank."""
-    if _wish is None and _stop_file is not None and os.path.exists(_stop_file):
+    if _stop_reason is None and _stop_file is not None and os.path.exists(_stop_file):
         return _stop_file.name  # another rank saw it first
-    return _wish or "another process"
+    return _stop_reason or "another process"
 
 
 def check() -> None:
@@ -136,12 +136,12 @@ def wait(seconds: float) -> bool:
 
 
 def _heard(number: int, frame: FrameType | None) -> None:
-    global _wish
+    global _stop_reason
     if number == signal.SIGINT:
         signal.signal(number, signal.default_int_handler)
     ignore()
-    if _wish is None:
-        _wish = signal.Signals(number).name
+    if _stop_reason is None:
+        _stop_reason = signal.Signals(number).name
     if _interruptible:
         raise Preempted
 
@@ -155,7 +155,7 @@ def _signal_pipe() -> tuple[int]:
     return (read,)
 
 
-def _leave_the_dead(signals: int) -> None:
+def _exit_if_peer_died(signals: int) -> None:
     """Ends this process where its launcher's SIGTERM means that another worker died, and the main
     thread waits for that one for ever, as it does in NCCL and while the processes find each other.
 

@@ -1,4 +1,4 @@
-"""Draws the curves of run folders, from their metrics.jsonl, into one picture.
+"""AugmentParams the curves of run folders, from their metrics.jsonl, into one picture.
 
 python docs/curves.py RUN_DIR... --out docs/curves.svg
 """

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from distvgg import environment
-from distvgg.commands.bench_options import BenchOptions, fabric_of, gpu_of
+from distvgg.commands.bench_options import BenchOptions, gpu_spec, interconnect
 from distvgg.config import Config
 from distvgg.distributed.cost_model import (
     TARGET,
@@ -56,15 +56,18 @@ def bench(config: Config, recipe: str, options: BenchOptions, *, as_json: bool) 
     """
     if environment.world_size() > 1:
         raise UserError("bench measures one device and computes the rest: start it as one process")
-    job, batch = job_of(config), config.train
+    job, batch = describe_workload(config), config.train
     alone = batch.global_batch_size // batch.micro_batch_size
     if options.gpu is None and options.images_per_sec is None:
         gpu, source = measure(config), "measured"
         if options.jitter is not None:
             gpu = gpu._replace(jitter=options.jitter)
     else:
-        gpu, source = gpu_of(options, job, alone), "given" if options.images_per_sec else "assumed"
-    setup = Setup(job, gpu, fabric_of(options))
+        gpu, source = (
+            gpu_spec(options, job, alone),
+            "given" if options.images_per_sec else "assumed",
+        )
+    setup = Setup(job, gpu, interconnect(options))
     counts = [2**i for i in range(options.max_gpus.bit_length())]
     strong = [step(setup, n, alone // n) for n in counts if alone % n == 0]
     weak = [step(setup, n, alone) for n in counts]
@@ -94,7 +97,7 @@ def bench(config: Config, recipe: str, options: BenchOptions, *, as_json: bool) 
     return "\n\n".join(parts)
 
 
-def job_of(config: Config) -> Job:
+def describe_workload(config: Config) -> Job:
     """What a rank computes and sends, read off the network itself (on no device, for 100 classes
     but of CIFAR-10). Counted as in `model.training_flops`: convolutions and linear layers."""
     with torch.device("meta"):
@@ -138,7 +141,7 @@ def measure(config: Config, seconds: float = SECONDS) -> Gpu:
     from distvgg.training.setup import build
 
     with TemporaryDirectory() as folder:
-        run = build(rehearsal(config, ranks=1), Path(folder) / "run")
+        run = build(benchmark_config(config, ranks=1), Path(folder) / "run")
         step_times(run, rounds=1)  # allocation, compilation
         first = step_times(run, rounds=1)
         block = max(1, round(BLOCK_SECONDS / first[FEW][0]))
@@ -149,10 +152,10 @@ def measure(config: Config, seconds: float = SECONDS) -> Gpu:
         assert run.lock is not None
         os.close(run.lock)
         run.accelerator.end_training()
-    return gpu_from(times, block, shared)
+    return fit_gpu(times, block, shared)
 
 
-def rehearsal(config: Config, ranks: int) -> Config:
+def benchmark_config(config: Config, ranks: int) -> Config:
     """A config of the same computation, `MANY` micro-batches a rank, that needs no data and leaves
     nothing."""
     return config.replace(
@@ -170,7 +173,7 @@ def step_times(
     long.
 
     Args:
-        run: of a `rehearsal`; every rank must call this alike.
+        run: of a `benchmark_config`; every rank must call this alike.
         block: steps that are timed together.
         lengths: of a step, in micro-batches of a rank; divisors of `MANY`.
 
@@ -178,13 +181,13 @@ def step_times(
         Seconds a step by micro-batches of a rank, [rounds].
     """
     from distvgg.data.dataset import train_val_indices
-    from distvgg.data.loader import Pixels
+    from distvgg.data.loader import DeviceImages
     from distvgg.training.state import of_global_batch
     from distvgg.training.step import train_step
 
     config, device = run.config, run.accelerator.device
     rows, _ = train_val_indices(run.dataset.train.labels, config.data)
-    pixels = Pixels(run.dataset, run.dataset.train, config.model.image_size, device)
+    pixels = DeviceImages(run.dataset, run.dataset.train, config.model.image_size, device)
     each = run.plan.world_size * run.plan.micro_batch_size
     run.gradients.detach()
     runs = {length: of_global_batch(run, length * each, pixels, rows) for length in lengths}
@@ -198,7 +201,7 @@ def step_times(
             for _ in range(block):
                 train_step(timed, timed.loader.micro_batches(run.state.step), lr=0.0)
                 run.state.step += 1
-                run.watch.look()
+                run.monitor.poll()
             synchronize(device)
             times[accumulation].append((time.perf_counter() - started) / block)
             timed.gradients.detach()
@@ -229,7 +232,7 @@ def shared_seconds(run: "Run", rounds: int = 5) -> float:
     return statistics.median(seconds[1:])
 
 
-def gpu_from(times: Times, block: int = 1, shared: float = 0.0) -> Gpu:
+def fit_gpu(times: Times, block: int = 1, shared: float = 0.0) -> Gpu:
     """What one GPU takes, from the times of its steps: medians, and for the jitter the spread of
     the middle half, so that a burst of somebody else's work does not count as the GPU's own.
     `shared` seconds of each step are the work that ranks share out."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from distvgg.config import Section
+from distvgg.config import FrozenModel
 from distvgg.distributed.cost_model import Fabric, Gpu, Job, Link
 from distvgg.distributed.hardware import (
     HARDWARE,
@@ -21,7 +21,7 @@ from distvgg.distributed.hardware import (
 from distvgg.errors import UserError
 
 
-class BenchOptions(Section):
+class BenchOptions(FrozenModel):
     """What `distvgg bench` is told beside a config."""
 
     gpu: Literal["h100", "a100"] | None = None
@@ -64,7 +64,7 @@ def read_options(words: Mapping[str, str]) -> BenchOptions:
         raise UserError(f"--{first['loc'][0]} {wanted} (got {first['input']!r})") from error
 
 
-def fabric_of(options: BenchOptions) -> Fabric:
+def interconnect(options: BenchOptions) -> Fabric:
     """The links that options name or leave to the GPU."""
     hardware = HARDWARE[options.gpu or "h100"]
     inside = 1e9 * options.nvlink if options.nvlink else hardware.inside
@@ -78,7 +78,7 @@ def fabric_of(options: BenchOptions) -> Fabric:
     )
 
 
-def gpu_of(options: BenchOptions, job: Job, accumulation: int) -> Gpu:
+def gpu_spec(options: BenchOptions, job: Job, accumulation: int) -> Gpu:
     """The GPU that options give by its rate with so many micro-batches a step, or by its name.
 
     Raises:

@@ -20,9 +20,9 @@ from pydantic import BaseModel, Field
 
 from distvgg import metrics
 from distvgg.config import Config, load
-from distvgg.data.plan import Plan
+from distvgg.data.plan import BatchPlan
 from distvgg.errors import UserError
-from distvgg.runs.files import write_whole
+from distvgg.runs.files import atomic_write
 from distvgg.runs.layout import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -31,7 +31,7 @@ from distvgg.runs.layout import (
     METRICS_FILE,
     REQUEUE_FILE,
     RESULT_FILE,
-    checkpoint_folders,
+    checkpoint_dirs,
 )
 from distvgg.runs.result import Result, read_result
 
@@ -127,7 +127,7 @@ def compare(run_dirs: Sequence[Path], out: Path | None = None) -> str:
             return text
         try:
             writer = f"{socket.gethostname()}-{os.getpid()}."
-            write_whole(out, text.encode() + b"\n", writer=writer)
+            atomic_write(out, text.encode() + b"\n", writer=writer)
         except OSError as error:
             raise UserError(
                 f"cannot write {out} ({error.strerror}): choose another file with --out"
@@ -190,13 +190,13 @@ def _failed(content: bytes) -> str:
 def _reached(run_dir: Path, rows: Sequence[Progress], config: Config) -> str:
     """How far a run has come: rows have a cadence of their own, which checkpoints may be ahead of.
     Rows alone tell how many images there are, and so how many steps."""
-    saved = [int(p.name.removeprefix("step_")) for p in checkpoint_folders(run_dir / CHECKPOINTS)]
+    saved = [int(p.name.removeprefix("step_")) for p in checkpoint_dirs(run_dir / CHECKPOINTS)]
     step = max([r.step for r in rows] + saved, default=0)
     if not rows:
         return f"step {step}" if step else "no step yet"
     batch = config.train
     images = max(1, round(rows[-1].step * batch.global_batch_size / rows[-1].epoch))
-    plan = Plan(images, batch.global_batch_size, batch.micro_batch_size)
+    plan = BatchPlan(images, batch.global_batch_size, batch.micro_batch_size)
     return f"step {step}/{plan.steps(batch.epochs)}"
 
 

@@ -20,14 +20,21 @@ from accelerate.utils import parse_flag_from_env
 
 from distvgg import environment
 from distvgg.config import Config, DataConfig, TrainConfig
-from distvgg.data.cache import cache_dir, cache_entry, is_whole, load_dataset, open_entry, source_of
+from distvgg.data.cache import (
+    cache_dir,
+    cache_entry,
+    is_complete,
+    load_dataset,
+    open_entry,
+    source_of,
+)
 from distvgg.data.dataset import train_val_indices
-from distvgg.data.plan import Plan, world_sizes
+from distvgg.data.plan import BatchPlan, valid_world_sizes
 from distvgg.distributed.device import device_here, has_nvidia_hardware, resolve_precision
 from distvgg.errors import RunError, UserError
 from distvgg.models.vgg import VGG
-from distvgg.runs.files import free_room
-from distvgg.runs.folder import match_run_folder, refuse_strangers
+from distvgg.runs.files import free_space
+from distvgg.runs.folder import check_is_run_dir, check_same_config
 from distvgg.runs.layout import CHECKPOINTS
 from distvgg.tracking.trackers import require_tensorboard
 from distvgg.tracking.wandb_tracker import upload_command, wandb_mode
@@ -36,7 +43,7 @@ from distvgg.tracking.wandb_tracker import upload_command, wandb_mode
 Finding = tuple[Literal["ok", "note"], str]
 
 
-def examine(recipe: Config | None, run_dir: Path, *, prepare: bool) -> str:
+def run_checks(recipe: Config | None, run_dir: Path, *, prepare: bool) -> str:
     """Prints a line for each check of the machine and, where there is a recipe, of its run in
     `run_dir`, whose data it decodes if told to `prepare`.
 
@@ -138,8 +145,8 @@ def variables() -> Finding:
 def processes(train: TrainConfig) -> Finding:
     """The numbers of processes that a config allows, among them the launcher's."""
     whole, micro = train.global_batch_size, train.micro_batch_size
-    Plan(whole, whole, micro, environment.world_size())  # of any number of samples
-    allowed, gpus = world_sizes(whole // micro), torch.cuda.device_count()
+    BatchPlan(whole, whole, micro, environment.world_size())  # of any number of samples
+    allowed, gpus = valid_world_sizes(whole // micro), torch.cuda.device_count()
     text = f"{' or '.join(map(str, allowed))} (global batch {whole} / micro-batch {micro})"
     if gpus < 2 or gpus in allowed:
         return "ok", text
@@ -151,7 +158,7 @@ def images(config: DataConfig, entry: Path, prepare: bool) -> Finding:
     """Whether they are decoded, or can be, and suffice for the split that is asked for."""
     if prepare:
         load_dataset(config)
-    if is_whole(entry):
+    if is_complete(entry):
         dataset = open_entry(entry)
         train, val = train_val_indices(dataset.train.labels, config)
         counts = f"{len(train):,} train, {len(val):,} val, {len(dataset.test or ()):,} test"
@@ -171,9 +178,9 @@ def cache(entry: Path | None) -> Finding:
     """Whether it can take decoded arrays, unless it has those that are asked for."""
     folder = cache_dir()
     try:
-        return "ok", f"{folder}, {_size(free_room(folder))} free; DISTVGG_CACHE moves it"
+        return "ok", f"{folder}, {_size(free_space(folder))} free; DISTVGG_CACHE moves it"
     except OSError as error:
-        if entry and is_whole(entry):
+        if entry and is_complete(entry):
             return "ok", f"{folder}, read only"
         raise UserError(
             f"cannot write the data cache {folder} ({error.strerror}): set DISTVGG_CACHE to a"
@@ -184,10 +191,10 @@ def cache(entry: Path | None) -> Finding:
 def run_folder(run_dir: Path, recipe: Config | None, entry: Path | None) -> Finding:
     """Whether a run may write to its folder, and has room there for all that it keeps."""
     try:
-        free = free_room(run_dir)
+        free = free_space(run_dir)
         if recipe is not None and run_dir.exists():
-            refuse_strangers(run_dir)
-            match_run_folder(run_dir, recipe)
+            check_is_run_dir(run_dir)
+            check_same_config(run_dir, recipe)
         there = sum(f.stat().st_size for f in (run_dir / CHECKPOINTS).glob("step_*/*"))
     except OSError as error:
         raise UserError(
@@ -197,7 +204,7 @@ def run_folder(run_dir: Path, recipe: Config | None, entry: Path | None) -> Find
     if recipe is None:
         return "ok", text
     # Where the classes are not known yet, a guess will do: they count in the last layer only.
-    known = open_entry(entry).num_classes if entry and is_whole(entry) else None
+    known = open_entry(entry).num_classes if entry and is_complete(entry) else None
     need = run_bytes(recipe, known or 100)
     if free + there < need:
         raise UserError(

@@ -9,16 +9,16 @@ from distvgg import metrics
 from distvgg.config import Config, SplitName, load
 from distvgg.data.cache import load_dataset
 from distvgg.data.dataset import train_val_indices
-from distvgg.data.loader import EvalLoader, Pixels
+from distvgg.data.loader import DeviceImages, EvalLoader
 from distvgg.distributed.device import place
-from distvgg.distributed.peer_failure import left_in_order, lost_contact
+from distvgg.distributed.peer_failure import clean_shutdown, translate_peer_failure
 from distvgg.distributed.process_group import start
 from distvgg.errors import UserError
 from distvgg.models.vgg import VGG
 from distvgg.runs.confusion import Confusion, by_superclass, describe_pairs
 from distvgg.runs.layout import CONFIG_FILE, WEIGHTS_FILE, run_of
 from distvgg.runs.result import read_result
-from distvgg.training.checkpoint import DamageError, read
+from distvgg.training.checkpoint import CorruptCheckpointError, read
 from distvgg.training.evaluation import Evaluation, evaluate_over_ranks
 
 
@@ -47,8 +47,8 @@ def evaluate_run(path: Path, split: SplitName) -> str:
     return describe(*_measure(path, split))
 
 
-@left_in_order()
-@lost_contact()
+@clean_shutdown()
+@translate_peer_failure()
 def _measure(path: Path, split: SplitName) -> tuple[Evaluation, Confusion]:
     run_dir = run_of(path)
     if not (run_dir / CONFIG_FILE).exists() or not (path / WEIGHTS_FILE).exists():
@@ -71,12 +71,12 @@ def _measure(path: Path, split: SplitName) -> tuple[Evaluation, Confusion]:
     try:
         content = (path / WEIGHTS_FILE).read_bytes() if path == run_dir else read(path).model
         model.load_state_dict(safetensors.torch.load(content))
-    except (SafetensorError, RuntimeError, DamageError) as error:
+    except (SafetensorError, RuntimeError, CorruptCheckpointError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path / WEIGHTS_FILE} cannot be loaded: {reason}") from error
     place(model, accelerator, config)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    pixels = Pixels(dataset, data, config.model.image_size, accelerator.device)
+    pixels = DeviceImages(dataset, data, config.model.image_size, accelerator.device)
     loader = EvalLoader(pixels, rows, config.eval.batch_size)
     flip = config.eval.tta == "flip"
     found = evaluate_over_ranks(accelerator, model, loader, dataset, flip=flip)

@@ -145,13 +145,13 @@ def fit_processes(node: Node, available: int, train: TrainConfig) -> int:
     Raises:
         UserError: the processes do not divide the micro-batches.
     """
-    from distvgg.data.plan import Plan, world_sizes
+    from distvgg.data.plan import BatchPlan, valid_world_sizes
 
     whole, micro = train.global_batch_size, train.micro_batch_size
     if node.processes or node.granted or node.nodes > 1:
-        Plan(1, whole, micro, world_size=node.nodes * available)
+        BatchPlan(1, whole, micro, world_size=node.nodes * available)
         return available
-    most = max(n for n in world_sizes(whole // micro) if n <= available)
+    most = max(n for n in valid_world_sizes(whole // micro) if n <= available)
     if most < available:
         print(
             f"{most} of {available} processes are started: {available} do not divide the"

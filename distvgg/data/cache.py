@@ -41,9 +41,9 @@ def load_dataset(config: DataConfig, entry: Path | None = None) -> Dataset:
     entry = entry or cache_entry(config)
     try:
         # Looked at before locking too, so that a cache that others fill may be read-only.
-        if not is_whole(entry):
+        if not is_complete(entry):
             with _locked(entry.with_suffix(".lock"), fcntl.LOCK_EX):
-                if not is_whole(entry):
+                if not is_complete(entry):
                     _build(config, entry)
     except OSError as error:
         raise UserError(
@@ -112,7 +112,7 @@ def _fingerprint(config: DataConfig) -> str:
 def _build(config: DataConfig, entry: Path) -> None:
     """Decodes into a folder aside, flushes, renames. Called with the entry's lock held."""
     aside = entry.with_suffix(".building")
-    _remove_leftovers(entry.parent)
+    _remove_stale_builds(entry.parent)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
@@ -130,20 +130,20 @@ def _build(config: DataConfig, entry: Path) -> None:
         for file in aside.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        shutil.rmtree(entry, ignore_errors=True)  # what is_whole refused
+        shutil.rmtree(entry, ignore_errors=True)  # what is_complete refused
         aside.rename(entry)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _remove_leftovers(cache: Path) -> None:
+def _remove_stale_builds(cache: Path) -> None:
     """Removes what killed builds of any entry left; the lock of a living one is held."""
     for aside in cache.glob("*.building"):
         with suppress(OSError), _locked(aside.with_suffix(".lock"), fcntl.LOCK_EX | fcntl.LOCK_NB):
             shutil.rmtree(aside)
 
 
-def is_whole(entry: Path) -> bool:
+def is_complete(entry: Path) -> bool:
     """Whether every file of an entry has the size that it was written with."""
     try:
         files = json.loads((entry / "meta.json").read_text())["files"]

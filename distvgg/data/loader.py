@@ -15,10 +15,10 @@ from torch import Tensor
 
 from distvgg.config import AugmentConfig, Config
 from distvgg.data.dataset import Dataset, Split
-from distvgg.data.mixing import draw_mixture, mix
-from distvgg.data.plan import Plan, epoch_permutation
+from distvgg.data.mixing import draw_mix_params, mix
+from distvgg.data.plan import BatchPlan, epoch_permutation
 from distvgg.data.transforms import (
-    Draws,
+    AugmentParams,
     cutout,
     draw_epoch,
     normalise,
@@ -48,14 +48,14 @@ class MicroBatch(NamedTuple):
     share: float = 1.0
 
     @property
-    def main_labels(self) -> Tensor:
+    def hard_labels(self) -> Tensor:
         """[m] int64, of what has the larger share of each image."""
         if self.partner_labels is None or self.share >= 0.5:
             return self.labels
         return self.partner_labels
 
 
-class Pixels:
+class DeviceImages:
     """A split's images and labels on a device, and how its bytes become network input.
 
     Args:
@@ -79,7 +79,7 @@ class Pixels:
         """Of the stored images, in pixels."""
         return min(self._images.shape[1:3])
 
-    def augmented(self, rows: Tensor, draws: Draws, config: AugmentConfig) -> Tensor:
+    def augmented(self, rows: Tensor, draws: AugmentParams, config: AugmentConfig) -> Tensor:
         """Random views of some rows: [n] int64 -> [n, 3, side, side]."""
         images = view(self._images, rows, draws, config.crop_padding)
         if config.trivial:
@@ -105,7 +105,7 @@ class DeviceLoader:
     """
 
     def __init__(
-        self, config: Config, pixels: Pixels, rows: np.ndarray, plan: Plan, rank: int
+        self, config: Config, pixels: DeviceImages, rows: np.ndarray, plan: BatchPlan, rank: int
     ) -> None:
         side = pixels.smallest_side
         for field in ("crop_padding", "cutout"):
@@ -127,7 +127,7 @@ class DeviceLoader:
             rows, draws = self._epoch(epoch)
             parts.append((rows[first:last], draws.take(slice(first, last))))
         rows = torch.cat([r for r, _ in parts])
-        draws = Draws(*map(torch.cat, zip(*(d for _, d in parts), strict=True)))
+        draws = AugmentParams(*map(torch.cat, zip(*(d for _, d in parts), strict=True)))
         images = self._pixels.augmented(rows, draws, self._config.augment)
         labels = self._pixels.labels[rows]
         m = plan.micro_batch_size
@@ -148,7 +148,7 @@ class DeviceLoader:
     def _mixed(self, step: int, batch: MicroBatch) -> MicroBatch:
         """A micro-batch with its images mixed in place, where they are to be."""
         config, m = self._config, len(batch.labels)
-        mixture = draw_mixture(
+        mixture = draw_mix_params(
             config.augment, config.seed, step, batch.k, m, self._config.model.image_size
         )
         if mixture is None:
@@ -167,7 +167,7 @@ class DeviceLoader:
         ]
         return torch.cat(parts)
 
-    def _draw_epoch(self, epoch: int) -> tuple[Tensor, Draws]:
+    def _draw_epoch(self, epoch: int) -> tuple[Tensor, AugmentParams]:
         """Rows and draws of one epoch in stream order, on the device."""
         seed, n, device = self._config.seed, self._plan.n_samples, self._pixels.device
         order = epoch_permutation(seed, epoch, n)
@@ -183,7 +183,7 @@ class EvalLoader:
         rows: [n] int64, the rows to take; None for all.
     """
 
-    def __init__(self, pixels: Pixels, rows: np.ndarray | None, batch_size: int) -> None:
+    def __init__(self, pixels: DeviceImages, rows: np.ndarray | None, batch_size: int) -> None:
         self._pixels = pixels
         taken = torch.arange(len(pixels)) if rows is None else torch.from_numpy(rows)
         self._batches = torch.split(taken.to(pixels.device), batch_size)

@@ -1,6 +1,6 @@
 """MixUp and CutMix: the images and labels of a micro-batch, combined in pairs.
 
-Draws belong to `(seed, step, k)` and are a few numbers that the host keeps.
+AugmentParams belong to `(seed, step, k)` and are a few numbers that the host keeps.
 """
 
 import math
@@ -13,7 +13,7 @@ from distvgg.config import AugmentConfig
 from distvgg.rng import generator
 
 
-class Mixture(NamedTuple):
+class MixParams(NamedTuple):
     """How the images of a micro-batch are mixed: each with the one `shift` places before it.
 
     A shift is all that a random pairing takes: samples come in random order. It is a number of the
@@ -26,9 +26,9 @@ class Mixture(NamedTuple):
     box: tuple[int, int, int, int] | None
 
 
-def draw_mixture(
+def draw_mix_params(
     config: AugmentConfig, seed: int, step: int, k: int, n: int, side: int
-) -> Mixture | None:
+) -> MixParams | None:
     """How the n images of `side` pixels in micro-batch k of a step are mixed; None: not at all.
 
     The weight of mixup is from Beta(alpha, alpha) (Zhang et al., 2018, equation 1); the box of
@@ -51,19 +51,19 @@ def draw_mixture(
     gamma += torch.rand(2, dtype=torch.float64, generator=rng).log() / alpha
     share = torch.sigmoid(gamma[0] - gamma[1]).item()
     if not cuts:
-        return Mixture(shift, share, None)
+        return MixParams(shift, share, None)
     half = int(side * math.sqrt(1 - share) / 2)
     top, bottom = _span(int(y * side), half, side)
     left, right = _span(int(x * side), half, side)
     share = 1 - (bottom - top) * (right - left) / side**2
-    return Mixture(shift, share, (top, bottom, left, right))
+    return MixParams(shift, share, (top, bottom, left, right))
 
 
 def _span(centre: int, half: int, n: int) -> tuple[int, int]:
     return max(0, centre - half), min(n, centre + half)
 
 
-def mix(images: Tensor, mixture: Mixture) -> Tensor:
+def mix(images: Tensor, mixture: MixParams) -> Tensor:
     """Mixes the images of a micro-batch, [n, 3, side, side] normalised, in place."""
     if mixture.box is None:
         return images.lerp_(images.roll(mixture.shift, 0), 1 - mixture.share)

@@ -26,13 +26,13 @@ def epoch_permutation(seed: int, epoch: int, n_samples: int) -> "Tensor":
     return torch.randperm(n_samples, generator=generator(seed, "order", epoch))
 
 
-def world_sizes(micro_batches: int) -> list[int]:
+def valid_world_sizes(micro_batches: int) -> list[int]:
     """The numbers of processes over which the micro-batches of a step can be divided."""
     return [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchPlan:
     """Who runs what, for a training split of `n_samples` on `world_size` processes.
 
     Raises:
@@ -49,7 +49,7 @@ class Plan:
         assert self.global_batch_size % self.micro_batch_size == 0
         n, w = self.micro_batches, self.world_size
         if n % w:
-            works = " or ".join(map(str, world_sizes(n)))
+            works = " or ".join(map(str, valid_world_sizes(n)))
             raise UserError(
                 f"{w} processes do not divide the {n} micro-batches of a step"
                 f" (global_batch_size {self.global_batch_size} / micro_batch_size"

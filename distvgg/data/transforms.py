@@ -1,8 +1,9 @@
-"""Per-sample augmentation and normalisation: batched pure functions of (images, draws).
+"""Per-sample augmentation and normalisation: batched pure functions of (images, parameters).
 
-Draws belong to `(seed, epoch, sample)`, so that they depend neither on batches nor on processes. A
-whole epoch is drawn at once on the CPU and indexed on the device. Invariant: no function here reads
-a global generator, and switching one augmentation on does not move the draws of another.
+Parameters belong to `(seed, epoch, sample)`, so that they depend neither on batches nor on
+processes. A whole epoch is drawn at once on the CPU and indexed on the device. Invariant: no
+function here reads a global generator, and switching one augmentation on does not change the
+parameters of another.
 
 The order is that of torchvision's reference training of classifiers: crop and flip, then
 TrivialAugment, on uint8; then normalisation, cutout, resizing; then mixing (`mixing.py`).
@@ -19,7 +20,7 @@ from distvgg.data.trivial_augment import LEVELS, OPS, apply_ops
 from distvgg.rng import generator
 
 
-class Draws(NamedTuple):
+class AugmentParams(NamedTuple):
     """One random view for each of n samples.
 
     `top` and `left` [n] in 0..2*padding, int64; `flip` [n] bool; `hole` [n, 2] float32 in [0, 1),
@@ -34,11 +35,11 @@ class Draws(NamedTuple):
     hole: Tensor
     trivial: Tensor
 
-    def take(self, index: Tensor | slice) -> "Draws":
-        return Draws(*(field[index] for field in self))
+    def take(self, index: Tensor | slice) -> "AugmentParams":
+        return AugmentParams(*(field[index] for field in self))
 
-    def to(self, device: torch.device) -> "Draws":
-        return Draws(*(f if f is self.trivial else sent(f, device) for f in self))
+    def to(self, device: torch.device) -> "AugmentParams":
+        return AugmentParams(*(f if f is self.trivial else sent(f, device) for f in self))
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -48,7 +49,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return source.to(device, non_blocking=True)
 
 
-def draw_epoch(config: AugmentConfig, seed: int, epoch: int, n_samples: int) -> Draws:
+def draw_epoch(config: AugmentConfig, seed: int, epoch: int, n_samples: int) -> AugmentParams:
     """The views of all samples of one epoch, indexed by sample: [n_samples] each, on the CPU."""
     rng = generator(seed, "augment", epoch)
     top, left = torch.randint(0, 2 * config.crop_padding + 1, (2, n_samples), generator=rng)
@@ -67,10 +68,10 @@ def draw_epoch(config: AugmentConfig, seed: int, epoch: int, n_samples: int) -> 
         rng = generator(seed, "trivial", epoch)
         bounds = len(OPS), LEVELS
         trivial = torch.stack([torch.randint(n, (n_samples,), generator=rng) for n in bounds], 1)
-    return Draws(top, left, flip, hole, trivial)
+    return AugmentParams(top, left, flip, hole, trivial)
 
 
-def view(images: Tensor, index: Tensor, draws: Draws, padding: int) -> Tensor:
+def view(images: Tensor, index: Tensor, draws: AugmentParams, padding: int) -> Tensor:
     """Takes images by index, pads them by reflection, crops at (top, left) and flips: whole rows
     first, which are runs of memory, then columns within them.
 
@@ -94,7 +95,7 @@ def view(images: Tensor, index: Tensor, draws: Draws, padding: int) -> Tensor:
     return taken.gather(2, values[:, None].expand_as(taken)).view(-1, height, width, channels)
 
 
-def trivial_augment(images: Tensor, draws: Draws) -> Tensor:
+def trivial_augment(images: Tensor, draws: AugmentParams) -> Tensor:
     """TrivialAugment of [n, height, width, 3] uint8 images, which it leaves as they were: grouped
     by operation on the host, which costs a copy of 16 bytes an image to the device."""
     op, level = draws.trivial.unbind(1)

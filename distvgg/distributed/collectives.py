@@ -26,7 +26,7 @@ def machines(accelerator: "Accelerator") -> list[dict[str, str]]:
     return found
 
 
-def from_main(process: "Accelerator | PartialState", make: Callable[[], T]) -> T:
+def broadcast_from_main(process: "Accelerator | PartialState", make: Callable[[], T]) -> T:
     """Calls `make` on the main process and returns its result on every rank. A UserError that it
     raises is raised on every rank, so that none is left waiting."""
     outcome: list[Any] = [None]
@@ -42,7 +42,7 @@ def from_main(process: "Accelerator | PartialState", make: Callable[[], T]) -> T
     return made
 
 
-def bytes_from_main(accelerator: "Accelerator", content: bytes | None) -> bytes:
+def broadcast_bytes(accelerator: "Accelerator", content: bytes | None) -> bytes:
     """Copies bytes of the main process to every rank, in parts of 64 MiB, without pickling.
 
     Args:
@@ -51,7 +51,7 @@ def bytes_from_main(accelerator: "Accelerator", content: bytes | None) -> bytes:
     if accelerator.num_processes == 1:
         assert content is not None
         return content
-    size = from_main(accelerator, lambda: len(content or b""))
+    size = broadcast_from_main(accelerator, lambda: len(content or b""))
     if accelerator.is_main_process:
         assert content is not None
         whole = torch.frombuffer(bytearray(content), dtype=torch.uint8)
@@ -65,7 +65,7 @@ def bytes_from_main(accelerator: "Accelerator", content: bytes | None) -> bytes:
     return whole.numpy().tobytes()
 
 
-def from_node_leaders(accelerator: "Accelerator", here: T | None) -> T | None:
+def from_local_main(accelerator: "Accelerator", here: T | None) -> T | None:
     """Returns on every rank what the first rank of its node passed; all ranks must call it."""
     from accelerate.utils import gather_object
 
@@ -80,12 +80,12 @@ def any_rank(accelerator: "Accelerator", here: bool) -> bool:
     return bool(accelerator.reduce(flag, "sum") > 0)
 
 
-def summing(accelerator: "Accelerator") -> Any:
+def make_all_reduce_sum(accelerator: "Accelerator") -> Any:
     """A function that sums a tensor over ranks; every rank must call it alike."""
     return lambda tensor: accelerator.reduce(tensor, "sum")
 
 
-class Agreement:
+class StopConsensus:
     """Whether any rank was told to stop, asked by all ranks equally often: an all-reduce that is
     read at the next asking, when it is long done. To be closed: one that is still under way when
     the process exits aborts it."""

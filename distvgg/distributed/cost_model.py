@@ -17,8 +17,8 @@ and `backward`; W ranks are on N nodes. In seconds and bytes:
         scatter     = send + hop_L + the most of W: its messages post_L + its results / B_L
 
 (1), (2): gradients travel once a step, in buckets, each as soon as the last micro-batch's backward
-has it. Before them, with the last forward, go StepSums' all-reduce (4) and BatchNorm's statistics.
-One stage is under way at a time.
+has it. Before them, with the last forward, go the all-reduce of `StepReducer` (4) and BatchNorm's
+statistics. One stage is under way at a time.
 (3) is the exchange of `reduction_plan.py`: in level l each rank sends c_l partial sums of a shard
 of n/P_l bytes, P_l = g_1 ... g_l, to each of g_l - 1 peers, within its node or by its network card.
 A stage is a launch and messages as in LogGP (Alexandrov et al., SPAA 1995): latency `hop`, overhead
@@ -45,7 +45,7 @@ from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
 
-from distvgg.distributed.partition import share_out
+from distvgg.distributed.partition import greedy_partition
 from distvgg.distributed.reduction_plan import Ranks, TreePlan, buckets, levels_of
 
 TARGET = 0.9
@@ -115,7 +115,7 @@ class Job:
         return sum(layer.forward for layer in self.layers) / self.flops
 
     def sums(self, micro_batches: int) -> int:
-        """Bytes of StepSums' all-reduce: float64 losses and hits, the wish to stop."""
+        """Bytes of StepReducer' all-reduce: float64 losses and hits, the wish to stop."""
         return 8 * (2 * micro_batches + 1)
 
 
@@ -226,7 +226,7 @@ def shared_seconds(setup: Setup, ranks: int, radices: Sequence[int]) -> tuple[fl
         return 0.0, 0.0
     loads, results = [0.0] * ranks, [0] * ranks
     for owner, flops, size in zip(
-        share_out(job.shared, ranks), job.shared, job.results, strict=True
+        greedy_partition(job.shared, ranks), job.shared, job.results, strict=True
     ):
         loads[owner] += flops
         results[owner] += size

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-def share_out(costs: Sequence[float], ranks: int) -> list[int]:
+def greedy_partition(costs: Sequence[float], ranks: int) -> list[int]:
     """Which rank does each of some pieces of work: the costliest that is left goes to whoever has
     least so far."""
     load, owners = [0.0] * ranks, [0] * len(costs)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from distvgg.errors import ContactError, RunError, UserError
+from distvgg.errors import PeerLostError, RunError, UserError
 
 # How gloo says that the other end of a connection is gone.
 _BROKEN = (
@@ -16,23 +16,23 @@ _BROKEN = (
 
 
 @contextmanager
-def left_in_order() -> Iterator[None]:
+def clean_shutdown() -> Iterator[None]:
     """Takes down the process group where all ranks give up alike, by a UserError or a RunError of
     the run itself. gloo now and then aborts a process that exits with its group still up."""
     try:
         yield
     except (UserError, RunError) as error:
-        if dist.is_initialized() and not isinstance(error, ContactError):
+        if dist.is_initialized() and not isinstance(error, PeerLostError):
             dist.destroy_process_group()
         raise
 
 
 @contextmanager
-def lost_contact() -> Iterator[None]:
+def translate_peer_failure() -> Iterator[None]:
     """Says in a line what a broken connection to another process means.
 
     Raises:
-        ContactError: instead of what torch.distributed raises.
+        PeerLostError: instead of what torch.distributed raises.
     """
     try:
         yield
@@ -41,7 +41,7 @@ def lost_contact() -> Iterator[None]:
     except RuntimeError as error:  # gloo has no type of its own for it
         text = str(error)
         if isinstance(error, dist.DistError) or re.search(_BROKEN, text):
-            raise ContactError(
+            raise PeerLostError(
                 "lost contact with another process, which died or was killed"
                 f" ({_reason(text)}); its own lines say why. The same command goes on from the last"
                 " checkpoint"

@@ -15,7 +15,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from distvgg import environment
 from distvgg.config import Config
-from distvgg.distributed.collectives import from_main
+from distvgg.distributed.collectives import broadcast_from_main
 from distvgg.distributed.device import resolve_precision
 from distvgg.distributed.host_memory import keep_freed_memory
 from distvgg.distributed.reduction_plan import Ranks, levels_of
@@ -70,7 +70,7 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
     launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION")
     return Accelerator(
         # Devices of different kinds must not add gradients of different precisions.
-        mixed_precision=from_main(
+        mixed_precision=broadcast_from_main(
             state, lambda: resolve_precision(config.train.precision, state.device, launched_with)
         ),
         project_config=folders,
@@ -111,5 +111,5 @@ def ranks_of(accelerator: "Accelerator") -> Ranks:
     """This process among all, and how they exchange: within a node first."""
     world_size = accelerator.num_processes
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size > 1 else 1
-    levels = levels_of(world_size, from_main(accelerator, lambda: per_node))
+    levels = levels_of(world_size, broadcast_from_main(accelerator, lambda: per_node))
     return Ranks(accelerator.process_index, world_size, levels)

@@ -6,17 +6,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from distvgg.distributed.partition import share_out
+from distvgg.distributed.partition import greedy_partition
 from distvgg.distributed.reduction_plan import Ranks
 from distvgg.distributed.tree_sum import Messages, all_gather
 
 
-class SharedResults:
+class PartitionedCompute:
     """Matrices of which each is computed by one rank and wanted by all.
 
-    Who computes which is a function of costs and ranks alone (`partition.share_out`). Invariant:
-    after `exchange` every rank holds the same bits, and what is computed for one matrix does not
-    depend on who computes it, nor on what else that rank computes.
+    Who computes which is a function of costs and ranks alone (`partition.greedy_partition`).
+    Invariant: after `exchange` every rank holds the same bits, and what is computed for one matrix
+    does not depend on who computes it, nor on what else that rank computes.
 
     Args:
         shapes: of the matrices, (rows, columns).
@@ -36,7 +36,7 @@ class SharedResults:
         ranks: Ranks,
     ) -> None:
         self.dtype, self.device, self._ranks = dtype, device, ranks
-        owners = share_out(costs, ranks.world_size)
+        owners = greedy_partition(costs, ranks.world_size)
         self.mine = {i for i, owner in enumerate(owners) if owner == ranks.rank}
         # One after the other by owner: what a rank computes is one segment.
         order = sorted(range(len(shapes)), key=lambda i: owners[i])

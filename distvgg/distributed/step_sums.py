@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 BATCH_NORM_MOMENTUM = 0.1  # torch's and torchvision's default
 
 
-class StepSums:
+class StepReducer:
     """What all ranks must know of a step: the loss and hits of each micro-batch and the wish to
     stop, in one small all-reduce, and the statistics that BatchNorm took, summed along the tree.
     Both hide behind backward.

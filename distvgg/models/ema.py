@@ -23,7 +23,7 @@ STATISTICS_STEPS = 8
 """The steps just taken whose images BatchNorm's statistics are measured on."""
 
 
-class Average:
+class EMA:
     """The average of a network's weights.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from distvgg.distributed.reduction_plan import Ranks
-from distvgg.distributed.shared_results import SharedResults
+from distvgg.distributed.shared_results import PartitionedCompute
 from distvgg.distributed.tree_sum import ExchangeQueue
 
 # Of the quintic a x + b x^3 + c x^5, chosen there for its slope at zero: singular values end within
@@ -102,7 +102,7 @@ class Muon(torch.optim.Optimizer):
         muon = [p for g in self.param_groups if g["orthogonalised"] for p in g["params"]]
         shapes = [(len(p), p[0].numel()) for p in muon]
         costs = [orthogonalise_flops(*shape, newton_schulz_steps) for shape in shapes]
-        self._updates = SharedResults(shapes, costs, dtype, muon[0].device, ranks)
+        self._updates = PartitionedCompute(shapes, costs, dtype, muon[0].device, ranks)
         self._queue = queue
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distvgg.config import SplitName
-from distvgg.runs.files import read_json, write_whole
+from distvgg.runs.files import atomic_write, read_json
 from distvgg.runs.layout import CONFUSION_FILE
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def describe_pairs(confusion: Confusion, what: str, n: int = 10) -> str:
 
 def save_confusion(confusion: Confusion, run_dir: Path) -> None:
     """Writes `confusion.json`, whole or not at all."""
-    write_whole(run_dir / CONFUSION_FILE, json.dumps(asdict(confusion)).encode() + b"\n")
+    atomic_write(run_dir / CONFUSION_FILE, json.dumps(asdict(confusion)).encode() + b"\n")
 
 
 def read_confusion(run_dir: Path) -> Confusion | None:

@@ -14,7 +14,7 @@ from distvgg.errors import UserError
 T = TypeVar("T")
 
 
-def free_room(folder: Path) -> int:
+def free_space(folder: Path) -> int:
     """The bytes that are free where a folder is or would be made. Leaves nothing there.
 
     Raises:
@@ -45,7 +45,7 @@ def read_json(path: Path, kind: type[T], remedy: str) -> T | None:
         raise UserError(f"{path} is damaged: delete it, and {remedy}") from error
 
 
-def write_whole(path: Path, content: bytes, *, writer: str = "") -> None:
+def atomic_write(path: Path, content: bytes, *, writer: str = "") -> None:
     """Writes a file so that it has the old content or the new, whatever happens meanwhile.
 
     Args:
@@ -57,16 +57,16 @@ def write_whole(path: Path, content: bytes, *, writer: str = "") -> None:
     """
     aside = path.with_name(f".{path.name}.{writer}tmp")
     try:
-        write_flushed(aside, content)
+        write_fsync(aside, content)
         os.replace(aside, path)
-        flush_folder(path.parent)
+        fsync_dir(path.parent)
     except OSError:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
 
 
-def write_flushed(path: Path, content: bytes) -> None:
+def write_fsync(path: Path, content: bytes) -> None:
     """Writes a file and waits until the disk has it."""
     with path.open("wb") as file:
         file.write(content)
@@ -74,7 +74,7 @@ def write_flushed(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def flush_folder(folder: Path) -> None:
+def fsync_dir(folder: Path) -> None:
     """Waits until the disk has the names in a folder: a rename alone may be lost with the power."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

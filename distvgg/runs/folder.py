@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distvgg.config import Config, load
 from distvgg.errors import RunError, UserError
-from distvgg.runs.files import write_whole
+from distvgg.runs.files import atomic_write
 from distvgg.runs.layout import CONFIG_FILE, FAILURE_FILE, LOCK_FILE, LOGS, REQUEUE_FILE, STOP_FILE
 
 AUTO = "train.precision"  # the one field whose value a run resolves
@@ -20,7 +20,7 @@ AUTO = "train.precision"  # the one field whose value a run resolves
 _BEFORE_CONFIG = {LOCK_FILE, LOGS, STOP_FILE, REQUEUE_FILE, f".{CONFIG_FILE}.tmp"}
 
 
-def match_run_folder(run_dir: Path, config: Config) -> Config:
+def check_same_config(run_dir: Path, config: Config) -> Config:
     """The config to run in a folder: the given one where the folder is new, else the folder's own,
     which may differ only in that `precision: auto` has been resolved there.
 
@@ -43,7 +43,7 @@ def match_run_folder(run_dir: Path, config: Config) -> Config:
     return kept
 
 
-def refuse_strangers(run_dir: Path) -> None:
+def check_is_run_dir(run_dir: Path) -> None:
     """Checks that a folder is a run's, or empty.
 
     Raises:
@@ -58,7 +58,7 @@ def refuse_strangers(run_dir: Path) -> None:
         )
 
 
-def take_run_folder(run_dir: Path, config: Config) -> int:
+def claim_run_dir(run_dir: Path, config: Config) -> int:
     """Makes a folder a config's own and this process's alone; for the main process.
 
     Returns:
@@ -72,11 +72,11 @@ def take_run_folder(run_dir: Path, config: Config) -> int:
     path = run_dir / CONFIG_FILE
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        refuse_strangers(run_dir)
+        check_is_run_dir(run_dir)
         lock = _locked(run_dir)
         if not path.exists():
-            write_whole(path, config.to_yaml().encode())
-        match_run_folder(run_dir, config)  # of two that found it new, one came first
+            atomic_write(path, config.to_yaml().encode())
+        check_same_config(run_dir, config)  # of two that found it new, one came first
         (run_dir / REQUEUE_FILE).unlink(missing_ok=True)
         (run_dir / FAILURE_FILE).unlink(missing_ok=True)
     except OSError as error:
@@ -86,7 +86,7 @@ def take_run_folder(run_dir: Path, config: Config) -> int:
     return lock
 
 
-def leave_run_folder(run_dir: Path, *, requeue: bool) -> None:
+def mark_stopped(run_dir: Path, *, requeue: bool) -> None:
     """Marks a run that stopped early as one to be started again, then consumes the stop file.
 
     Raises:
@@ -94,7 +94,7 @@ def leave_run_folder(run_dir: Path, *, requeue: bool) -> None:
     """
     try:
         if requeue:
-            write_whole(run_dir / REQUEUE_FILE, b"stopped early: the same command goes on\n")
+            atomic_write(run_dir / REQUEUE_FILE, b"stopped early: the same command goes on\n")
         (run_dir / STOP_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise RunError(

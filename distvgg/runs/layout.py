@@ -23,7 +23,7 @@ def run_of(path: Path) -> Path:
     return path.parent.parent if path.parent.name == CHECKPOINTS and _is_checkpoint(path) else path
 
 
-def checkpoint_folders(folder: Path) -> list[Path]:
+def checkpoint_dirs(folder: Path) -> list[Path]:
     """The checkpoints in `checkpoints/`, oldest first; not those that a kill left unfinished."""
     return sorted(filter(_is_checkpoint, folder.glob("step_*")))
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distvgg.runs.files import read_json, write_whole
+from distvgg.runs.files import atomic_write, read_json
 from distvgg.runs.layout import PREPROCESSING_FILE
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def save_preprocessing(preprocessing: Preprocessing, run_dir: Path) -> None:
         OSError: it cannot be written.
     """
     content = json.dumps(asdict(preprocessing), indent=2).encode() + b"\n"
-    write_whole(run_dir / PREPROCESSING_FILE, content)
+    atomic_write(run_dir / PREPROCESSING_FILE, content)
 
 
 def read_preprocessing(run_dir: Path) -> Preprocessing | None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from distvgg import metrics
 from distvgg.config import Config
-from distvgg.data.plan import Plan
-from distvgg.runs.files import read_json, write_whole
+from distvgg.data.plan import BatchPlan
+from distvgg.runs.files import atomic_write, read_json
 from distvgg.runs.layout import RESULT_FILE, WEIGHTS_FILE
 from distvgg.runs.provenance import commit, hardware, versions
 
@@ -71,7 +71,7 @@ class Result:
     def of(
         config: Config,
         dataset: "Dataset",
-        plan: Plan,
+        plan: BatchPlan,
         accelerator: "Accelerator",
         val: metrics.Row,
         best: metrics.Row,
@@ -113,7 +113,7 @@ def read_result(run_dir: Path) -> Result | None:
 
 def save_result(result: Result, run_dir: Path) -> None:
     """Writes `result.json`, whole or not at all."""
-    write_whole(run_dir / RESULT_FILE, json.dumps(asdict(result), indent=2).encode() + b"\n")
+    atomic_write(run_dir / RESULT_FILE, json.dumps(asdict(result), indent=2).encode() + b"\n")
 
 
 def save_weights(model: Mapping[str, "Tensor"], metadata: Mapping[str, str], run_dir: Path) -> None:
@@ -121,4 +121,4 @@ def save_weights(model: Mapping[str, "Tensor"], metadata: Mapping[str, str], run
     from safetensors.torch import save
 
     tensors = {k: v.cpu().contiguous() for k, v in model.items()}
-    write_whole(run_dir / WEIGHTS_FILE, save(tensors, dict(metadata)))
+    atomic_write(run_dir / WEIGHTS_FILE, save(tensors, dict(metadata)))

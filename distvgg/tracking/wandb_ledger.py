@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distvgg.runs.files import write_whole
+from distvgg.runs.files import atomic_write
 
 LEDGER_FILE = "run.json"  # under wandb/
 READER_SECONDS = 60
@@ -100,7 +100,7 @@ class Ledger:
     def _write(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"id": self.id, "uploaded": self._uploaded})
-        write_whole(self._folder / LEDGER_FILE, content.encode())
+        atomic_write(self._folder / LEDGER_FILE, content.encode())
 
 
 def _parse(content: bytes) -> tuple[str, int | None]:

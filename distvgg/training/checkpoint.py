@@ -1,4 +1,4 @@
-"""Checkpoints: written aside in the background, verified, then renamed; read only if sound.
+"""CheckpointManager: written aside in the background, verified, then renamed; read only if sound.
 
     checkpoints/step_00001234/model.safetensors   the network, as torchvision's keys have it
                               state.safetensors   the optimizer's tensors and running sums
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distvgg.runs.files import flush_folder, write_flushed
-from distvgg.runs.layout import WEIGHTS_FILE, checkpoint_folders
+from distvgg.runs.files import fsync_dir, write_fsync
+from distvgg.runs.layout import WEIGHTS_FILE, checkpoint_dirs
 
 FORMAT = 1
 STATE_FILE, MANIFEST_FILE = "state.safetensors", "manifest.json"
@@ -31,7 +31,7 @@ _FILES = (WEIGHTS_FILE, STATE_FILE)
 Tensors = Mapping[str, Tensor]
 
 
-class DamageError(Exception):
+class CorruptCheckpointError(Exception):
     """A checkpoint that is not what was written; the message says how."""
 
 
@@ -45,7 +45,7 @@ class Checkpoint:
     progress: dict[str, Any]
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one run. For the main process.
 
     Args:
@@ -76,13 +76,13 @@ class Checkpoints:
         Args:
             refuse: the reason why a sound one does not fit the rest of the folder, or None.
         """
-        for path in reversed(checkpoint_folders(self._folder)):
+        for path in reversed(checkpoint_dirs(self._folder)):
             try:
                 checkpoint = read(path)
                 if (reason := refuse(checkpoint)) is None:
                     self.saved = int(path.name.removeprefix("step_"))
                     return checkpoint
-            except DamageError as error:
+            except CorruptCheckpointError as error:
                 reason = str(error)
             say(f"checkpoint {path.name} refused: {reason}")
         return None
@@ -120,7 +120,7 @@ class Checkpoints:
                 flush()
                 self._write(step, snapshot, progress)
                 self.saved, why = step, None
-            except (OSError, DamageError) as error:
+            except (OSError, CorruptCheckpointError) as error:
                 why = getattr(error, "strerror", None) or str(error)
             finally:
                 if why:
@@ -168,17 +168,17 @@ class Checkpoints:
             files = {}
             for name, tensors in snapshot.items():
                 content = save(tensors, self._metadata.get(name))
-                write_flushed(aside / name, content)
+                write_fsync(aside / name, content)
                 files[name] = {"size": len(content), "sha256": _sha256(content)}
             body = {"format": FORMAT, "step": step, "files": files, "progress": progress}
-            write_flushed(aside / MANIFEST_FILE, _manifest(body))
-            flush_folder(aside)
-            _drop_from_memory(aside)
+            write_fsync(aside / MANIFEST_FILE, _manifest(body))
+            fsync_dir(aside)
+            _evict_page_cache(aside)
             read(aside)
             self._remove(final)  # refused, or of a future that this run has not seen
             aside.rename(final)
-            flush_folder(self._folder)
-        except (OSError, DamageError):
+            fsync_dir(self._folder)
+        except (OSError, CorruptCheckpointError):
             shutil.rmtree(aside, ignore_errors=True)
             raise
 
@@ -188,7 +188,7 @@ class Checkpoints:
         What lies ahead was refused, perhaps for a reason that goes away: it stays until the run
         gets there.
         """
-        steps = [int(p.name.removeprefix("step_")) for p in checkpoint_folders(self._folder)]
+        steps = [int(p.name.removeprefix("step_")) for p in checkpoint_dirs(self._folder)]
         if best in steps:
             self._best = best
         steps = [s for s in steps if s <= step]
@@ -210,7 +210,7 @@ def read(path: Path) -> Checkpoint:
     """Reads and verifies one checkpoint's folder.
 
     Raises:
-        DamageError: something in it is missing, cut short or altered.
+        CorruptCheckpointError: something in it is missing, cut short or altered.
     """
     manifest = _read_file(path / MANIFEST_FILE)
     try:
@@ -221,17 +221,17 @@ def read(path: Path) -> Checkpoint:
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
-        raise DamageError(f"{MANIFEST_FILE} is damaged")
+        raise CorruptCheckpointError(f"{MANIFEST_FILE} is damaged")
     if form != FORMAT:
-        raise DamageError(f"its format is {form}, this version reads {FORMAT}")
+        raise CorruptCheckpointError(f"its format is {form}, this version reads {FORMAT}")
     contents = {}
     for name in _FILES:
         contents[name] = content = _read_file(path / name)
         size, digest = expected[name]
         if len(content) != size:
-            raise DamageError(f"{name} has {len(content):,} of {size:,} bytes")
+            raise CorruptCheckpointError(f"{name} has {len(content):,} of {size:,} bytes")
         if _sha256(content) != digest:
-            raise DamageError(f"{name} is damaged: its SHA-256 is not the manifest's")
+            raise CorruptCheckpointError(f"{name} is damaged: its SHA-256 is not the manifest's")
     return Checkpoint(path.name, contents[WEIGHTS_FILE], contents[STATE_FILE], progress)
 
 
@@ -272,12 +272,12 @@ def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise DamageError(f"{path.name} is missing") from error
+        raise CorruptCheckpointError(f"{path.name} is missing") from error
     except OSError as error:
-        raise DamageError(f"{path.name} cannot be read: {error.strerror}") from error
+        raise CorruptCheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
 
 
-def _drop_from_memory(folder: Path) -> None:
+def _evict_page_cache(folder: Path) -> None:
     """Lets the reading that verifies come from the disk, not from the kernel's copy (Linux)."""
     if not hasattr(os, "posix_fadvise"):
         return

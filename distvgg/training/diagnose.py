@@ -6,14 +6,14 @@ from contextlib import suppress
 import torch
 
 from distvgg.optim.schedule import lr_at
-from distvgg.runs.files import write_whole
+from distvgg.runs.files import atomic_write
 from distvgg.runs.layout import FAILURE_FILE
 from distvgg.training.nan_monitor import NonFiniteError
 from distvgg.training.state import Run, warmup_steps
 from distvgg.training.step import summed_loss
 
 
-def explain(run: Run, failure: NonFiniteError) -> str:
+def diagnose(run: Run, failure: NonFiniteError) -> str:
     """Finds the micro-batch of a step that failed, writes `failure.json`, and says it in a line."""
     what, k = "loss", failure.micro_batch
     if k is None:
@@ -33,7 +33,7 @@ def explain(run: Run, failure: NonFiniteError) -> str:
     }
     if run.checkpoints is not None:
         with suppress(OSError):  # a full disk: the line has it all as well
-            write_whole(run.folder / FAILURE_FILE, json.dumps(facts, indent=2).encode() + b"\n")
+            atomic_write(run.folder / FAILURE_FILE, json.dumps(facts, indent=2).encode() + b"\n")
     place = "the sum over micro-batches" if k is None else f"micro-batch {k}"
     return (
         f"step {step}: the {what} of {place} is {failure.value} at learning rate"

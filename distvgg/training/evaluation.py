@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distvgg import metrics
 from distvgg.data.dataset import Dataset
 from distvgg.data.loader import EvalLoader
-from distvgg.distributed.collectives import summing
+from distvgg.distributed.collectives import make_all_reduce_sum
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -177,6 +177,6 @@ def evaluate_over_ranks(
         flip=flip,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        sum_over_ranks=summing(accelerator),
+        sum_over_ranks=make_all_reduce_sum(accelerator),
         between=between,
     )

@@ -16,7 +16,7 @@ from distvgg.errors import RunError
 
 # fp16 skips steps whose scaled gradients overflow, and halves the scale each time. After this many
 # in a row the scale is 2^-9 of one: it is not the scale.
-PATIENCE = 25
+MAX_SKIPPED_STEPS = 25
 
 
 class NonFiniteError(RunError):
@@ -36,7 +36,7 @@ class _Record(NamedTuple):
     values: HostCopy
 
 
-class Watch:
+class StepMonitor:
     """The steps' outcomes, read `lag` steps later.
 
     Args:
@@ -54,12 +54,12 @@ class Watch:
         self.stop = False
         self.grad_norm = math.nan
 
-    def put(self, step: int, losses: Tensor, grad_norm: Tensor, stop: Tensor) -> None:
+    def push(self, step: int, losses: Tensor, grad_norm: Tensor, stop: Tensor) -> None:
         """Hands over a step's outcome as it is on the device: [G/m] losses, scalars."""
         values = torch.cat([losses, grad_norm.reshape(1).to(losses), stop.reshape(1)])
         self._records.append(_Record(step, HostCopy(values)))
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Reads what is old enough.
 
         Raises:
@@ -87,6 +87,6 @@ class Watch:
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
-        if not self._fp16 or self.skipped_in_a_row == PATIENCE:
+        if not self._fp16 or self.skipped_in_a_row == MAX_SKIPPED_STEPS:
             raise NonFiniteError(record.step, None, self.grad_norm)
         self.skipped += 1

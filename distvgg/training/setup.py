@@ -15,39 +15,39 @@ from distvgg import environment, preemption
 from distvgg.config import Config
 from distvgg.data.cache import cache_entry, load_dataset
 from distvgg.data.dataset import Dataset, train_val_indices
-from distvgg.data.loader import DeviceLoader, EvalLoader, Pixels
-from distvgg.data.plan import Plan
+from distvgg.data.loader import DeviceImages, DeviceLoader, EvalLoader
+from distvgg.data.plan import BatchPlan
 from distvgg.distributed.collectives import (
     any_rank,
-    bytes_from_main,
-    from_main,
-    from_node_leaders,
+    broadcast_bytes,
+    broadcast_from_main,
+    from_local_main,
     machines,
 )
 from distvgg.distributed.device import place
 from distvgg.distributed.gradients import GradientReducer
 from distvgg.distributed.process_group import distribute, ranks_of, start
 from distvgg.distributed.reduction_plan import TreePlan
-from distvgg.distributed.step_sums import StepSums
+from distvgg.distributed.step_sums import StepReducer
 from distvgg.distributed.tree_sum import ExchangeQueue
 from distvgg.errors import UserError
-from distvgg.models.ema import Average
+from distvgg.models.ema import EMA
 from distvgg.models.flops import training_flops
 from distvgg.models.vgg import VGG, batch_norm_layers, build_vgg
 from distvgg.optim.build import build_optimizer
 from distvgg.preemption import Preempted
 from distvgg.rng import derive_seed
-from distvgg.runs.folder import leave_run_folder, take_run_folder
+from distvgg.runs.folder import claim_run_dir, mark_stopped
 from distvgg.runs.layout import CHECKPOINTS, METRICS_FILE, STOP_FILE
 from distvgg.runs.metrics_file import holds
 from distvgg.runs.preprocessing import Preprocessing, save_preprocessing
 from distvgg.training.checkpoint import (
     Checkpoint,
-    Checkpoints,
+    CheckpointManager,
     load_optimizer_tensors,
 )
 from distvgg.training.meters import Clock, TrainMeter
-from distvgg.training.nan_monitor import Watch
+from distvgg.training.nan_monitor import StepMonitor
 from distvgg.training.state import METER, TRAINED, Run, TrainState, _names
 
 if TYPE_CHECKING:
@@ -67,28 +67,28 @@ def build(config: Config, folder: Path) -> Run:
     asked = config.train.precision
     config = config.replace(train__precision=accelerator.mixed_precision)
     locks: list[int] = []  # taken by the main process alone
-    from_main(accelerator, lambda: locks.append(take_run_folder(folder, config)))
+    broadcast_from_main(accelerator, lambda: locks.append(claim_run_dir(folder, config)))
     dataset = _load_dataset(config, accelerator, folder)
     train_rows, val_rows = train_val_indices(dataset.train.labels, config.data)
     n, batch, world_size = len(train_rows), config.train, accelerator.num_processes
-    plan = Plan(n, batch.global_batch_size, batch.micro_batch_size, world_size)
+    plan = BatchPlan(n, batch.global_batch_size, batch.micro_batch_size, world_size)
     torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
     vgg = build_vgg(config.model, dataset.num_classes, derive_seed(config.seed, "weights"))
     place(vgg, accelerator, config)
     ranks, queue = ranks_of(accelerator), ExchangeQueue(device)
     optimizer = build_optimizer(vgg, config.optim, config.train.precision, ranks, queue)
     meter = TrainMeter(device)
-    average = Average(vgg, config.optim.ema_decay) if config.optim.ema_decay else None
+    ema = EMA(vgg, config.optim.ema_decay) if config.optim.ema_decay else None
 
     preprocessing, keep = Preprocessing.of(dataset, config.model.image_size), config.checkpoint.keep
     checkpoints = None
     if locks:
-        checkpoints = Checkpoints(folder / CHECKPOINTS, keep, preprocessing.metadata())
+        checkpoints = CheckpointManager(folder / CHECKPOINTS, keep, preprocessing.metadata())
     found = _newest(checkpoints, folder, accelerator)
     state = TrainState(data=_digest(dataset))
     if found is not None:
-        state = _restore(found, state, vgg, average, optimizer, meter, accelerator)
-    from_main(accelerator, lambda: _keep(preprocessing, folder))
+        state = _restore(found, state, vgg, ema, optimizer, meter, accelerator)
+    broadcast_from_main(accelerator, lambda: _keep(preprocessing, folder))
     state.starts.append((state.step, accelerator.num_processes))
     found_machines = machines(accelerator)
     before = None if found is None else state.machine
@@ -100,10 +100,10 @@ def build(config: Config, folder: Path) -> Run:
 
     model, optimizer = distribute(accelerator, vgg, optimizer)
     model.train()
-    if average is not None:
-        accelerator.prepare_model(average.network, evaluation_mode=True)
+    if ema is not None:
+        accelerator.prepare_model(ema.network, evaluation_mode=True)
     fp16 = accelerator.scaler is not None
-    pixels = Pixels(dataset, dataset.train, config.model.image_size, device)
+    pixels = DeviceImages(dataset, dataset.train, config.model.image_size, device)
     tree = TreePlan(plan.micro_batches, ranks)
     gradients = GradientReducer(vgg.parameters(), tree, queue)
     gradients.attach()
@@ -118,12 +118,12 @@ def build(config: Config, folder: Path) -> Run:
         loader=DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index),
         val_loader=EvalLoader(pixels, val_rows, config.eval.batch_size),
         vgg=vgg,
-        average=average,
+        ema=ema,
         model=model,
         optimizer=optimizer,
         tree=tree,
         queue=queue,
-        sums=StepSums(accelerator, tree, batch_norm_layers(vgg), queue),
+        sums=StepReducer(accelerator, tree, batch_norm_layers(vgg), queue),
         gradients=gradients,
         failed=torch.zeros((), dtype=torch.float32, device=device),
         meter=meter,
@@ -132,7 +132,7 @@ def build(config: Config, folder: Path) -> Run:
             training_flops(config.model, dataset.num_classes),
             *state.timed,
         ),
-        watch=Watch(
+        monitor=StepMonitor(
             lag=int(device.type == "cuda"),
             fp16=fp16,
             skipped=state.skipped,
@@ -154,7 +154,7 @@ def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> D
             entry = cache_entry(config.data) if accelerator.is_local_main_process else None
     except Preempted:
         pass
-    entry = from_node_leaders(accelerator, entry)
+    entry = from_local_main(accelerator, entry)
     try:
         with preemption.interruptible():
             if entry is not None:
@@ -164,11 +164,13 @@ def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> D
             (folder / STOP_FILE).touch()
     if any_rank(accelerator, preemption.requested()):
         if accelerator.is_main_process:
-            leave_run_folder(folder, requeue=True)
+            mark_stopped(folder, requeue=True)
         accelerator.end_training()  # gloo aborts a process that exits with its group still up
-        raise Preempted(f"{preemption.reason()}: stopped before the first step; nothing to save")
+        raise Preempted(
+            f"{preemption.stop_reason()}: stopped before the first step; nothing to save"
+        )
     if not accelerator.is_main_process:
-        preemption.leave_looking_to_another()
+        preemption.stop_watching()
     assert dataset is not None
     return dataset
 
@@ -184,7 +186,7 @@ def _keep(preprocessing: Preprocessing, folder: Path) -> None:
 
 
 def _newest(
-    checkpoints: Checkpoints | None, folder: Path, accelerator: "Accelerator"
+    checkpoints: CheckpointManager | None, folder: Path, accelerator: "Accelerator"
 ) -> Checkpoint | None:
     """Reads the newest checkpoint that fits the folder on the main process, for all ranks."""
 
@@ -200,11 +202,13 @@ def _newest(
     found = None
     if checkpoints is not None:
         found = checkpoints.newest(refuse, lambda line: print(line, flush=True))
-    known = from_main(accelerator, lambda: None if found is None else (found.name, found.progress))
+    known = broadcast_from_main(
+        accelerator, lambda: None if found is None else (found.name, found.progress)
+    )
     if known is None:
         return None
     model, state = (
-        bytes_from_main(accelerator, content)
+        broadcast_bytes(accelerator, content)
         for content in ((None, None) if found is None else (found.model, found.state))
     )
     return Checkpoint(known[0], model, state, known[1])
@@ -214,7 +218,7 @@ def _restore(
     checkpoint: Checkpoint,
     fresh: TrainState,
     vgg: VGG,
-    average: Average | None,
+    ema: EMA | None,
     optimizer: torch.optim.Optimizer,
     meter: TrainMeter,
     accelerator: "Accelerator",
@@ -229,9 +233,9 @@ def _restore(
         weights = safetensors.torch.load(checkpoint.model)
         tensors = safetensors.torch.load(checkpoint.state)
         meter.sums.copy_(tensors.pop(METER))
-        if average is not None:
-            average.network.load_state_dict(weights)
-            average.measured_at = state.step
+        if ema is not None:
+            ema.network.load_state_dict(weights)
+            ema.measured_at = state.step
             kept = [name for name in tensors if name.startswith(TRAINED)]
             weights = {name.removeprefix(TRAINED): tensors.pop(name) for name in kept}
         vgg.load_state_dict(weights)

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from distvgg import metrics
 from distvgg.config import Config
 from distvgg.data.dataset import Dataset
-from distvgg.data.loader import DeviceLoader, EvalLoader, Pixels
-from distvgg.data.plan import Plan
+from distvgg.data.loader import DeviceImages, DeviceLoader, EvalLoader
+from distvgg.data.plan import BatchPlan
 from distvgg.distributed.gradients import GradientReducer
 from distvgg.distributed.reduction_plan import TreePlan
-from distvgg.distributed.step_sums import StepSums
+from distvgg.distributed.step_sums import StepReducer
 from distvgg.distributed.tree_sum import ExchangeQueue
-from distvgg.models.ema import STATISTICS_STEPS, Average
+from distvgg.models.ema import EMA, STATISTICS_STEPS
 from distvgg.models.vgg import VGG, batch_norm_layers
 from distvgg.runs.metrics_file import Mark
 from distvgg.runs.preprocessing import Preprocessing
-from distvgg.training.checkpoint import Checkpoints, optimizer_tensors
+from distvgg.training.checkpoint import CheckpointManager, optimizer_tensors
 from distvgg.training.meters import Clock, TrainMeter
-from distvgg.training.nan_monitor import Watch
+from distvgg.training.nan_monitor import StepMonitor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,29 +80,29 @@ class Run:
     accelerator: "Accelerator"
     dataset: Dataset
     preprocessing: Preprocessing
-    plan: Plan
+    plan: BatchPlan
     steps: int
     loader: DeviceLoader
     val_loader: EvalLoader
     vgg: VGG
-    average: Average | None
+    ema: EMA | None
     model: nn.Module
     optimizer: torch.optim.Optimizer
     tree: TreePlan
     queue: ExchangeQueue
-    sums: StepSums
+    sums: StepReducer
     gradients: GradientReducer
     failed: Tensor
     meter: TrainMeter
     clock: Clock
-    watch: Watch
+    monitor: StepMonitor
     state: TrainState
-    checkpoints: Checkpoints | None
+    checkpoints: CheckpointManager | None
     lock: int | None
     notes: list[str]
 
 
-def of_global_batch(run: Run, size: int, pixels: Pixels, rows: np.ndarray) -> Run:
+def of_global_batch(run: Run, size: int, pixels: DeviceImages, rows: np.ndarray) -> Run:
     """The same run over some rows in global batches of another size, for measurements. Its
     `gradients` are not attached, and those of the first must not be beside them."""
     plan = replace(run.plan, n_samples=len(rows), global_batch_size=size)
@@ -112,21 +112,21 @@ def of_global_batch(run: Run, size: int, pixels: Pixels, rows: np.ndarray) -> Ru
         plan=plan,
         loader=DeviceLoader(run.config, pixels, rows, plan, run.accelerator.process_index),
         tree=tree,
-        sums=StepSums(run.accelerator, tree, batch_norm_layers(run.vgg), run.queue),
+        sums=StepReducer(run.accelerator, tree, batch_norm_layers(run.vgg), run.queue),
         gradients=GradientReducer(run.vgg.parameters(), tree, run.queue),
     )
 
 
-def network(run: Run) -> VGG:
+def synchronized_eval_model(run: Run) -> VGG:
     """The network that is evaluated and kept. Every rank must call it."""
-    average, step = run.average, run.state.step
-    if average is None:
+    ema, step = run.ema, run.state.step
+    if ema is None:
         return run.vgg
-    if average.measured_at != step:
+    if ema.measured_at != step:
         steps = range(max(0, step - STATISTICS_STEPS), step)
         batches = (batch.images for s in steps for batch in run.loader.micro_batches(s))
-        average.measure(batches, run.tree, run.queue, step)
-    return average.network
+        ema.measure(batches, run.tree, run.queue, step)
+    return ema.network
 
 
 def warmup_steps(run: Run) -> int:
@@ -136,8 +136,15 @@ def warmup_steps(run: Run) -> int:
 
 
 def checkpoint_tensors(run: Run, vgg: VGG) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of the network, `network(run)`, and what else there is to keep: those of the
-    optimizer, the sums of unwritten rows, the weights behind an average."""
+    """Collects the tensors of a checkpoint.
+
+    Args:
+        vgg: `synchronized_eval_model(run)`.
+
+    Returns:
+        Those of `vgg`; and the rest: the optimizer's, the sums of unwritten rows, the trained
+        weights where `vgg` has their average.
+    """
     seen = run.state.step * run.plan.micro_batches
     model = {
         # BatchNorm counts the micro-batches of one rank; the run's own count is that of all.
@@ -145,7 +152,7 @@ def checkpoint_tensors(run: Run, vgg: VGG) -> tuple[dict[str, Tensor], dict[str,
         for name, value in vgg.state_dict().items()
     }
     rest = optimizer_tensors(run.optimizer, _names(run.vgg)) | {METER: run.meter.sums}
-    if run.average is not None:
+    if run.ema is not None:
         rest |= {f"{TRAINED}{name}": value for name, value in run.vgg.state_dict().items()}
     return model, rest
 

@@ -17,29 +17,29 @@ def train_step(run: Run, micro_batches: list[MicroBatch], lr: float) -> None:
     """One optimizer step over this rank's micro-batches; gradients are summed over all.
 
     A step whose loss or gradient is not finite changes no weight, nor does any later one (in fp16,
-    which skips such steps by itself, a later one may); the host learns of it from `run.watch`.
+    which skips such steps by itself, a later one may); the host learns of it from `run.monitor`.
     """
     for batch in micro_batches:
         torch.manual_seed(batch.dropout_seed)
         logits = run.model(batch.images)
         loss = summed_loss(run, logits, batch)
-        run.sums.add(batch.k, loss, logits, batch.main_labels)
+        run.sums.add(batch.k, loss, logits, batch.hard_labels)
         if batch is micro_batches[-1]:
             run.sums.start(preemption.requested())
         run.accelerator.backward(loss / run.plan.global_batch_size)
     run.gradients.finish()
     losses, hits, stop = run.sums.finish()
     run.meter.add(losses.sum(), hits.sum(), run.plan.global_batch_size)
-    norm = clipped_grad_norm(run)
-    run.watch.put(run.state.step, losses, norm, stop)
+    norm = clip_gradients(run)
+    run.monitor.push(run.state.step, losses, norm, stop)
     if run.accelerator.scaler is None:  # which would skip the step by itself
         run.failed.copy_(run.failed.bool() | ~torch.isfinite(losses.sum() + norm))
         skip_step_if(run.optimizer, run.failed)
     set_lr(run.optimizer, lr)
     run.optimizer.step()
     run.optimizer.zero_grad()
-    if run.average is not None:
-        run.average.update(run.state.step)
+    if run.ema is not None:
+        run.ema.update(run.state.step)
 
 
 def summed_loss(run: Run, logits: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
@@ -55,7 +55,7 @@ def summed_loss(run: Run, logits: torch.Tensor, batch: MicroBatch) -> torch.Tens
     return share * with_labels(batch.labels) + (1 - share) * with_labels(batch.partner_labels)
 
 
-def clipped_grad_norm(run: Run) -> torch.Tensor:
+def clip_gradients(run: Run) -> torch.Tensor:
     """The global gradient norm, before the clipping that the config asks for."""
     run.accelerator.unscale_gradients()
     parameters = list(run.model.parameters())

@@ -11,23 +11,23 @@ from pathlib import Path
 
 from distvgg import metrics, preemption
 from distvgg.config import Config
-from distvgg.data.loader import EvalLoader, Pixels
-from distvgg.data.plan import Plan
-from distvgg.distributed.collectives import Agreement
-from distvgg.distributed.peer_failure import left_in_order, lost_contact
+from distvgg.data.loader import DeviceImages, EvalLoader
+from distvgg.data.plan import BatchPlan
+from distvgg.distributed.collectives import StopConsensus
+from distvgg.distributed.peer_failure import clean_shutdown, translate_peer_failure
 from distvgg.errors import RunError
 from distvgg.optim.schedule import lr_at
 from distvgg.preemption import Preempted
 from distvgg.runs.confusion import Confusion, save_confusion
-from distvgg.runs.folder import leave_run_folder, match_run_folder
+from distvgg.runs.folder import check_same_config, mark_stopped
 from distvgg.runs.layout import STOP_FILE
 from distvgg.runs.result import Result, read_result, save_result, save_weights
 from distvgg.tracking.trackers import Tracking
-from distvgg.training.diagnose import explain
+from distvgg.training.diagnose import diagnose
 from distvgg.training.evaluation import Evaluation, evaluate_over_ranks
 from distvgg.training.nan_monitor import NonFiniteError
 from distvgg.training.setup import build
-from distvgg.training.state import Run, checkpoint_tensors, network, warmup_steps
+from distvgg.training.state import Run, checkpoint_tensors, synchronized_eval_model, warmup_steps
 from distvgg.training.step import train_step
 
 
@@ -40,14 +40,17 @@ def train(config: Config, run_dir: Path) -> Result:
         RunError: the numbers ran away, another process died, or the result cannot be written.
         Preempted: told to stop; what there was to save is saved.
     """
-    config = match_run_folder(run_dir, config)
+    config = check_same_config(run_dir, config)
     if (earlier := read_result(run_dir)) is not None:
         return earlier
-    preemption.look_for(run_dir / STOP_FILE)
-    with left_in_order(), lost_contact():
+    preemption.watch_stop_file(run_dir / STOP_FILE)
+    with clean_shutdown(), translate_peer_failure():
         run = build(config, run_dir)
         if run.accelerator.is_main_process:  # accelerate's own print speaks once a node
-            print("\n".join([summary(run), *(f"note: {note}" for note in run.notes)]), flush=True)
+            print(
+                "\n".join([startup_banner(run), *(f"note: {note}" for note in run.notes)]),
+                flush=True,
+            )
         state = run.state
         tracking = Tracking(
             run.accelerator, run.config, run_dir, run.steps, state.step, state.metrics
@@ -57,7 +60,7 @@ def train(config: Config, run_dir: Path) -> Result:
         except Preempted:
             raise Preempted(stop_early(run, tracking)) from None
         except NonFiniteError as failure:
-            raise RunError(explain(run, failure)) from None
+            raise RunError(diagnose(run, failure)) from None
         finally:
             if run.checkpoints is not None and run.lock is not None:
                 run.checkpoints.wait()  # whoever takes the folder next must find it still
@@ -75,8 +78,8 @@ def fit(run: Run, tracking: Tracking) -> Result:
             save_checkpoint(run, tracking)
         if state.step == run.steps:
             return finish(run, tracking)
-        if run.watch.stop:
-            run.watch.drain()
+        if run.monitor.stop:
+            run.monitor.drain()
             raise Preempted
 
         with run.clock.waiting_for_data():
@@ -86,9 +89,9 @@ def fit(run: Run, tracking: Tracking) -> Result:
         state.step += 1
         run.clock.step_done()
         tracking.step_done()
-        run.watch.look()
+        run.monitor.poll()
         if due(state.step, config.track.every_steps, run.steps):
-            run.watch.drain()
+            run.monitor.drain()
             tracking.log(train_row(run, lr))
         if run.checkpoints and (failure := run.checkpoints.failure()):
             tracking.say(failure)
@@ -96,19 +99,19 @@ def fit(run: Run, tracking: Tracking) -> Result:
 
 def train_row(run: Run, lr: float) -> metrics.Row:
     """The row of training metrics since the last."""
-    row = where(run) | run.meter.read()
-    row |= {metrics.TRAIN_LR: lr, metrics.TRAIN_GRAD_NORM: run.watch.grad_norm}
+    row = step_fields(run) | run.meter.read()
+    row |= {metrics.TRAIN_LR: lr, metrics.TRAIN_GRAD_NORM: run.monitor.grad_norm}
     if run.accelerator.scaler is not None:
-        row[metrics.TRAIN_SKIPPED] = run.watch.skipped
+        row[metrics.TRAIN_SKIPPED] = run.monitor.skipped
     return row | run.clock.read()
 
 
 def validate(run: Run, tracking: Tracking) -> None:
     """Measures the validation split, and notes whether it is the best so far."""
-    run.watch.drain()  # the steps' own time, on a device that is behind
+    run.monitor.drain()  # the steps' own time, on a device that is behind
     with run.clock.paused():
         val = measure(run, run.val_loader).row
-        tracking.log(where(run) | prefixed("val", val))
+        tracking.log(step_fields(run) | add_prefix("val", val))
     state = run.state
     state.validated, state.val = state.step, val
     if state.best_step is None or val[metrics.TOP1] > state.best_top1:
@@ -121,8 +124,8 @@ def measure(run: Run, loader: EvalLoader) -> Evaluation:
     Raises:
         Preempted: some rank was told to stop; all raise it.
     """
-    run.watch.drain()
-    agreement = Agreement(run.accelerator)
+    run.monitor.drain()
+    agreement = StopConsensus(run.accelerator)
 
     def leave_if_asked() -> None:
         if agreement.asked(preemption.requested()):
@@ -130,7 +133,7 @@ def measure(run: Run, loader: EvalLoader) -> Evaluation:
 
     found = evaluate_over_ranks(
         run.accelerator,
-        network(run),
+        synchronized_eval_model(run),
         loader,
         run.dataset,
         flip=run.config.eval.tta == "flip",
@@ -142,13 +145,13 @@ def measure(run: Run, loader: EvalLoader) -> Evaluation:
 
 def save_checkpoint(run: Run, tracking: Tracking) -> None:
     """Starts to save the run as it is after the last step: the main process, in the background."""
-    run.watch.drain()  # on all ranks alike: what is not finite is not saved
+    run.monitor.drain()  # on all ranks alike: what is not finite is not saved
     state, scaler = run.state, run.accelerator.scaler
     state.saved, state.timed = state.step, run.clock.totals()
-    state.skipped, state.skipped_in_a_row = run.watch.skipped, run.watch.skipped_in_a_row
+    state.skipped, state.skipped_in_a_row = run.monitor.skipped, run.monitor.skipped_in_a_row
     state.scaler = scaler and scaler.state_dict()
     with run.clock.paused():
-        kept = network(run)
+        kept = synchronized_eval_model(run)
         if run.checkpoints is None:
             return
         state.metrics = tracking.mark()
@@ -169,10 +172,10 @@ def stop_early(run: Run, tracking: Tracking) -> str:
     Raises:
         RunError: the checkpoint could not be written; there is no marker then.
     """
-    network(run)  # where it has to be measured, all ranks do
+    synchronized_eval_model(run)  # where it has to be measured, all ranks do
     preemption.ignore()  # nothing waits for another rank from here on, and some leave before others
     state, checkpoints = run.state, run.checkpoints
-    at = f"{preemption.reason()}: stopped after step {state.step} of {run.steps}"
+    at = f"{preemption.stop_reason()}: stopped after step {state.step} of {run.steps}"
     if checkpoints is not None:
         checkpoints.wait()
         if checkpoints.saved < state.step:
@@ -183,7 +186,7 @@ def stop_early(run: Run, tracking: Tracking) -> str:
             raise RunError(f"{at}; {failures[-1]}")
         for failure in failures:
             tracking.say(failure)
-        leave_run_folder(run.folder, requeue=True)
+        mark_stopped(run.folder, requeue=True)
     run.accelerator.end_training()
     return f"{at}, with a checkpoint: the same command goes on from there"
 
@@ -198,13 +201,13 @@ def finish(run: Run, tracking: Tracking) -> Result:
     state, test = run.state, None
     if run.config.eval.test and run.dataset.test is not None:
         side, device = run.config.model.image_size, run.accelerator.device
-        pixels = Pixels(run.dataset, run.dataset.test, side, device)
+        pixels = DeviceImages(run.dataset, run.dataset.test, side, device)
         final = measure(run, EvalLoader(pixels, None, run.config.eval.batch_size))
         test = final.row
-        tracking.log(where(run) | prefixed("test", test))
+        tracking.log(step_fields(run) | add_prefix("test", test))
     else:  # the last validation once more, whose matrix a start after it would not have
         final = measure(run, run.val_loader)
-    kept = network(run)
+    kept = synchronized_eval_model(run)
     confusion = Confusion.of(run.dataset, "val" if test is None else "test", final.confusion)
     preemption.ignore()  # nothing waits for another rank from here on, and some leave before others
     result = Result.of(
@@ -227,7 +230,7 @@ def finish(run: Run, tracking: Tracking) -> Result:
             tracking.flush()
             weights, _ = checkpoint_tensors(run, kept)
             save_weights(weights, run.preprocessing.metadata(), run.folder)
-            leave_run_folder(run.folder, requeue=False)
+            mark_stopped(run.folder, requeue=False)
             save_confusion(confusion, run.folder)
             save_result(result, run.folder)
         except OSError as error:
@@ -239,7 +242,7 @@ def finish(run: Run, tracking: Tracking) -> Result:
     return result
 
 
-def where(run: Run) -> metrics.Row:
+def step_fields(run: Run) -> metrics.Row:
     """What every row begins with."""
     return {metrics.STEP: run.state.step, metrics.EPOCH: run.plan.epoch(run.state.step)}
 
@@ -262,23 +265,23 @@ def due(step: int, every: int, total: int) -> bool:
     return step % every == 0 or step == total
 
 
-def evaluation_due(step: int, every_epochs: float, plan: Plan, total: int) -> bool:
+def evaluation_due(step: int, every_epochs: float, plan: BatchPlan, total: int) -> bool:
     """Whether to validate after `step` steps: where a multiple of `every_epochs` has just been
     passed, and at the end."""
 
     def passed(steps: int) -> int:
-        # The rounding error of a fraction such as 0.1 must not cost a step: as in Plan.steps.
+        # The rounding error of a fraction such as 0.1 must not cost a step: as in BatchPlan.steps.
         return math.floor(plan.epoch(steps + 1e-6) / every_epochs)
 
     return passed(step) > passed(step - 1) or step == total
 
 
-def prefixed(split: str, row: metrics.Row) -> metrics.Row:
+def add_prefix(split: str, row: metrics.Row) -> metrics.Row:
     """A split's metrics by the names that they have in rows."""
     return {f"{split}/{name}": value for name, value in row.items()}
 
 
-def summary(run: Run) -> str:
+def startup_banner(run: Run) -> str:
     """What is about to run, in a line or two."""
     model, plan, accelerator = run.config.model, run.plan, run.accelerator
     size = sum(p.numel() for p in run.vgg.parameters()) / 1e6

@@ -12,8 +12,8 @@ import torch
 from benchmarks import input_path, startup
 from benchmarks.costs import PARTS
 from distvgg.config import load
-from distvgg.data.loader import DeviceLoader, Pixels
-from distvgg.data.plan import Plan
+from distvgg.data.loader import DeviceImages, DeviceLoader
+from distvgg.data.plan import BatchPlan
 from processes import run_module
 
 
@@ -42,8 +42,8 @@ def test_a_peer_makes_what_we_make(peer: type[Any]) -> None:
     collate = views.collate or torch.utils.data.default_collate
     images, labels = collate(items)
     config = load("fast").replace(train__global_batch_size=8, train__micro_batch_size=8)
-    pixels = Pixels(dataset, dataset.train, 32, torch.device("cpu"))
-    loader = DeviceLoader(config, pixels, rows, Plan(8, 8, 8), rank=0)
+    pixels = DeviceImages(dataset, dataset.train, 32, torch.device("cpu"))
+    loader = DeviceLoader(config, pixels, rows, BatchPlan(8, 8, 8), rank=0)
     ours = [loader.micro_batches(step)[0] for step in range(1500)]
     assert labels.tolist() == dataset.train.labels.tolist()
     for row in rows:

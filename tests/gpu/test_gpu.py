@@ -20,7 +20,7 @@ from benchmarks.gpu import (
 )
 from distvgg.config import load
 from distvgg.data.dataset import train_val_indices
-from distvgg.data.loader import DeviceLoader, Pixels
+from distvgg.data.loader import DeviceImages, DeviceLoader
 from distvgg.training.state import Run
 from processes import TINY, assert_same_run, rows, run, train
 
@@ -139,7 +139,7 @@ def test_no_step_makes_the_host_wait(tmp_path: Path, precision: str, place: str)
     with no_host_sync():
         for _ in range(8):
             step()
-    made.watch.drain()
+    made.monitor.drain()
     with no_host_sync(), pytest.raises(RuntimeError, match="synchronizing"):
         made.meter.read()  # what the rows do, at their cadence: the check can fail
 
@@ -170,7 +170,7 @@ def test_a_gpu_computes_on_what_a_cpu_computes_on(tmp_path: Path) -> None:
     made = on_gpu(tmp_path)
     data, config = made.dataset, made.config
     train_rows, _ = train_val_indices(data.train.labels, config.data)
-    pixels = Pixels(data, data.train, config.model.image_size, torch.device("cpu"))
+    pixels = DeviceImages(data, data.train, config.model.image_size, torch.device("cpu"))
     loader = DeviceLoader(config, pixels, train_rows, made.plan, rank=0)
     for ours, expected in zip(made.loader.micro_batches(3), loader.micro_batches(3), strict=True):
         assert torch.equal(ours.rows.cpu(), expected.rows)

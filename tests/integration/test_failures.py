@@ -12,11 +12,11 @@ from disks import small_disk
 from distvgg.config import load
 from distvgg.data.cache import load_dataset
 from distvgg.data.dataset import train_val_indices
-from distvgg.data.plan import Plan, epoch_permutation
-from distvgg.distributed.peer_failure import lost_contact
-from distvgg.errors import ContactError, RunError
+from distvgg.data.plan import BatchPlan, epoch_permutation
+from distvgg.distributed.peer_failure import translate_peer_failure
+from distvgg.errors import PeerLostError, RunError
 from distvgg.training.checkpoint import read
-from distvgg.training.nan_monitor import PATIENCE, NonFiniteError, Watch
+from distvgg.training.nan_monitor import MAX_SKIPPED_STEPS, NonFiniteError, StepMonitor
 from distvgg.training.state import TrainState
 from processes import ROOT, Started, assert_same_run, measured, rows, train
 
@@ -52,7 +52,7 @@ def test_the_micro_batch_that_went_wrong_is_named_and_nothing_is_spoilt(
     # The samples, from the definition of the stream.
     config = load(str(folder / "config.yaml"))
     taken, _ = train_val_indices(load_dataset(config.data).train.labels, config.data)
-    plan = Plan(len(taken), 64, 16)
+    plan = BatchPlan(len(taken), 64, 16)
     at = (STEP - 1) * 64 + MICRO_BATCH * 16
     order = [taken[epoch_permutation(config.seed, e, len(taken))] for e in range(2)]
     assert failure["samples"] == np.concatenate(order)[at : at + plan.micro_batch_size].tolist()
@@ -86,50 +86,50 @@ def test_a_step_that_failed_changes_no_weight_nor_does_any_later_one(tmp_path: P
     for name, value in run.vgg.named_parameters():
         assert torch.equal(value, before[name]), name
     with pytest.raises(NonFiniteError):
-        run.watch.drain()
+        run.monitor.drain()
     run.accelerator.end_training()
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def watch_steps(watch: Watch, norms: list[float], stop_at: int | None = None) -> None:
+def watch_steps(monitor: StepMonitor, norms: list[float], stop_at: int | None = None) -> None:
     losses = torch.ones(2, dtype=torch.float64)
     for step, norm in enumerate(norms):
         stop = torch.tensor([float(step == stop_at)], dtype=torch.float64)
-        watch.put(step, losses, torch.tensor(norm), stop)
-        watch.look()
+        monitor.push(step, losses, torch.tensor(norm), stop)
+        monitor.poll()
 
 
 def test_a_gpu_is_read_one_step_late_and_all_ranks_alike() -> None:
-    late, prompt = Watch(lag=1, fp16=False), Watch(lag=0, fp16=False)
-    for watch in (late, prompt):
-        watch_steps(watch, [1.0, 2.0], stop_at=1)
+    late, prompt = StepMonitor(lag=1, fp16=False), StepMonitor(lag=0, fp16=False)
+    for monitor in (late, prompt):
+        watch_steps(monitor, [1.0, 2.0], stop_at=1)
     assert (late.stop, prompt.stop) == (False, True)
     assert (late.grad_norm, prompt.grad_norm) == (1.0, 2.0)
     late.drain()
     assert (late.stop, late.grad_norm) == (True, 2.0)
     with pytest.raises(NonFiniteError) as failure:
-        watch_steps(Watch(lag=1, fp16=False), [1.0, float("inf"), 1.0])
+        watch_steps(StepMonitor(lag=1, fp16=False), [1.0, float("inf"), 1.0])
     assert (failure.value.step, failure.value.micro_batch) == (1, None)
 
 
 def test_fp16_counts_the_steps_that_it_skips_and_gives_up_when_all_are() -> None:
-    watch, inf = Watch(lag=0, fp16=True, skipped=5), float("inf")
-    watch_steps(watch, [inf, 1.0, inf, inf, 1.0])
-    assert watch.skipped == 8
+    monitor, inf = StepMonitor(lag=0, fp16=True, skipped=5), float("inf")
+    watch_steps(monitor, [inf, 1.0, inf, inf, 1.0])
+    assert monitor.skipped == 8
     with pytest.raises(NonFiniteError):
-        watch_steps(watch, [inf] * PATIENCE)
-    assert watch.skipped == 8 + PATIENCE - 1
+        watch_steps(monitor, [inf] * MAX_SKIPPED_STEPS)
+    assert monitor.skipped == 8 + MAX_SKIPPED_STEPS - 1
     # A start that goes on after the last but one of them gives up at the same step.
-    again = Watch(lag=0, fp16=True, skipped=7, skipped_in_a_row=PATIENCE - 1)
+    again = StepMonitor(lag=0, fp16=True, skipped=7, skipped_in_a_row=MAX_SKIPPED_STEPS - 1)
     with pytest.raises(NonFiniteError):
         watch_steps(again, [inf])
 
 
 def test_a_message_that_quotes_a_broken_connection_is_no_lost_contact() -> None:
-    with pytest.raises(RunError, match="see Broken pipe") as error, lost_contact():
+    with pytest.raises(RunError, match="see Broken pipe") as error, translate_peer_failure():
         raise RunError("see Broken pipe")
-    assert not isinstance(error.value, ContactError)
-    with pytest.raises(ContactError), lost_contact():
+    assert not isinstance(error.value, PeerLostError)
+    with pytest.raises(PeerLostError), translate_peer_failure():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from distvgg.config import load
 from distvgg.distributed.reduction_plan import TreePlan
-from distvgg.distributed.step_sums import StepSums
+from distvgg.distributed.step_sums import StepReducer
 from distvgg.distributed.tree_sum import ExchangeQueue
 from processes import FLOAT64, ROOT, Started, assert_same_run, rows, run, train
 
@@ -104,7 +104,7 @@ def test_the_seed_changes_the_run(alone: dict[str, Path], tmp_path: Path) -> Non
 def test_batchnorm_takes_one_update_a_step_with_the_mean_of_its_micro_batches() -> None:
     layer = nn.BatchNorm2d(3).double()
     accelerator = Accelerator(cpu=True)
-    sums = StepSums(accelerator, TreePlan(5), [layer], ExchangeQueue(accelerator.device))
+    sums = StepReducer(accelerator, TreePlan(5), [layer], ExchangeQueue(accelerator.device))
     steps = torch.randn(2, 5, 8, 3, 4, 4, dtype=torch.float64)
     mean, variance = torch.zeros(3).double(), torch.ones(3).double()
     for step in steps:

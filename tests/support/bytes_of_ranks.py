@@ -13,7 +13,7 @@ def main() -> None:
     for size in (1, 999, 1000, 1001, 12345):
         sent = bytes(i * 31 % 256 for i in range(size))
         here = sent if accelerator.is_main_process else None
-        assert collectives.bytes_from_main(accelerator, here) == sent, size
+        assert collectives.broadcast_bytes(accelerator, here) == sent, size
     accelerator.end_training()
     sys.stdout.write("equal\n")  # in one piece: ranks share a pipe
 

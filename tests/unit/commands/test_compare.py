@@ -209,7 +209,7 @@ def test_of_two_that_write_at_once_none_leaves_a_table_that_lacks_a_finished_run
     first, second = made(tmp_path / "s0", 0.7, 0.7), made(tmp_path / "s1", seed=1)
     out = tmp_path / "table.txt"
     out.write_text("of another task")
-    write, writers = module.write_whole, []
+    write, writers = module.atomic_write, []
 
     def slow(path: Path, content: bytes, *, writer: str) -> None:
         if not writers:  # between this task's look and its writing, the other one ends
@@ -217,7 +217,7 @@ def test_of_two_that_write_at_once_none_leaves_a_table_that_lacks_a_finished_run
         writers.append(writer)
         write(path, content, writer=writer)
 
-    monkeypatch.setattr(module, "write_whole", slow)
+    monkeypatch.setattr(module, "atomic_write", slow)
     text = compare([first, second, out], out)
     assert out.read_text() == text + "\n"
     assert "2 of 2" in text

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from distvgg.config import Config
 from distvgg.data.dataset import Dataset, Split
-from distvgg.data.loader import DeviceLoader, EvalLoader, MicroBatch, Pixels
-from distvgg.data.plan import Plan
+from distvgg.data.loader import DeviceImages, DeviceLoader, EvalLoader, MicroBatch
+from distvgg.data.plan import BatchPlan
 from distvgg.errors import UserError
 
 CPU = torch.device("cpu")
@@ -24,9 +24,9 @@ def dataset(n: int, side: int = 32) -> Dataset:
 
 def loader(config: Config, n: int, world_size: int = 1, rank: int = 0) -> DeviceLoader:
     rows = np.arange(0, 2 * n, 2)  # training rows are not all rows
-    plan = Plan(n, config.train.global_batch_size, config.train.micro_batch_size, world_size)
+    plan = BatchPlan(n, config.train.global_batch_size, config.train.micro_batch_size, world_size)
     data = dataset(2 * n)
-    return DeviceLoader(config, Pixels(data, data.train, 32, CPU), rows, plan, rank)
+    return DeviceLoader(config, DeviceImages(data, data.train, 32, CPU), rows, plan, rank)
 
 
 def equal(a: MicroBatch, b: MicroBatch) -> bool:
@@ -115,7 +115,7 @@ def test_labels_are_mixed_as_images_are() -> None:
                 labels = {int(before.labels[i]) for i in alike}
                 assert int(batch.partner_labels[image]) in labels
             main = batch.labels if batch.share >= 0.5 else batch.partner_labels
-            assert batch.main_labels is main
+            assert batch.hard_labels is main
             seen.add(batch.share >= 0.5)
     assert seen == {True, False}
 
@@ -152,7 +152,7 @@ def test_the_order_is_no_function_of_the_augmentation() -> None:
 @given(n=st.integers(1, 60), batch_size=st.integers(1, 70), world_size=st.integers(1, 9))
 def test_evaluation_takes_every_image_once(n: int, batch_size: int, world_size: int) -> None:
     data = dataset(n, side=4)
-    evaluation = EvalLoader(Pixels(data, data.train, 4, CPU), None, batch_size)
+    evaluation = EvalLoader(DeviceImages(data, data.train, 4, CPU), None, batch_size)
     shared = [b for rank in range(world_size) for b in evaluation.batches(rank, world_size)]
     assert sorted(i for i, _, _ in shared) == list(range(len(evaluation)))
     labels = torch.cat([labels for _, _, labels in sorted(shared, key=lambda b: b[0])])

@@ -5,23 +5,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distvgg.data.plan import Plan, epoch_permutation
+from distvgg.data.plan import BatchPlan, epoch_permutation
 from distvgg.errors import UserError
 from distvgg.rng import derive_seed
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> Plan:
+def plans(draw: st.DrawFn) -> BatchPlan:
     """Any samples, micro-batch and accumulation, on up to 1,024 processes."""
     world_size = draw(st.sampled_from([1, 2, 3, 4, 7, 8, 64, 1000, 1024]))
     micro = draw(st.integers(1, 5))
     accumulation = draw(st.integers(1, 3))
     n_samples = draw(st.integers(1, 5000))
-    return Plan(n_samples, world_size * accumulation * micro, micro, world_size)
+    return BatchPlan(n_samples, world_size * accumulation * micro, micro, world_size)
 
 
 @given(plan=plans(), step=st.integers(0, 10**9))
-def test_ranks_share_out_each_step_whole_and_in_order(plan: Plan, step: int) -> None:
+def test_ranks_share_out_each_step_whole_and_in_order(plan: BatchPlan, step: int) -> None:
     joined = [p for rank in range(plan.world_size) for p in plan.positions(step, rank)]
     start = step * plan.global_batch_size
     assert joined == list(range(start, start + plan.global_batch_size))
@@ -30,7 +30,7 @@ def test_ranks_share_out_each_step_whole_and_in_order(plan: Plan, step: int) -> 
 
 
 @given(plan=plans(), seed=st.integers(0, 2**40), epoch=st.integers(0, 3))
-def test_every_sample_comes_once_an_epoch(plan: Plan, seed: int, epoch: int) -> None:
+def test_every_sample_comes_once_an_epoch(plan: BatchPlan, seed: int, epoch: int) -> None:
     n, per_step = plan.n_samples, plan.global_batch_size
     seen = []
     # All steps that touch the epoch, on all ranks; a step may reach into its neighbours.
@@ -44,10 +44,10 @@ def test_every_sample_comes_once_an_epoch(plan: Plan, seed: int, epoch: int) -> 
 
 
 @given(plan=plans(), step=st.integers(0, 1000))
-def test_one_process_sees_the_same_stream(plan: Plan, step: int) -> None:
-    alone = Plan(plan.n_samples, plan.global_batch_size, plan.micro_batch_size)
+def test_one_process_sees_the_same_stream(plan: BatchPlan, step: int) -> None:
+    alone = BatchPlan(plan.n_samples, plan.global_batch_size, plan.micro_batch_size)
 
-    def samples(p: Plan, rank: int) -> list[tuple[int, int]]:
+    def samples(p: BatchPlan, rank: int) -> list[tuple[int, int]]:
         return [
             (epoch, i)
             for epoch, first, last in p.spans(p.positions(step, rank))
@@ -59,7 +59,7 @@ def test_one_process_sees_the_same_stream(plan: Plan, step: int) -> None:
 
 
 @given(plan=plans(), epochs=st.floats(0.01, 20))
-def test_steps_cover_the_epochs_and_no_more(plan: Plan, epochs: float) -> None:
+def test_steps_cover_the_epochs_and_no_more(plan: BatchPlan, epochs: float) -> None:
     steps = plan.steps(epochs)
     wanted = epochs * plan.n_samples
     assert steps * plan.global_batch_size >= wanted * (1 - 1e-4)
@@ -68,7 +68,7 @@ def test_steps_cover_the_epochs_and_no_more(plan: Plan, epochs: float) -> None:
 
 def test_a_tenth_of_an_epoch_ten_times_is_an_epoch() -> None:
     """0.1 * 3 is more than 0.3 in binary: rounding up must not turn that into a step."""
-    plan = Plan(n_samples=1000, global_batch_size=10, micro_batch_size=10)
+    plan = BatchPlan(n_samples=1000, global_batch_size=10, micro_batch_size=10)
     assert [plan.steps(0.1 * i) for i in range(1, 11)] == [10 * i for i in range(1, 11)]
 
 
@@ -89,7 +89,7 @@ def test_streams_do_not_change_between_versions() -> None:
 
 def test_processes_that_do_not_divide_the_step_are_refused_with_the_counts_that_work() -> None:
     with pytest.raises(UserError) as error:
-        Plan(n_samples=1000, global_batch_size=512, micro_batch_size=64, world_size=3)
+        BatchPlan(n_samples=1000, global_batch_size=512, micro_batch_size=64, world_size=3)
     assert "3 processes do not divide the 8 micro-batches" in str(error.value)
     assert "1 or 2 or 4 or 8" in str(error.value)
     assert "multiple of 192" in str(error.value)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torchvision.transforms import v2
 
 from distvgg.config import AugmentConfig
-from distvgg.data.mixing import Mixture, draw_mixture, mix
-from distvgg.data.transforms import Draws, cutout, draw_epoch, normalise, resize, view
+from distvgg.data.mixing import MixParams, draw_mix_params, mix
+from distvgg.data.transforms import AugmentParams, cutout, draw_epoch, normalise, resize, view
 
 
 def random_images(n: int, height: int, width: int) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_mixing_equals_torchvisions_with_the_partner_before(shift: int) -> None:
     """torchvision pairs each image with its neighbour: given two, it makes one mixture."""
     images = channels_last(5, 16)
     boxes = ((2, 9, 0, 13), (0, 16, 0, 16), (4, 4, 4, 4))
-    for mixture in (Mixture(shift, 0.3, None), *(Mixture(shift, 0.0, box) for box in boxes)):
+    for mixture in (MixParams(shift, 0.3, None), *(MixParams(shift, 0.0, box) for box in boxes)):
         ours = mix(images.clone(), mixture)
         assert ours.is_contiguous(memory_format=torch.channels_last)
         for i in range(5):
@@ -143,7 +143,7 @@ def test_a_box_leaves_its_share_and_lies_anywhere() -> None:
     config = AugmentConfig(cutmix_alpha=1.0)
     covered = torch.zeros(16, 16)
     for step in range(500):
-        drawn = draw_mixture(config, 0, step, 0, 8, 16)
+        drawn = draw_mix_params(config, 0, step, 0, 8, 16)
         assert drawn is not None
         assert drawn.box is not None
         top, bottom, left, right = drawn.box
@@ -159,7 +159,7 @@ def test_a_box_leaves_its_share_and_lies_anywhere() -> None:
 @pytest.mark.parametrize("alpha", [0.001, 0.2, 1.0, 3.0])
 def test_weights_are_beta_and_shifts_uniform(alpha: float) -> None:
     config = AugmentConfig(mixup_alpha=alpha)
-    drawn = [draw_mixture(config, 0, step, 1, 5, 32) for step in range(2000)]
+    drawn = [draw_mix_params(config, 0, step, 1, 5, 32) for step in range(2000)]
     shares = np.array([mixture.share for mixture in drawn if mixture])
     variance = 1 / (4 * (2 * alpha + 1))
     assert abs(shares.mean() - 0.5) < 5 * (variance / 2000) ** 0.5
@@ -171,16 +171,16 @@ def test_weights_are_beta_and_shifts_uniform(alpha: float) -> None:
 
 def test_how_often_micro_batches_are_mixed_and_how() -> None:
     config = AugmentConfig(mixup_alpha=0.2, cutmix_alpha=1.0, mix_probability=0.6)
-    drawn = [draw_mixture(config, 0, step, 0, 8, 32) for step in range(2000)]
+    drawn = [draw_mix_params(config, 0, step, 0, 8, 32) for step in range(2000)]
     mixed = [mixture for mixture in drawn if mixture]
     cut = [mixture for mixture in mixed if mixture.box]
     assert abs(len(mixed) - 1200) < 5 * (2000 * 0.24) ** 0.5
     assert abs(len(cut) - len(mixed) / 2) < 5 * (len(mixed) / 4) ** 0.5
-    assert draw_mixture(AugmentConfig(), 0, 0, 0, 8, 32) is None
+    assert draw_mix_params(AugmentConfig(), 0, 0, 0, 8, 32) is None
 
 
 def test_switched_off_it_changes_nothing() -> None:
     images = random_images(3, 8, 8)
     draws = draw_epoch(AugmentConfig(crop_padding=0, flip="no"), 0, 0, 3)
     assert torch.equal(view(images, torch.arange(3), draws, 0), images)
-    assert isinstance(draws.take(slice(1)), Draws)
+    assert isinstance(draws.take(slice(1)), AugmentParams)

@@ -22,20 +22,20 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.scaling import compare
-from distvgg.commands.bench import FEW, MANY, gpu_from, job_of, measure
-from distvgg.commands.bench_options import BenchOptions, fabric_of, gpu_of
+from distvgg.commands.bench import FEW, MANY, describe_workload, fit_gpu, measure
+from distvgg.commands.bench_options import BenchOptions, gpu_spec, interconnect
 from distvgg.config import Config, load
 from distvgg.data.dataset import Dataset, Split
-from distvgg.data.loader import DeviceLoader, Pixels
-from distvgg.data.plan import Plan, epoch_permutation
+from distvgg.data.loader import DeviceImages, DeviceLoader
+from distvgg.data.plan import BatchPlan, epoch_permutation
 from distvgg.distributed import cost_model, process_group
 from distvgg.distributed.cost_model import Fabric, Gpu, Job, Layer, Link, Setup
 from distvgg.distributed.device import place
 from distvgg.distributed.gradients import GradientReducer
 from distvgg.distributed.process_group import distribute, start
 from distvgg.distributed.reduction_plan import MIB, Ranks, TreePlan, levels_of
-from distvgg.distributed.shared_results import SharedResults
-from distvgg.distributed.step_sums import StepSums
+from distvgg.distributed.shared_results import PartitionedCompute
+from distvgg.distributed.step_sums import StepReducer
 from distvgg.distributed.tree_sum import ExchangeQueue, Messages, TreeSum
 from distvgg.models.flops import training_flops
 from distvgg.models.vgg import batch_norm_layers, build_vgg
@@ -72,7 +72,7 @@ def test_small_messages_take_the_tree_and_large_ones_the_ring() -> None:
 
 
 def test_one_gpu_does_not_communicate_or_wait() -> None:
-    setup = Setup(job_of(load("fast")), Gpu(0.01, 0.002, 0.1), NODES)
+    setup = Setup(describe_workload(load("fast")), Gpu(0.01, 0.002, 0.1), NODES)
     taken = cost_model.step(setup, 1, 4)
     assert (taken.exposed, taken.wait) == (0.0, 0.0)
     assert taken.seconds == pytest.approx(4 * 0.01 + 0.002)
@@ -161,7 +161,7 @@ def test_a_bucket_waits_for_its_gradients_and_for_the_one_before() -> None:
 def test_shared_work_is_as_long_as_the_largest_share_and_its_results_travel_once() -> None:
     """By hand: pieces of 5, 3, 2 and 2 operations are 7 and 5 on two ranks, and 5, 3, 2, 2 and
     nothing on five."""
-    job = job_of(load("quickstart"))
+    job = describe_workload(load("quickstart"))
     setup = Setup(
         dataclasses.replace(job, shared=(5, 3, 2, 2), results=(500, 300, 100, 100)),
         Gpu(0.01, 0.0, 0.0, shared=1.2),
@@ -180,9 +180,11 @@ def test_shared_work_is_as_long_as_the_largest_share_and_its_results_travel_once
 def test_the_model_counts_what_shared_results_take(radices: tuple[int, ...]) -> None:
     ranks, shapes = math.prod(radices), [(20 * n, 64) for n in range(1, 16)]
     costs, sizes = [n**2 for n, _ in shapes], [4 * rows * columns for rows, columns in shapes]
-    job = dataclasses.replace(job_of(load("quickstart")), shared=tuple(costs), results=tuple(sizes))
+    job = dataclasses.replace(
+        describe_workload(load("quickstart")), shared=tuple(costs), results=tuple(sizes)
+    )
     counted = counts(
-        SharedResults(
+        PartitionedCompute(
             shapes, costs, torch.float32, torch.device("cpu"), Ranks(rank, ranks, radices)
         ).exchange()
         for rank in range(ranks)
@@ -198,14 +200,14 @@ def test_the_model_counts_what_shared_results_take(radices: tuple[int, ...]) -> 
 
 def test_the_job_shares_out_what_muon_does() -> None:
     config = load("fast").replace(optim__name="muon", model__width=0.1)
-    job = job_of(config)
+    job = describe_workload(config)
     optimizer = build_optimizer(build_vgg(config.model, 100, seed=0), config.optim)
     assert sum(job.results) == optimizer._updates._flat.nbytes
     matrix = torch.randn(20, 70)
     with FlopCounterMode(display=False) as counter:
         orthogonalise(matrix, steps=3)
     assert counter.get_total_flops() == orthogonalise_flops(20, 70, 3)
-    assert job_of(config.replace(optim__name="sgd")).shared == ()
+    assert describe_workload(config.replace(optim__name="sgd")).shared == ()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8, 64, 1024])
@@ -262,8 +264,8 @@ def test_no_step_is_faster_than_its_parts(setup: Setup, ranks: int, accumulation
 @pytest.mark.parametrize("gpu", ["h100", "a100"])
 def test_the_levels_of_a_run_are_near_the_best(gpu: Literal["h100", "a100"], ranks: int) -> None:
     """Which radices are best depends on constants that nobody measured: a quarter is near."""
-    job, options = job_of(load("fast")), BenchOptions(gpu=gpu)
-    setup = Setup(job, gpu_of(options, job, 4), fabric_of(options))
+    job, options = describe_workload(load("fast")), BenchOptions(gpu=gpu)
+    setup = Setup(job, gpu_spec(options, job, 4), interconnect(options))
     chosen, flat, *others = (
         cost_model.step(setup, ranks, 4, radices).exposed
         for radices in (
@@ -289,8 +291,8 @@ def test_buckets_hold_every_gradient_once_and_are_ready_in_order(setup: Setup) -
 @pytest.mark.parametrize("ranks", [2, 8, 64, 512])
 def test_the_smallest_efficient_batch_is_the_smallest(ranks: int) -> None:
     options = BenchOptions(gpu="h100", jitter=0.02)
-    job = job_of(load("fast"))
-    setup = Setup(job, gpu_of(options, job, 4), fabric_of(options))
+    job = describe_workload(load("fast"))
+    setup = Setup(job, gpu_spec(options, job, 4), interconnect(options))
     batch = cost_model.smallest_batch(setup, ranks, 4)
     assert batch is not None
     accumulation, rest = divmod(batch, ranks * job.micro_batch_size)
@@ -312,27 +314,27 @@ def test_the_smallest_efficient_batch_is_the_smallest(ranks: int) -> None:
 )
 def test_the_job_is_the_network(changes: dict[str, object]) -> None:
     config = load("fast").replace(**changes)
-    job, vgg = job_of(config), build_vgg(config.model, 100, seed=0)
+    job, vgg = describe_workload(config), build_vgg(config.model, 100, seed=0)
     assert job.flops == training_flops(config.model, 100)
     gradients = [n for layer in job.layers for n in layer.gradients]
     assert sorted(gradients) == sorted(4 * p.numel() for p in vgg.parameters())
-    plan = Plan(45_000, 256, 64)
+    plan = BatchPlan(45_000, 256, 64)
     with world(0, ranks=1) as accelerator:
         tree = TreePlan(plan.micro_batches)
         layers, queue = batch_norm_layers(vgg), ExchangeQueue(accelerator.device)
-        sums = StepSums(accelerator, tree, layers, queue)
+        sums = StepReducer(accelerator, tree, layers, queue)
         assert job.sums(plan.micro_batches) == sums._flat.nbytes
         assert job.statistics == (sums._running.numel() if layers else 0)
 
 
 def test_constants_come_back_from_times_that_they_made() -> None:
     noise = np.random.default_rng(0).normal(1, 0.02, (2, 20_000))
-    gpu = gpu_from({FEW: list(0.105 * noise[0]), MANY: list(0.405 * noise[1])})
+    gpu = fit_gpu({FEW: list(0.105 * noise[0]), MANY: list(0.405 * noise[1])})
     assert gpu.micro_batch == pytest.approx(0.1, rel=0.01)
     assert gpu.fixed == pytest.approx(0.005, abs=0.001)
     assert gpu.jitter == pytest.approx(0.02, rel=0.05)
     times = {FEW: [0.135, 0.135], MANY: [0.435, 0.435]}
-    assert gpu_from(times, shared=0.03) == pytest.approx((0.1, 0.005, 0.0, 0.03))
+    assert fit_gpu(times, shared=0.03) == pytest.approx((0.1, 0.005, 0.0, 0.03))
 
 
 def test_the_check_against_real_runs_finds_no_error_where_the_model_is_true() -> None:
@@ -340,7 +342,7 @@ def test_the_check_against_real_runs_finds_no_error_where_the_model_is_true() ->
     config = load("fast")
     link = Link(1.3e9, 1e-4, 1e-4, 1e-4, 0.0)
     fabric = Fabric(2, 0.0, 0.0, link, link, overlaps=False)
-    setup = Setup(job_of(config), Gpu(0.3, 0.02, 0.0, 0.1), fabric)
+    setup = Setup(describe_workload(config), Gpu(0.3, 0.02, 0.0, 0.1), fabric)
 
     def made(ranks: int) -> dict[str, object]:
         seconds = {a: cost_model.step(setup, ranks, a).seconds for a in (1, 2, 4)}
@@ -384,7 +386,7 @@ def test_the_command_answers_with_tables_and_with_curves() -> None:
 
 def test_a_thousand_ranks_partition_the_stream() -> None:
     """Epochs of 45,000 and steps of 4,096: the eleventh straddles two epochs."""
-    plan = Plan(45_000, 4 * RANKS, 2, RANKS)
+    plan = BatchPlan(45_000, 4 * RANKS, 2, RANKS)
     order = [epoch_permutation(0, epoch, plan.n_samples).numpy() for epoch in (0, 1)]
     seen = []
     for step in range(22):
@@ -412,7 +414,7 @@ def world(rank: int, ranks: int = RANKS) -> Iterator[Accelerator]:
         if ranks > 1:
             dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
             # The precision: a fake group has no rank 0 to hear of it from.
-            patch.setattr(process_group, "from_main", lambda process, make: make())
+            patch.setattr(process_group, "broadcast_from_main", lambda process, make: make())
         try:
             yield start(Config().replace(train__precision="no"))
         finally:
@@ -437,8 +439,8 @@ def test_a_step_of_one_rank_of_a_thousand(rank: int) -> None:
     data, n = images(3000), 3000  # less than a step: a step sees epochs end within ranks
     with world(rank) as accelerator:
         assert (accelerator.num_processes, accelerator.process_index) == (RANKS, rank)
-        plan = Plan(n, 4 * RANKS, 4, accelerator.num_processes)
-        pixels = Pixels(data, data.train, 32, accelerator.device)
+        plan = BatchPlan(n, 4 * RANKS, 4, accelerator.num_processes)
+        pixels = DeviceImages(data, data.train, 32, accelerator.device)
         loader = DeviceLoader(config, pixels, np.arange(n), plan, rank)
         (batch,) = loader.micro_batches(2)
         assert batch.k == rank
@@ -453,7 +455,7 @@ def test_a_step_of_one_rank_of_a_thousand(rank: int) -> None:
         for queue in (recorder, silent):
             gradients = GradientReducer(vgg.parameters(), tree, queue)
             gradients.attach()
-            sums = StepSums(accelerator, tree, norms, queue)
+            sums = StepReducer(accelerator, tree, norms, queue)
             vgg.zero_grad()
             torch.manual_seed(batch.dropout_seed)
             logits = model(batch.images)
@@ -472,7 +474,7 @@ def test_a_step_of_one_rank_of_a_thousand(rank: int) -> None:
         assert hits.sum() == (logits.argmax(1) == batch.labels).sum()
         assert stop == (rank == 0)
         # Statistics first, then buckets: what the model says, but for padding to whole lines.
-        job = job_of(config)
+        job = describe_workload(config)
         sums_ = [8 * job.statistics, *(size for _, size in cost_model.ready_buckets(job.layers))]
         assert recorder.sent == pytest.approx([2 * 1023 / 1024 * n for n in sums_], rel=0.01)
         # Muon's results: what this rank computes, and its shards, however many ranks there are.
@@ -488,7 +490,9 @@ def test_a_step_of_one_rank_of_a_thousand(rank: int) -> None:
     (loss / plan.global_batch_size).backward()
     for got, parameter in zip(summed, vgg.parameters(), strict=True):
         torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-6)
-    alone = DeviceLoader(config, pixels, np.arange(n), Plan(n, 4 * RANKS, 4), 0).micro_batches(2)
+    alone = DeviceLoader(config, pixels, np.arange(n), BatchPlan(n, 4 * RANKS, 4), 0).micro_batches(
+        2
+    )
     assert torch.equal(batch.images, alone[rank].images)
     assert torch.equal(batch.rows, alone[rank].rows)
     assert batch.dropout_seed == alone[rank].dropout_seed

@@ -7,13 +7,13 @@ from torch.optim.swa_utils import update_bn
 from distvgg.config import ModelConfig
 from distvgg.distributed.reduction_plan import TreePlan
 from distvgg.distributed.tree_sum import ExchangeQueue
-from distvgg.models.ema import Average
+from distvgg.models.ema import EMA
 from distvgg.models.vgg import build_vgg
 
 
 def test_the_average_follows_its_definition() -> None:
     vgg = build_vgg(ModelConfig(depth=11, width=0.05), 10, seed=0).double()
-    average = Average(vgg, decay=0.5)
+    average = EMA(vgg, decay=0.5)
     expected = [p.detach().clone() for p in vgg.parameters()]
     torch.manual_seed(0)
     decays = [1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 0.5, 0.5]
@@ -31,7 +31,7 @@ def test_the_average_follows_its_definition() -> None:
 
 def test_batchnorm_measures_what_torchs_update_bn_does() -> None:
     vgg = build_vgg(ModelConfig(depth=11, width=0.05), 10, seed=0).double()
-    average = Average(vgg, decay=0.5)
+    average = EMA(vgg, decay=0.5)
     torch.manual_seed(0)
     batches = torch.randn(6, 8, 3, 32, 32, dtype=torch.float64)
     queue = ExchangeQueue(torch.device("cpu"))
@@ -47,7 +47,7 @@ def test_batchnorm_measures_what_torchs_update_bn_does() -> None:
 
 def test_without_batchnorm_there_is_nothing_to_measure() -> None:
     vgg = build_vgg(ModelConfig(depth=11, width=0.05, batch_norm=False), 10, seed=0)
-    average = Average(vgg, decay=0.5)
+    average = EMA(vgg, decay=0.5)
     queue = ExchangeQueue(torch.device("cpu"))
     average.measure(torch.randn(2, 4, 3, 32, 32), TreePlan(2), queue, step=1)
     assert average.measured_at == 1

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from distvgg.config import ModelConfig, OptimConfig
 from distvgg.distributed.reduction_plan import Ranks
-from distvgg.distributed.shared_results import SharedResults
+from distvgg.distributed.shared_results import PartitionedCompute
 from distvgg.models.vgg import build_vgg
 from distvgg.optim.build import build_optimizer, set_lr, skip_step_if
 from distvgg.optim.muon import A, B, C, orthogonalise
@@ -107,7 +107,7 @@ def test_each_result_is_computed_by_one_rank_and_reaches_all(levels: tuple[int, 
     shapes = [(2, int(c)) for c in costs]
     world_size = math.prod(levels)
     ranks = [
-        SharedResults(
+        PartitionedCompute(
             shapes, costs, torch.float32, torch.device("cpu"), Ranks(rank, world_size, levels)
         )
         for rank in range(world_size)

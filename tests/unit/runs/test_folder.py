@@ -10,39 +10,39 @@ import pytest
 from disks import file_size_limit, read_only
 from distvgg.config import Config, load
 from distvgg.errors import UserError
-from distvgg.runs.files import write_whole
-from distvgg.runs.folder import leave_run_folder, match_run_folder, take_run_folder
+from distvgg.runs.files import atomic_write
+from distvgg.runs.folder import check_same_config, claim_run_dir, mark_stopped
 
 
 def test_a_run_folder_keeps_to_its_config(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     auto = load("quickstart")
-    assert match_run_folder(folder, auto) == auto
+    assert check_same_config(folder, auto) == auto
     resolved = auto.replace(train__precision="bf16")
-    os.close(take_run_folder(folder, resolved))
-    assert match_run_folder(folder, auto) == resolved
-    assert match_run_folder(folder, resolved) == resolved
-    os.close(take_run_folder(folder, resolved))
+    os.close(claim_run_dir(folder, resolved))
+    assert check_same_config(folder, auto) == resolved
+    assert check_same_config(folder, resolved) == resolved
+    os.close(claim_run_dir(folder, resolved))
     with pytest.raises(UserError, match=r"optim\.lr is 0\.1 there, 0\.3 here") as error:
-        match_run_folder(folder, auto.replace(optim__lr=0.3))
+        check_same_config(folder, auto.replace(optim__lr=0.3))
     assert "seed" not in str(error.value)
     with pytest.raises(UserError, match=r"train\.precision is bf16 there, no here"):
-        match_run_folder(folder, auto.replace(train__precision="no"))
+        check_same_config(folder, auto.replace(train__precision="no"))
 
 
 def test_a_folder_of_other_things_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"holds files but no config\.yaml"):
-        take_run_folder(tmp_path, Config())
+        claim_run_dir(tmp_path, Config())
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write run folder"):
-        take_run_folder(tmp_path / "file" / "run", Config())
+        claim_run_dir(tmp_path / "file" / "run", Config())
 
 
 def test_a_start_that_was_cut_off_leaves_a_folder_that_can_be_taken(tmp_path: Path) -> None:
     for name in (".lock", ".config.yaml.tmp", "STOP", "REQUEUE"):
         (tmp_path / name).write_text("half of")
-    os.close(take_run_folder(tmp_path, Config()))
+    os.close(claim_run_dir(tmp_path, Config()))
     assert load(str(tmp_path / "config.yaml")) == Config()
     # A user may have asked already that this start stop; that it was to come is now done.
     assert {p.name for p in tmp_path.iterdir()} == {".lock", "config.yaml", "STOP"}
@@ -51,40 +51,40 @@ def test_a_start_that_was_cut_off_leaves_a_folder_that_can_be_taken(tmp_path: Pa
 def test_two_runs_cannot_use_a_folder_but_one_after_a_dead_one_can(tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path; from distvgg.config import Config;"
-        " from distvgg.runs.folder import take_run_folder;"
-        f" lock = take_run_folder(Path({str(tmp_path)!r}), Config());"
+        " from distvgg.runs.folder import claim_run_dir;"
+        f" lock = claim_run_dir(Path({str(tmp_path)!r}), Config());"
         " print('taken', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"taken\n"
         with pytest.raises(UserError, match=rf"is in use by process {other.pid} on .+: wait"):
-            take_run_folder(tmp_path, Config())
+            claim_run_dir(tmp_path, Config())
         other.kill()
-    os.close(take_run_folder(tmp_path, Config()))
+    os.close(claim_run_dir(tmp_path, Config()))
 
 
 def test_a_read_only_folder_is_one_clear_line(tmp_path: Path) -> None:
-    os.close(take_run_folder(tmp_path / "run", Config()))
+    os.close(claim_run_dir(tmp_path / "run", Config()))
     with read_only(tmp_path), pytest.raises(UserError, match=r"cannot write run folder .+\("):
-        take_run_folder(tmp_path / "run", Config())
+        claim_run_dir(tmp_path / "run", Config())
 
 
 def test_stopping_leaves_the_marker_and_consumes_the_wish(tmp_path: Path) -> None:
     (tmp_path / "STOP").touch()
-    leave_run_folder(tmp_path, requeue=True)
+    mark_stopped(tmp_path, requeue=True)
     assert {p.name for p in tmp_path.iterdir()} == {"REQUEUE"}
-    lock = take_run_folder(tmp_path, Config())
+    lock = claim_run_dir(tmp_path, Config())
     assert not (tmp_path / "REQUEUE").exists()
-    leave_run_folder(tmp_path, requeue=False)
+    mark_stopped(tmp_path, requeue=False)
     assert not (tmp_path / "REQUEUE").exists()
     os.close(lock)
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    write_whole(path, b"old")
+    atomic_write(path, b"old")
     with file_size_limit(1000), pytest.raises(OSError, match="too large"):
-        write_whole(path, bytes(2000))
+        atomic_write(path, bytes(2000))
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

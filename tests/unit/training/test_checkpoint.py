@@ -1,4 +1,4 @@
-"""Checkpoints that exist whole or not at all, and the damage that they are refused for."""
+"""CheckpointManager that exist whole or not at all, and the damage that they are refused for."""
 
 import json
 import shutil
@@ -17,8 +17,8 @@ from distvgg.models.vgg import VGG
 from distvgg.optim.build import build_optimizer
 from distvgg.training.checkpoint import (
     Checkpoint,
-    Checkpoints,
-    DamageError,
+    CheckpointManager,
+    CorruptCheckpointError,
     load_optimizer_tensors,
     optimizer_tensors,
     read,
@@ -29,9 +29,9 @@ FILES = ("manifest.json", "model.safetensors", "state.safetensors")
 
 def save(
     folder: Path, *steps: int, keep: int = 2, best: int | None = None, size: int = 10
-) -> Checkpoints:
+) -> CheckpointManager:
     """Saves some steps, each whole before the next."""
-    checkpoints = Checkpoints(folder, keep)
+    checkpoints = CheckpointManager(folder, keep)
     for step in steps:
         checkpoints.save(
             step,
@@ -45,7 +45,7 @@ def save(
     return checkpoints
 
 
-def newest(checkpoints: Checkpoints, said: list[str] | None = None) -> Checkpoint | None:
+def newest(checkpoints: CheckpointManager, said: list[str] | None = None) -> Checkpoint | None:
     return checkpoints.newest(lambda _: None, (said if said is not None else []).append)
 
 
@@ -65,7 +65,7 @@ def test_what_was_saved_is_read(tmp_path: Path) -> None:
 
 def test_the_snapshot_is_of_the_moment(tmp_path: Path) -> None:
     """What happens to the tensors while the thread still waits does not get into the file."""
-    checkpoints, weights = Checkpoints(tmp_path, 2), torch.ones(10)
+    checkpoints, weights = CheckpointManager(tmp_path, 2), torch.ones(10)
 
     def later() -> None:
         weights.fill_(5.0)
@@ -79,7 +79,7 @@ def test_the_snapshot_is_of_the_moment(tmp_path: Path) -> None:
 
 
 def test_a_second_save_waits_for_the_first_and_the_loop_for_none(tmp_path: Path) -> None:
-    checkpoints, released, order = Checkpoints(tmp_path, 2), threading.Event(), []
+    checkpoints, released, order = CheckpointManager(tmp_path, 2), threading.Event(), []
 
     def slow() -> None:
         released.wait(30)
@@ -98,15 +98,15 @@ def test_a_second_save_waits_for_the_first_and_the_loop_for_none(tmp_path: Path)
 def test_the_exit_of_the_process_waits_for_a_save(tmp_path: Path) -> None:
     program = (
         "import time, torch; from pathlib import Path\n"
-        "from distvgg.training.checkpoint import Checkpoints\n"
-        f"Checkpoints(Path({str(tmp_path)!r}), 2).save(1, {{'w': torch.ones(1)}}, {{}}, {{}},"
+        "from distvgg.training.checkpoint import CheckpointManager\n"
+        f"CheckpointManager(Path({str(tmp_path)!r}), 2).save(1, {{'w': torch.ones(1)}}, {{}}, {{}},"
         " best=None, flush=lambda: time.sleep(0.5))"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
     assert read(tmp_path / "step_00000001").name == "step_00000001"
 
 
-def wait(checkpoints: Checkpoints) -> Checkpoints:
+def wait(checkpoints: CheckpointManager) -> CheckpointManager:
     checkpoints.wait()
     return checkpoints
 
@@ -161,7 +161,7 @@ def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
             damaged = bytearray(sound)
             damaged[bit // 8] ^= 1 << bit % 8
             (folder / name).write_bytes(damaged)
-            with pytest.raises(DamageError, match=name):
+            with pytest.raises(CorruptCheckpointError, match=name):
                 read(folder)
         (folder / name).write_bytes(sound)
     read(folder)
@@ -174,16 +174,16 @@ def test_a_truncated_or_missing_file_is_found(tmp_path: Path, name: str) -> None
     content = path.read_bytes()
     for size in {0, 1, len(content) // 2, len(content) - 1}:
         path.write_bytes(content[:size])
-        with pytest.raises(DamageError, match=name):
+        with pytest.raises(CorruptCheckpointError, match=name):
             read(path.parent)
     path.write_bytes(content + b"\0")
-    with pytest.raises(DamageError, match=name):
+    with pytest.raises(CorruptCheckpointError, match=name):
         read(path.parent)
     path.unlink()
-    with pytest.raises(DamageError, match=f"{name} is missing"):
+    with pytest.raises(CorruptCheckpointError, match=f"{name} is missing"):
         read(path.parent)
     path.mkdir()
-    with pytest.raises(DamageError, match=f"{name} cannot be read"):
+    with pytest.raises(CorruptCheckpointError, match=f"{name} cannot be read"):
         read(path.parent)
 
 
@@ -203,10 +203,10 @@ def test_damaged_ones_are_refused_by_name_and_the_newest_sound_one_taken(tmp_pat
     # What was refused is kept until the run gets there again, and does not count for `keep`.
     save(tmp_path, 3, keep=2)
     assert names(tmp_path) == ["step_00000002", "step_00000003", "step_00000004"]
-    assert newest(Checkpoints(tmp_path, 2)) == read(tmp_path / "step_00000003")
+    assert newest(CheckpointManager(tmp_path, 2)) == read(tmp_path / "step_00000003")
     save(tmp_path, 4, keep=2)
     assert names(tmp_path) == ["step_00000003", "step_00000004"]
-    assert newest(Checkpoints(tmp_path, 2)) == read(tmp_path / "step_00000004")
+    assert newest(CheckpointManager(tmp_path, 2)) == read(tmp_path / "step_00000004")
 
 
 def test_a_manifest_of_a_later_format_is_refused(
@@ -215,7 +215,7 @@ def test_a_manifest_of_a_later_format_is_refused(
     with monkeypatch.context() as patch:
         patch.setattr("distvgg.training.checkpoint.FORMAT", 2)
         save(tmp_path, 1)
-    with pytest.raises(DamageError, match="its format is 2, this version reads 1"):
+    with pytest.raises(CorruptCheckpointError, match="its format is 2, this version reads 1"):
         read(tmp_path / "step_00000001")
 
 
@@ -223,7 +223,7 @@ def test_what_a_kill_left_is_removed_and_never_read(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "step_00000001").rename(tmp_path / ".step_00000002.tmp")
     (tmp_path / ".step_00000001.old").mkdir()
-    assert newest(Checkpoints(tmp_path, 2)) is None
+    assert newest(CheckpointManager(tmp_path, 2)) is None
     assert names(tmp_path) == []
 
 
@@ -256,7 +256,7 @@ def test_so_does_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
 def test_what_a_checkpoint_counts_on_is_on_the_disk_before_it(tmp_path: Path) -> None:
     """A crash of the machine between the two must not leave a manifest that counts on lost rows."""
     seen: list[list[str]] = []
-    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints = CheckpointManager(tmp_path, 2)
     checkpoints.save(
         *(1, {"w": torch.ones(1)}, {}, {}), best=None, flush=lambda: seen.append(names(tmp_path))
     )

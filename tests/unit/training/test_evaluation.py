@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distvgg.data.dataset import Dataset, Split
-from distvgg.data.loader import EvalLoader, Pixels
+from distvgg.data.loader import DeviceImages, EvalLoader
 from distvgg.training.evaluation import (
     CALIBRATION_BINS,
     COLUMNS,
@@ -47,7 +47,7 @@ def data() -> Dataset:
 
 
 def eval_loader(data: Dataset, rows: np.ndarray | None, batch_size: int) -> EvalLoader:
-    return EvalLoader(Pixels(data, data.train, SIDE, CPU), rows, batch_size)
+    return EvalLoader(DeviceImages(data, data.train, SIDE, CPU), rows, batch_size)
 
 
 def logits_of(model: nn.Module, image: np.ndarray) -> np.ndarray:

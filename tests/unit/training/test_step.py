@@ -17,14 +17,14 @@ from torch import nn
 
 from configs import tiny
 from distvgg.config import load
-from distvgg.data.plan import Plan
+from distvgg.data.plan import BatchPlan
 from distvgg.distributed.device import resolve_precision
 from distvgg.errors import UserError
 from distvgg.models.flops import training_flops
 from distvgg.models.vgg import VGG
 from distvgg.optim.schedule import lr_at
 from distvgg.training import trainer
-from distvgg.training.checkpoint import Checkpoints
+from distvgg.training.checkpoint import CheckpointManager
 from distvgg.training.setup import build
 from distvgg.training.step import train_step
 from distvgg.training.trainer import due, evaluation_due
@@ -53,7 +53,7 @@ def test_a_step_equals_a_plain_loop(tmp_path: Path) -> None:
         micro_batches = run.loader.micro_batches(step)
         lr = lr_at(step, config.optim, 100, 10)
         train_step(run, micro_batches, lr)
-        run.watch.drain()
+        run.monitor.drain()
         loss = run.meter.read()["train/loss"]
 
         before = [(m.running_mean.clone(), m.running_var.clone()) for m in norms]
@@ -82,7 +82,7 @@ def test_a_step_equals_a_plain_loop(tmp_path: Path) -> None:
                 buffer.copy_(0.9 * old + 0.1 * new.mean(0))
 
         assert loss == pytest.approx(expected, rel=1e-5)
-        assert run.watch.grad_norm == pytest.approx(expected_norm.item(), rel=1e-4)
+        assert run.monitor.grad_norm == pytest.approx(expected_norm.item(), rel=1e-4)
         for name, value in reference.state_dict().items():
             if not name.endswith("num_batches_tracked"):
                 ours = run.vgg.state_dict()[name]
@@ -112,7 +112,7 @@ def test_mixed_labels_are_a_soft_target(tmp_path: Path) -> None:
                 larger = batch.labels if batch.share > 0.5 else batch.partner_labels
                 hits += (logits.argmax(1) == larger).sum().item()
         train_step(run, micro_batches, lr=0.05)
-        run.watch.drain()
+        run.monitor.drain()
         row = run.meter.read()
         assert row["train/loss"] == pytest.approx(loss / 64, rel=1e-5)
         assert row["train/top1"] == hits / 64
@@ -210,7 +210,7 @@ def test_a_run_with_every_augmentation_counts_its_operations(tmp_path: Path) -> 
 
 
 def test_evaluation_comes_at_the_epochs_asked_for_and_at_the_end() -> None:
-    plan = Plan(n_samples=1000, global_batch_size=64, micro_batch_size=64)
+    plan = BatchPlan(n_samples=1000, global_batch_size=64, micro_batch_size=64)
 
     def steps(epochs: float, every: float) -> list[int]:
         total = plan.steps(epochs)
@@ -223,7 +223,7 @@ def test_evaluation_comes_at_the_epochs_asked_for_and_at_the_end() -> None:
     assert steps(0.001, 0.001) == [1]
     assert steps(3, 0.01) == steps(3, 1e-12) == list(range(1, 48))
     # 0.1 * 3 is more than 0.3 in binary.
-    exact = Plan(n_samples=640, global_batch_size=64, micro_batch_size=64)
+    exact = BatchPlan(n_samples=640, global_batch_size=64, micro_batch_size=64)
     assert [s for s in range(1, 31) if evaluation_due(s, 0.3, exact, 30)] == list(range(3, 31, 3))
 
 
@@ -244,13 +244,13 @@ def test_anomaly_detection_and_nchw_train_too(tmp_path: Path) -> None:
 
 
 def test_throughput_counts_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = Checkpoints.save
+    save = CheckpointManager.save
 
     def slow(*args: Any, **kwargs: Any) -> None:
         time.sleep(1)
         save(*args, **kwargs)
 
-    monkeypatch.setattr(Checkpoints, "save", slow)
+    monkeypatch.setattr(CheckpointManager, "save", slow)
     trainer.train(tiny(checkpoint__every_steps=2, train__epochs=0.6), tmp_path / "run")
     milliseconds = [row["perf/step_ms"] for row in rows(tmp_path / "run") if "perf/step_ms" in row]
     assert len(milliseconds) >= 4
