@@ -63,7 +63,7 @@ def measure(run: Run, tracking: Tracking, pairs: int, steps: int) -> dict[str, o
             save_checkpoint(run, tracking)
             waited.append(time.perf_counter() - started)
         for _ in range(steps):
-            train_step(run, run.loader.micro_batches(run.state.step), lr=0.01)
+            train_step(run, run.state.step, run.loader.micro_batches(run.state.step), lr=0.01)
             run.state.step += 1
         synchronize(run)
         times[saves].append(time.perf_counter() - started)

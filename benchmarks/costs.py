@@ -227,7 +227,7 @@ def step_seconds(run: Run, steps: int) -> float:
     def take() -> None:
         for _ in range(steps):
             micro_batches = run.loader.micro_batches(run.state.step)
-            train_step(run, micro_batches, LR)
+            train_step(run, run.state.step, micro_batches, LR)
             run.state.step += 1
             run.clock.step_done()
 

@@ -346,7 +346,7 @@ def real_step(run: Run) -> Step:
     """What the training loop does in a step that is due for nothing else."""
 
     def step() -> None:
-        train_step(run, run.loader.micro_batches(run.state.step), LR)
+        train_step(run, run.state.step, run.loader.micro_batches(run.state.step), LR)
         run.state.step += 1
         run.monitor.poll()
 

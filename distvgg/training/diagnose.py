@@ -1,4 +1,4 @@
-"""Which micro-batch made a step non-finite: computed again, and said in a line."""
+"""Diagnosis of a non-finite step: its micro-batches are computed again, one by one."""
 
 import json
 from contextlib import suppress
@@ -10,11 +10,15 @@ from distvgg.runs.files import atomic_write
 from distvgg.runs.layout import FAILURE_FILE
 from distvgg.training.nan_monitor import NonFiniteError
 from distvgg.training.state import Run, warmup_steps
-from distvgg.training.step import summed_loss
+from distvgg.training.step import forward
 
 
 def diagnose(run: Run, failure: NonFiniteError) -> str:
-    """Finds the micro-batch of a step that failed, writes `failure.json`, and says it in a line."""
+    """Finds the micro-batch that made a step non-finite, and writes `failure.json`.
+
+    Returns:
+        A line for the user, with the samples of the micro-batch.
+    """
     what, k = "loss", failure.micro_batch
     if k is None:
         what, k = "gradient", find_non_finite_gradient(run, failure.step)
@@ -43,13 +47,15 @@ def diagnose(run: Run, failure: NonFiniteError) -> str:
 
 
 def find_non_finite_gradient(run: Run, step: int) -> int | None:
-    """The first micro-batch of a step whose gradient alone is not finite, by computing them again,
-    every rank its own. The weights are still those before the step. None: only their sum is."""
+    """Returns the first micro-batch of a step whose own gradient is not finite.
+
+    Every rank computes its micro-batches again; the weights are still those before the step. None:
+    each gradient is finite, and only their sum is not.
+    """
     parameters = list(run.vgg.parameters())
     scaler, found = run.accelerator.scaler, run.plan.micro_batches
     for batch in reversed(run.loader.micro_batches(step)):
-        torch.manual_seed(batch.dropout_seed)
-        loss = summed_loss(run, run.vgg(batch.images), batch)
+        loss, _ = forward(run.vgg, batch, run.config.train.label_smoothing)
         scale = 1.0 if scaler is None else scaler.get_scale()
         gradients = torch.autograd.grad(loss * scale, parameters)
         if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):

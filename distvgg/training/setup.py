@@ -3,6 +3,7 @@
 import hashlib
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from distvgg.distributed.collectives import (
 from distvgg.distributed.device import place
 from distvgg.distributed.gradients import GradientReducer
 from distvgg.distributed.process_group import distribute, ranks_of, start
-from distvgg.distributed.reduction_plan import TreePlan
+from distvgg.distributed.reduction_plan import Ranks, TreePlan
 from distvgg.distributed.step_sums import StepReducer
 from distvgg.distributed.tree_sum import ExchangeQueue
 from distvgg.errors import UserError
@@ -48,65 +49,69 @@ from distvgg.training.checkpoint import (
 )
 from distvgg.training.meters import Clock, TrainMeter
 from distvgg.training.nan_monitor import StepMonitor
-from distvgg.training.state import METER, TRAINED, Run, TrainState, _names
+from distvgg.training.state import METER, TRAINED, Run, TrainState, parameter_names
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+@dataclass(frozen=True)
+class _Trainable:
+    """What a checkpoint restores: the network, its average, the optimizer, unwritten sums."""
+
+    vgg: VGG
+    ema: EMA | None
+    optimizer: torch.optim.Optimizer
+    meter: TrainMeter
+
+
 def build(config: Config, folder: Path) -> Run:
-    """Joins the process group, takes the run folder, makes every part of the run, and brings it to
-    where the newest sound checkpoint was.
+    """Joins the process group, claims the run folder, and builds or restores the run.
+
+    A collective operation, in this order on every rank.
 
     Raises:
         UserError: config, data, processes or run folder do not fit together.
-        Preempted: told to stop meanwhile.
+        Preempted: a stop was requested meanwhile.
     """
     accelerator = start(config, folder)
-    device = accelerator.device
-    asked = config.train.precision
+    requested = config.train.precision
     config = config.replace(train__precision=accelerator.mixed_precision)
-    locks: list[int] = []  # taken by the main process alone
+    locks: list[int] = []  # on the main process only
     broadcast_from_main(accelerator, lambda: locks.append(claim_run_dir(folder, config)))
     dataset = _load_dataset(config, accelerator, folder)
     train_rows, val_rows = train_val_indices(dataset.train.labels, config.data)
-    n, batch, world_size = len(train_rows), config.train, accelerator.num_processes
-    plan = BatchPlan(n, batch.global_batch_size, batch.micro_batch_size, world_size)
-    torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
-    vgg = build_vgg(config.model, dataset.num_classes, derive_seed(config.seed, "weights"))
-    place(vgg, accelerator, config)
-    ranks, queue = ranks_of(accelerator), ExchangeQueue(device)
-    optimizer = build_optimizer(vgg, config.optim, config.train.precision, ranks, queue)
-    meter = TrainMeter(device)
-    ema = EMA(vgg, config.optim.ema_decay) if config.optim.ema_decay else None
+    batch, world_size = config.train, accelerator.num_processes
+    plan = BatchPlan(len(train_rows), batch.global_batch_size, batch.micro_batch_size, world_size)
 
-    preprocessing, keep = Preprocessing.of(dataset, config.model.image_size), config.checkpoint.keep
+    ranks, queue = ranks_of(accelerator), ExchangeQueue(accelerator.device)
+    trainable = _build_trainable(config, dataset.num_classes, accelerator, ranks, queue)
+    preprocessing = Preprocessing.of(dataset, config.model.image_size)
     checkpoints = None
     if locks:
-        checkpoints = CheckpointManager(folder / CHECKPOINTS, keep, preprocessing.metadata())
-    found = _newest(checkpoints, folder, accelerator)
+        metadata, keep = preprocessing.metadata(), config.checkpoint.keep
+        checkpoints = CheckpointManager(folder / CHECKPOINTS, keep, metadata)
     state = TrainState(data=_digest(dataset))
-    if found is not None:
-        state = _restore(found, state, vgg, ema, optimizer, meter, accelerator)
-    broadcast_from_main(accelerator, lambda: _keep(preprocessing, folder))
-    state.starts.append((state.step, accelerator.num_processes))
-    found_machines = machines(accelerator)
-    before = None if found is None else state.machine
-    threads = config.train.cpu_threads if device.type == "cpu" else None
-    notes = environment.notes(found_machines, before, threads)
-    state.machine = found_machines[0]
-    if asked == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16"):
+    if (found := _newest(checkpoints, folder, accelerator)) is not None:
+        state = _restore(found, state, trainable, accelerator)
+    # After the digest of the data was compared: other data must not overwrite the file.
+    broadcast_from_main(accelerator, lambda: _write_preprocessing(preprocessing, folder))
+    state.starts.append((state.step, world_size))
+    notes = _note_machine(state, accelerator, config, resumed=found is not None)
+    if requested == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16"):
         notes.append(f"precision {config.train.precision}, as the launcher was told")
 
-    model, optimizer = distribute(accelerator, vgg, optimizer)
+    vgg, ema, device = trainable.vgg, trainable.ema, accelerator.device
+    torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
+    model, optimizer = distribute(accelerator, vgg, trainable.optimizer)
     model.train()
     if ema is not None:
         accelerator.prepare_model(ema.network, evaluation_mode=True)
-    fp16 = accelerator.scaler is not None
     pixels = DeviceImages(dataset, dataset.train, config.model.image_size, device)
     tree = TreePlan(plan.micro_batches, ranks)
     gradients = GradientReducer(vgg.parameters(), tree, queue)
     gradients.attach()
+    flops = training_flops(config.model, dataset.num_classes)
     return Run(
         config=config,
         folder=folder,
@@ -114,6 +119,7 @@ def build(config: Config, folder: Path) -> Run:
         dataset=dataset,
         preprocessing=preprocessing,
         plan=plan,
+        global_batch_size=plan.global_batch_size,
         steps=plan.steps(config.train.epochs),
         loader=DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index),
         val_loader=EvalLoader(pixels, val_rows, config.eval.batch_size),
@@ -126,15 +132,11 @@ def build(config: Config, folder: Path) -> Run:
         sums=StepReducer(accelerator, tree, batch_norm_layers(vgg), queue),
         gradients=gradients,
         failed=torch.zeros((), dtype=torch.float32, device=device),
-        meter=meter,
-        clock=Clock(
-            plan.global_batch_size,
-            training_flops(config.model, dataset.num_classes),
-            *state.timed,
-        ),
+        meter=trainable.meter,
+        clock=Clock(plan.global_batch_size, flops, *state.timed),
         monitor=StepMonitor(
             lag=int(device.type == "cuda"),
-            fp16=fp16,
+            fp16=accelerator.scaler is not None,
             skipped=state.skipped,
             skipped_in_a_row=state.skipped_in_a_row,
         ),
@@ -145,12 +147,41 @@ def build(config: Config, folder: Path) -> Run:
     )
 
 
+def _build_trainable(
+    config: Config,
+    num_classes: int,
+    accelerator: "Accelerator",
+    ranks: Ranks,
+    queue: ExchangeQueue,
+) -> _Trainable:
+    vgg = build_vgg(config.model, num_classes, derive_seed(config.seed, "weights"))
+    place(vgg, accelerator, config)
+    optimizer = build_optimizer(vgg, config.optim, config.train.precision, ranks, queue)
+    ema = EMA(vgg, config.optim.ema_decay) if config.optim.ema_decay else None
+    return _Trainable(vgg, ema, optimizer, TrainMeter(accelerator.device))
+
+
+def _note_machine(
+    state: TrainState, accelerator: "Accelerator", config: Config, *, resumed: bool
+) -> list[str]:
+    """Records device and versions in the state, and returns what changed since the last launch."""
+    found = machines(accelerator)
+    threads = config.train.cpu_threads if accelerator.device.type == "cpu" else None
+    notes = environment.notes(found, state.machine if resumed else None, threads)
+    state.machine = found[0]
+    return notes
+
+
 def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> Dataset:
-    """Loads, unless told to stop. A rank that is takes the others along, once they are here."""
+    """Loads the dataset on every rank, unless a stop is requested on any of them.
+
+    Raises:
+        Preempted: a stop was requested; every rank raises it.
+    """
     entry = dataset = None
     try:
         with preemption.interruptible():
-            # Once a node: of a folder of images it asks for the size and time of every file.
+            # Once a node: the name depends on the size and time of every file.
             entry = cache_entry(config.data) if accelerator.is_local_main_process else None
     except Preempted:
         pass
@@ -160,22 +191,21 @@ def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> D
             if entry is not None:
                 dataset = load_dataset(config.data, entry)
     except Preempted:
-        with suppress(OSError):  # the others may decode for long yet, and look for this file
+        with suppress(OSError):  # other ranks may decode for minutes, and look for this file
             (folder / STOP_FILE).touch()
     if any_rank(accelerator, preemption.requested()):
         if accelerator.is_main_process:
             mark_stopped(folder, requeue=True)
         accelerator.end_training()  # gloo aborts a process that exits with its group still up
-        raise Preempted(
-            f"{preemption.stop_reason()}: stopped before the first step; nothing to save"
-        )
+        reason = preemption.stop_reason()
+        raise Preempted(f"{reason}: stopped before the first step; nothing to save")
     if not accelerator.is_main_process:
         preemption.stop_watching()
     assert dataset is not None
     return dataset
 
 
-def _keep(preprocessing: Preprocessing, folder: Path) -> None:
+def _write_preprocessing(preprocessing: Preprocessing, folder: Path) -> None:
     try:
         save_preprocessing(preprocessing, folder)
     except OSError as error:
@@ -215,15 +245,14 @@ def _newest(
 
 
 def _restore(
-    checkpoint: Checkpoint,
-    fresh: TrainState,
-    vgg: VGG,
-    ema: EMA | None,
-    optimizer: torch.optim.Optimizer,
-    meter: TrainMeter,
-    accelerator: "Accelerator",
+    checkpoint: Checkpoint, fresh: TrainState, trainable: _Trainable, accelerator: "Accelerator"
 ) -> TrainState:
-    state = TrainState.model_validate(checkpoint.progress)
+    """Loads a checkpoint into the parts of a run, and returns its progress.
+
+    Raises:
+        UserError: the data are not those of the checkpoint, or its tensors do not fit the config.
+    """
+    state, vgg, ema = TrainState.model_validate(checkpoint.progress), trainable.vgg, trainable.ema
     if state.data != fresh.data:
         raise UserError(
             f"checkpoint {checkpoint.name} was trained on other data than is there now: bring the"
@@ -232,14 +261,14 @@ def _restore(
     try:
         weights = safetensors.torch.load(checkpoint.model)
         tensors = safetensors.torch.load(checkpoint.state)
-        meter.sums.copy_(tensors.pop(METER))
+        trainable.meter.sums.copy_(tensors.pop(METER))
         if ema is not None:
             ema.network.load_state_dict(weights)
             ema.measured_at = state.step
             kept = [name for name in tensors if name.startswith(TRAINED)]
             weights = {name.removeprefix(TRAINED): tensors.pop(name) for name in kept}
         vgg.load_state_dict(weights)
-        load_optimizer_tensors(optimizer, _names(vgg), tensors)
+        load_optimizer_tensors(trainable.optimizer, parameter_names(vgg), tensors)
     except (SafetensorError, RuntimeError, KeyError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(
@@ -252,7 +281,10 @@ def _restore(
 
 
 def _digest(dataset: Dataset) -> str:
-    """Of the labels, and of the pixels' exact moments, which hardly any change of them leaves."""
+    """Returns the SHA-256 of labels, class names, and per-channel mean and standard deviation.
+
+    Cheap, and sensitive to almost any change of the pixels.
+    """
     digest = hashlib.sha256(repr((dataset.mean, dataset.std, dataset.class_names)).encode())
     for split in (dataset.train, dataset.test):
         if split is not None:

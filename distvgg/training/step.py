@@ -1,65 +1,125 @@
 """One optimizer step.
 
 Invariant: a step is a pure function of (config, data, weights, optimizer state, step number); the
-number of processes decides only where its micro-batches run.
+number of processes decides only where its micro-batches run. Nothing here needs a run folder: the
+same functions train, measure (`commands/bench.py`) and compute a micro-batch again (`diagnose.py`).
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from distvgg import preemption
+from distvgg.config import Config
 from distvgg.data.loader import MicroBatch
+from distvgg.distributed.step_sums import StepReducer
+from distvgg.models.ema import EMA
 from distvgg.optim.build import set_lr, skip_step_if
-from distvgg.training.state import Run
+from distvgg.training.meters import TrainMeter
+from distvgg.training.nan_monitor import StepMonitor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
-def train_step(run: Run, micro_batches: list[MicroBatch], lr: float) -> None:
-    """One optimizer step over this rank's micro-batches; gradients are summed over all.
+class GradientSum(Protocol):
+    """Sums the gradients that backward leaves, micro-batch by micro-batch."""
 
-    A step whose loss or gradient is not finite changes no weight, nor does any later one (in fp16,
-    which skips such steps by itself, a later one may); the host learns of it from `run.monitor`.
+    def finish(self) -> None:
+        """Gives each parameter its gradient, summed over all micro-batches of the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepParts:
+    """The parts of a run that a step works on.
+
+    Attributes:
+        model: the network with mixed precision and compilation.
+        ema: the moving average of its weights, or None.
+        failed: [] float32 on the device, 1 from the first non-finite step on.
+    """
+
+    config: Config
+    accelerator: "Accelerator"
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA | None
+    gradients: GradientSum
+    sums: StepReducer
+    meter: TrainMeter
+    monitor: StepMonitor
+    failed: Tensor
+    global_batch_size: int
+
+
+def train_step(parts: StepParts, step: int, micro_batches: Sequence[MicroBatch], lr: float) -> None:
+    """Takes one optimizer step.
+
+    A step whose loss or gradient is not finite changes no weight, nor does any later step. In fp16,
+    which skips such steps, a later step may. `parts.monitor` reports it to the host.
+
+    Args:
+        parts: what the step changes: weights, optimizer state, EMA, sums.
+        step: number of the step, from 0.
+        micro_batches: those of this rank, in order.
+        lr: learning rate of the step.
     """
     for batch in micro_batches:
-        torch.manual_seed(batch.dropout_seed)
-        logits = run.model(batch.images)
-        loss = summed_loss(run, logits, batch)
-        run.sums.add(batch.k, loss, logits, batch.hard_labels)
+        loss, logits = forward(parts.model, batch, parts.config.train.label_smoothing)
+        parts.sums.add(batch.k, loss, logits, batch.hard_labels)
         if batch is micro_batches[-1]:
-            run.sums.start(preemption.requested())
-        run.accelerator.backward(loss / run.plan.global_batch_size)
-    run.gradients.finish()
-    losses, hits, stop = run.sums.finish()
-    run.meter.add(losses.sum(), hits.sum(), run.plan.global_batch_size)
-    norm = clip_gradients(run)
-    run.monitor.push(run.state.step, losses, norm, stop)
-    if run.accelerator.scaler is None:  # which would skip the step by itself
-        run.failed.copy_(run.failed.bool() | ~torch.isfinite(losses.sum() + norm))
-        skip_step_if(run.optimizer, run.failed)
-    set_lr(run.optimizer, lr)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    if run.ema is not None:
-        run.ema.update(run.state.step)
+            parts.sums.start(preemption.requested())  # overlaps with the last backward
+        parts.accelerator.backward(loss / parts.global_batch_size)
+    parts.gradients.finish()
+    losses, correct, stop = parts.sums.finish()
+    parts.meter.add(losses.sum(), correct.sum(), parts.global_batch_size)
+    norm = clip_gradients(parts)
+    parts.monitor.push(step, losses, norm, stop)
+    if parts.accelerator.scaler is None:  # a scaler skips the step itself
+        parts.failed.copy_(parts.failed.bool() | ~torch.isfinite(losses.sum() + norm))
+        skip_step_if(parts.optimizer, parts.failed)
+    set_lr(parts.optimizer, lr)
+    parts.optimizer.step()
+    parts.optimizer.zero_grad()
+    if parts.ema is not None:
+        parts.ema.update(step)
 
 
-def summed_loss(run: Run, logits: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """Cross-entropy summed over a micro-batch; of mixed images that with either label, by share."""
+def forward(model: nn.Module, batch: MicroBatch, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """Runs a model on a micro-batch, with the batch's own dropout masks.
 
-    def with_labels(labels: torch.Tensor) -> torch.Tensor:
-        smoothing = run.config.train.label_smoothing
-        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    Returns:
+        The summed cross-entropy, and the logits [m, classes].
+    """
+    torch.manual_seed(batch.dropout_seed)
+    logits = model(batch.images)
+    return summed_loss(logits, batch, label_smoothing), logits
+
+
+def summed_loss(logits: Tensor, batch: MicroBatch, label_smoothing: float) -> Tensor:
+    """Computes the cross-entropy summed over a micro-batch.
+
+    With MixUp or CutMix: `lam * CE(labels) + (1 - lam) * CE(partner_labels)`.
+    """
+
+    def cross_entropy(labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
 
     if batch.partner_labels is None:
-        return with_labels(batch.labels)
-    share = batch.share
-    return share * with_labels(batch.labels) + (1 - share) * with_labels(batch.partner_labels)
+        return cross_entropy(batch.labels)
+    lam = batch.share
+    return lam * cross_entropy(batch.labels) + (1 - lam) * cross_entropy(batch.partner_labels)
 
 
-def clip_gradients(run: Run) -> torch.Tensor:
-    """The global gradient norm, before the clipping that the config asks for."""
-    run.accelerator.unscale_gradients()
-    parameters = list(run.model.parameters())
+def clip_gradients(parts: StepParts) -> Tensor:
+    """Clips the gradients if the config says so, and returns their norm before that."""
+    parts.accelerator.unscale_gradients()
+    parameters = list(parts.model.parameters())
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if run.config.optim.clip_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, run.config.optim.clip_norm, norm)
+    if (largest := parts.config.optim.clip_norm) is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return norm

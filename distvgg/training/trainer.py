@@ -1,8 +1,7 @@
-"""Training: take the steps of a run, measure, save, stop, finish.
+"""The training loop: steps, rows, validations, checkpoints, and the end of a run.
 
-Invariant: a step is a pure function of (config, data, weights, optimizer state, step number); the
-number of processes decides only where its micro-batches run, and neither rows nor validations nor
-checkpoints leave a trace in what follows. Progress is one integer.
+Invariant: neither rows nor validations nor checkpoints change what follows. Progress is one
+integer, the step.
 """
 
 import math
@@ -32,13 +31,15 @@ from distvgg.training.step import train_step
 
 
 def train(config: Config, run_dir: Path) -> Result:
-    """Trains a config in a run folder, from where the folder's newest sound checkpoint was; a run
-    that is finished already is only read.
+    """Trains a config in a run folder, from the folder's newest valid checkpoint on.
+
+    A finished run is only read.
 
     Raises:
         UserError: config, data, processes or run folder do not fit together.
-        RunError: the numbers ran away, another process died, or the result cannot be written.
-        Preempted: told to stop; what there was to save is saved.
+        RunError: the loss or a gradient is not finite, another process died, or the result cannot
+            be written.
+        Preempted: a stop was requested; a checkpoint is saved.
     """
     config = check_same_config(run_dir, config)
     if (earlier := read_result(run_dir)) is not None:
@@ -46,11 +47,9 @@ def train(config: Config, run_dir: Path) -> Result:
     preemption.watch_stop_file(run_dir / STOP_FILE)
     with clean_shutdown(), translate_peer_failure():
         run = build(config, run_dir)
-        if run.accelerator.is_main_process:  # accelerate's own print speaks once a node
-            print(
-                "\n".join([startup_banner(run), *(f"note: {note}" for note in run.notes)]),
-                flush=True,
-            )
+        if run.accelerator.is_main_process:  # accelerate's own print prints once a node
+            notes = [f"note: {note}" for note in run.notes]
+            print("\n".join([startup_banner(run), *notes]), flush=True)
         state = run.state
         tracking = Tracking(
             run.accelerator, run.config, run_dir, run.steps, state.step, state.metrics
@@ -63,15 +62,16 @@ def train(config: Config, run_dir: Path) -> Result:
             raise RunError(diagnose(run, failure)) from None
         finally:
             if run.checkpoints is not None and run.lock is not None:
-                run.checkpoints.wait()  # whoever takes the folder next must find it still
+                run.checkpoints.wait()  # finish writing before releasing the lock
                 os.close(run.lock)
 
 
 def fit(run: Run, tracking: Tracking) -> Result:
-    """Takes the steps that are left, with rows, validations and checkpoints when they are due."""
+    """Takes the remaining steps, with rows, validations and checkpoints when they are due."""
     config, state = run.config, run.state
     warmup = warmup_steps(run)
     while True:
+        # Before the step, so that a resumed run first does what was due when it stopped.
         if validation_due(run):
             validate(run, tracking)
         if checkpoint_due(run):
@@ -85,7 +85,7 @@ def fit(run: Run, tracking: Tracking) -> Result:
         with run.clock.waiting_for_data():
             micro_batches = run.loader.micro_batches(state.step)
         lr = lr_at(state.step, config.optim, run.steps, warmup)
-        train_step(run, micro_batches, lr)
+        train_step(run, state.step, micro_batches, lr)
         state.step += 1
         run.clock.step_done()
         tracking.step_done()
@@ -98,7 +98,7 @@ def fit(run: Run, tracking: Tracking) -> Result:
 
 
 def train_row(run: Run, lr: float) -> metrics.Row:
-    """The row of training metrics since the last."""
+    """Returns the row of training metrics since the previous one."""
     row = step_fields(run) | run.meter.read()
     row |= {metrics.TRAIN_LR: lr, metrics.TRAIN_GRAD_NORM: run.monitor.grad_norm}
     if run.accelerator.scaler is not None:
@@ -107,8 +107,8 @@ def train_row(run: Run, lr: float) -> metrics.Row:
 
 
 def validate(run: Run, tracking: Tracking) -> None:
-    """Measures the validation split, and notes whether it is the best so far."""
-    run.monitor.drain()  # the steps' own time, on a device that is behind
+    """Measures the validation split, and records it if it is the best so far."""
+    run.monitor.drain()  # steps that the device still computes count as training time
     with run.clock.paused():
         val = measure(run, run.val_loader).row
         tracking.log(step_fields(run) | add_prefix("val", val))
@@ -119,16 +119,16 @@ def validate(run: Run, tracking: Tracking) -> None:
 
 
 def measure(run: Run, loader: EvalLoader) -> Evaluation:
-    """Evaluates the network as it is now, over all ranks.
+    """Evaluates the network over all ranks.
 
     Raises:
-        Preempted: some rank was told to stop; all raise it.
+        Preempted: a stop was requested on some rank; every rank raises it.
     """
     run.monitor.drain()
-    agreement = StopConsensus(run.accelerator)
+    consensus = StopConsensus(run.accelerator)
 
-    def leave_if_asked() -> None:
-        if agreement.asked(preemption.requested()):
+    def leave_if_requested() -> None:
+        if consensus.asked(preemption.requested()):
             raise Preempted
 
     found = evaluate_over_ranks(
@@ -137,15 +137,18 @@ def measure(run: Run, loader: EvalLoader) -> Evaluation:
         loader,
         run.dataset,
         flip=run.config.eval.tta == "flip",
-        between=leave_if_asked,
+        between=leave_if_requested,
     )
-    agreement.close()
+    consensus.close()
     return found
 
 
 def save_checkpoint(run: Run, tracking: Tracking) -> None:
-    """Starts to save the run as it is after the last step: the main process, in the background."""
-    run.monitor.drain()  # on all ranks alike: what is not finite is not saved
+    """Starts to save the run after its last step, on the main process, in the background.
+
+    A collective operation: every rank must call it.
+    """
+    run.monitor.drain()  # on all ranks, so that none saves a step that is not finite
     state, scaler = run.state, run.accelerator.scaler
     state.saved, state.timed = state.step, run.clock.totals()
     state.skipped, state.skipped_in_a_row = run.monitor.skipped, run.monitor.skipped_in_a_row
@@ -167,13 +170,16 @@ def save_checkpoint(run: Run, tracking: Tracking) -> None:
 
 
 def stop_early(run: Run, tracking: Tracking) -> str:
-    """Saves, leaves the marker that there is more to do, and says so in a line.
+    """Saves a checkpoint and the marker REQUEUE.
+
+    Returns:
+        A line for the user.
 
     Raises:
         RunError: the checkpoint could not be written; there is no marker then.
     """
-    synchronized_eval_model(run)  # where it has to be measured, all ranks do
-    preemption.ignore()  # nothing waits for another rank from here on, and some leave before others
+    synchronized_eval_model(run)  # collective; no rank waits for another after this
+    preemption.ignore()
     state, checkpoints = run.state, run.checkpoints
     at = f"{preemption.stop_reason()}: stopped after step {state.step} of {run.steps}"
     if checkpoints is not None:
@@ -192,11 +198,11 @@ def stop_early(run: Run, tracking: Tracking) -> str:
 
 
 def finish(run: Run, tracking: Tracking) -> Result:
-    """Reads test once, if at all, then writes the weights, the confusion matrix and the result.
+    """Measures test once, if the config says so, and writes weights, confusion matrix and result.
 
     Raises:
         RunError: they cannot be written.
-        Preempted: told to stop.
+        Preempted: a stop was requested.
     """
     state, test = run.state, None
     if run.config.eval.test and run.dataset.test is not None:
@@ -205,11 +211,11 @@ def finish(run: Run, tracking: Tracking) -> Result:
         final = measure(run, EvalLoader(pixels, None, run.config.eval.batch_size))
         test = final.row
         tracking.log(step_fields(run) | add_prefix("test", test))
-    else:  # the last validation once more, whose matrix a start after it would not have
+    else:  # again, because the confusion matrix is not in a checkpoint
         final = measure(run, run.val_loader)
     kept = synchronized_eval_model(run)
     confusion = Confusion.of(run.dataset, "val" if test is None else "test", final.confusion)
-    preemption.ignore()  # nothing waits for another rank from here on, and some leave before others
+    preemption.ignore()  # no rank waits for another after this
     result = Result.of(
         run.config,
         run.dataset,
@@ -243,31 +249,30 @@ def finish(run: Run, tracking: Tracking) -> Result:
 
 
 def step_fields(run: Run) -> metrics.Row:
-    """What every row begins with."""
+    """Returns the fields that every row begins with."""
     return {metrics.STEP: run.state.step, metrics.EPOCH: run.plan.epoch(run.state.step)}
 
 
 def checkpoint_due(run: Run) -> bool:
-    """Whether to save now: at the cadence, at the end, and where validation was the best so far."""
+    """Returns True at the interval, at the end, and where validation was the best so far."""
     state, every = run.state, run.config.checkpoint.every_steps
     best = state.best_step == state.step
     return state.step > state.saved and (best or due(state.step, every or run.steps, run.steps))
 
 
 def validation_due(run: Run) -> bool:
-    """Whether to validate now, also where that was cut short before."""
+    """Returns True where a validation is due, also one that an earlier launch did not finish."""
     state, every = run.state, run.config.eval.every_epochs
     return state.step > state.validated and evaluation_due(state.step, every, run.plan, run.steps)
 
 
 def due(step: int, every: int, total: int) -> bool:
-    """Whether something done every so many steps, and at the end, is due after `step` steps."""
+    """Returns True after every `every` steps, and at the end."""
     return step % every == 0 or step == total
 
 
 def evaluation_due(step: int, every_epochs: float, plan: BatchPlan, total: int) -> bool:
-    """Whether to validate after `step` steps: where a multiple of `every_epochs` has just been
-    passed, and at the end."""
+    """Returns True where step `step` passed a multiple of `every_epochs`, and at the end."""
 
     def passed(steps: int) -> int:
         # The rounding error of a fraction such as 0.1 must not cost a step: as in BatchPlan.steps.
@@ -277,12 +282,12 @@ def evaluation_due(step: int, every_epochs: float, plan: BatchPlan, total: int) 
 
 
 def add_prefix(split: str, row: metrics.Row) -> metrics.Row:
-    """A split's metrics by the names that they have in rows."""
+    """Returns a split's metrics under the names that they have in rows."""
     return {f"{split}/{name}": value for name, value in row.items()}
 
 
 def startup_banner(run: Run) -> str:
-    """What is about to run, in a line or two."""
+    """Returns the lines that describe a run at its start."""
     model, plan, accelerator = run.config.model, run.plan, run.accelerator
     size = sum(p.numel() for p in run.vgg.parameters()) / 1e6
     name = f"VGG-{model.depth}{'-BN' if model.batch_norm else ''}"

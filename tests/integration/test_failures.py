@@ -77,12 +77,12 @@ def test_a_step_that_failed_changes_no_weight_nor_does_any_later_one(tmp_path: P
     from distvgg.training.step import train_step
 
     run = build(tiny(), tmp_path / "run")
-    train_step(run, run.loader.micro_batches(0), lr=0.1)
+    train_step(run, 0, run.loader.micro_batches(0), lr=0.1)
     before = {k: v.clone() for k, v in run.vgg.named_parameters()}
     batches = run.loader.micro_batches(1)
     batches[3] = batches[3]._replace(images=batches[3].images * torch.inf)
-    train_step(run, batches, lr=0.1)
-    train_step(run, run.loader.micro_batches(2), lr=0.1)  # the host may be a step late
+    train_step(run, 1, batches, lr=0.1)
+    train_step(run, 2, run.loader.micro_batches(2), lr=0.1)  # the host may be a step late
     for name, value in run.vgg.named_parameters():
         assert torch.equal(value, before[name]), name
     with pytest.raises(NonFiniteError):

@@ -52,7 +52,7 @@ def test_a_step_equals_a_plain_loop(tmp_path: Path) -> None:
     for step in range(4):
         micro_batches = run.loader.micro_batches(step)
         lr = lr_at(step, config.optim, 100, 10)
-        train_step(run, micro_batches, lr)
+        train_step(run, step, micro_batches, lr)
         run.monitor.drain()
         loss = run.meter.read()["train/loss"]
 
@@ -111,7 +111,7 @@ def test_mixed_labels_are_a_soft_target(tmp_path: Path) -> None:
                 loss += F.cross_entropy(logits, target, reduction="sum", label_smoothing=0.1).item()
                 larger = batch.labels if batch.share > 0.5 else batch.partner_labels
                 hits += (logits.argmax(1) == larger).sum().item()
-        train_step(run, micro_batches, lr=0.05)
+        train_step(run, step, micro_batches, lr=0.05)
         run.monitor.drain()
         row = run.meter.read()
         assert row["train/loss"] == pytest.approx(loss / 64, rel=1e-5)

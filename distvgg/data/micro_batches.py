@@ -1,0 +1,20 @@
+"""The interface of whatever supplies micro-batches: device-resident, streamed or replayed data."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from distvgg.data.loader import MicroBatch
+
+
+class MicroBatchSource(Protocol):
+    """Supplies the micro-batches of a rank.
+
+    Invariant: a micro-batch is a pure function of `(config, data, step, k)`.
+    """
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """Returns the rank's micro-batches of a step, in order."""
+
+    def rows(self, step: int, k: int) -> Tensor:
+        """Returns the sample indices of micro-batch `k` of a step, on any rank: [m] int64."""
