@@ -1,5 +1,4 @@
-"""The least that a training of VGG-16 over accelerate has to start: what `benchmarks.startup`
-measures distvgg's own start against.
+"""Minimal start of a VGG-16 training with accelerate: the baseline of `benchmarks.startup`.
 
     python -m benchmarks.bare_start [--step] [--width 1.0] [--precision bf16]
 

@@ -1,5 +1,7 @@
-"""What the training step is compared with: the same network, optimizer and arithmetic in plain
-loops of torch's, on one fixed batch without a loader, or behind a DataLoader.
+"""Plain torch loops that the training step is compared with.
+
+They have the same network, optimizer and arithmetic. They run on one fixed batch without a loader,
+or behind a DataLoader.
 
 Invariant: a loop is a function that takes one step; nothing in it waits for the device.
 """
@@ -29,7 +31,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
 def cudnn(*, deterministic: bool) -> None:
-    """Lets cuDNN take reproducible kernels as `distributed.start` does, or the fastest it finds."""
+    """Lets cuDNN take reproducible kernels, as `process_group.start` does, or the fastest ones."""
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
 
@@ -37,10 +39,9 @@ def cudnn(*, deterministic: bool) -> None:
 def fixed_batch(
     config: Config, num_classes: int, device: torch.device, *, mode: str | None = None
 ) -> Step:
-    """Forward, backward and optimizer on one micro-batch of the config's size, which stays.
+    """Returns forward, backward and optimizer on one fixed micro-batch of the config's size.
 
-    Args:
-        mode: of torch.compile; None runs eagerly.
+    `mode` is that of torch.compile; with None the model runs eagerly.
     """
     model = network(config, num_classes, device)
     n, side = config.train.micro_batch_size, config.model.image_size
@@ -69,8 +70,11 @@ def captured(step: Step) -> Step:
 
 @dataclass(frozen=True)
 class Replay:
-    """A captured step. The graph's kernels go by addresses and keep nothing alive: the step holds
-    the weights and images that lie there, which others would be given otherwise."""
+    """A captured step.
+
+    The graph's kernels use memory addresses and keep no tensor alive. The step holds the weights
+    and images at these addresses; otherwise the memory would be reused.
+    """
 
     graph: torch.cuda.CUDAGraph
     step: Step
@@ -80,8 +84,11 @@ class Replay:
 
 
 def data_loader(config: Config, arrays: Arrays, device: torch.device, workers: int) -> Step:
-    """The loop that most CIFAR repositories have: PIL and torchvision's transforms in `workers`
-    processes, pinned memory, a copy that does not block."""
+    """Returns a step of the loop that most CIFAR repositories have.
+
+    PIL and torchvision's transforms run in `workers` processes. Memory is pinned, and the copy does
+    not block.
+    """
     model = network(config, arrays.num_classes, device)
     update = updater(config, model, model, device)
     loader = DataLoader(
@@ -136,10 +143,9 @@ def network(config: Config, num_classes: int, device: torch.device) -> VGG:
 def updater(
     config: Config, model: VGG, runs: Callable[[Tensor], Tensor], device: torch.device
 ) -> Callable[[Tensor, Tensor], None]:
-    """One step on (images, labels) under autocast in the config's precision.
+    """Returns one step on (images, labels) under autocast in the config's precision.
 
-    Args:
-        runs: `model`, or what torch.compile made of it.
+    `runs` is `model`, or the result of torch.compile on `model`.
     """
     dtype = _DTYPES[resolve_precision(config.train.precision, device)]
     optimizer = build_optimizer(model, config.optim)

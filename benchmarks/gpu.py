@@ -423,8 +423,11 @@ def traffic_of(run: Run, place: str, steps: int) -> Findings:
 
 
 def windows(plan: BatchPlan, epoch: int, steps: int) -> dict[str, int]:
-    """The first of `steps` steps that lie within an epoch, and of as many in whose middle it ends:
-    then the next epoch is drawn, whose draws are not on the device yet."""
+    """Returns the first step of two windows of `steps` steps.
+
+    One window lies within an epoch. In the middle of the other, the epoch ends and the next one is
+    drawn, whose augmentation parameters are not on the device yet.
+    """
     begin, end = (e * plan.n_samples // plan.global_batch_size for e in (epoch, epoch + 1))
     assert end - begin > 2 * (WARMUP + steps), f"{plan.n_samples} images are too few"
     return {"within an epoch": begin + 2 + WARMUP, "across its end": end - steps // 2}
@@ -455,10 +458,11 @@ def device_events(step: Step, steps: int, device: torch.device) -> list[dict[str
 
 
 def traffic(events: Sequence[Mapping[str, Any]], steps: int) -> Findings:
-    """Kernels, copies and their bytes a step, and the share of time in which the device worked.
+    """Computes kernels, copies and their bytes a step, and the share of time the device was busy.
 
     Args:
         events: in the format of chrome://tracing, times in microseconds.
+        steps: number of steps that `events` cover.
     """
     work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     found: Findings = {"kernels": sum(e["cat"] == "kernel" for e in work) / steps}
@@ -474,8 +478,11 @@ def traffic(events: Sequence[Mapping[str, Any]], steps: int) -> Findings:
 
 
 def host_sync(step: Step, steps: int, device: torch.device) -> str | None:
-    """Where a step first makes the host wait for the device: `file:line`, or "no". None where
-    there is no GPU to wait for."""
+    """Finds the first place where a step makes the host wait for the device.
+
+    Returns:
+        `file:line`, or "no"; None without a GPU.
+    """
     if device.type != "cuda":
         return None
     try:
@@ -493,8 +500,10 @@ def host_sync(step: Step, steps: int, device: torch.device) -> str | None:
 
 @contextmanager
 def no_host_sync() -> Iterator[None]:
-    """Turns operations that make the host wait for the device into a RuntimeError. Waiting for an
-    event, which is how the outcome of an earlier step is read, is none."""
+    """Turns operations that make the host wait for the device into a RuntimeError.
+
+    Waiting for an event is allowed; the result of an earlier step is read that way.
+    """
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -551,8 +560,10 @@ def until_printed(program: str) -> float:
 
 
 def until_first_row(setting: Setting, *words: str, env: Mapping[str, str] | None = None) -> float:
-    """Seconds until a training has written the row of its first step. Without a cache of its own in
-    `env`, nothing that was compiled before is found."""
+    """Measures the seconds until a training has written the row of its first step.
+
+    Unless `env` sets a kernel cache, no kernel that was compiled before is found.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         env = env or {"TORCHINDUCTOR_CACHE_DIR": f"{temporary}/kernels"}
         training = Training(setting, Path(temporary), *words, "--track.every_steps", "1", env=env)

@@ -185,8 +185,10 @@ def data_loader(
 
 
 def images_per_sec(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> float:
-    """How fast batches of (images, labels) come, the device's work included. Each is touched: one
-    value of it is read on the device."""
+    """Measures the rate of batches of (images, labels), including the device's work.
+
+    One value of each batch is read on the device.
+    """
     count, touched = 0, torch.zeros((), device=device)
     began = perf_counter()
     for images, labels in batches:

@@ -124,8 +124,10 @@ def repository(job: Job) -> Steps:
 
 
 def accelerate_example(job: Job) -> Steps:
-    """As accelerate's image classification examples: everything prepared, normalised on the
-    device, the loss kept there."""
+    """Trains as accelerate's image classification examples do.
+
+    Everything is prepared; images are normalised on the device, and the loss is kept there.
+    """
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision=job.config.train.precision)
@@ -149,8 +151,11 @@ def accelerate_example(job: Job) -> Steps:
 
 
 def tuned_torch(job: Job) -> Steps:
-    """Torch alone, with what its performance guides advise: channels_last under autocast, bytes
-    from persistent workers through pinned memory, a fused optimizer, no host synchronisation."""
+    """Trains with torch alone, as its performance guides advise.
+
+    It uses channels_last under autocast, bytes from persistent workers through pinned memory, and a
+    fused optimizer. There is no host synchronisation.
+    """
     device, data = device_here(), TrainImages(job.config)
     torch.backends.cudnn.benchmark = True
     data.transform = transforms.Compose([*crop_and_flip(job), transforms.PILToTensor()])
@@ -180,8 +185,11 @@ def tuned_torch_and_memory(job: Job) -> Steps:
 
 
 def timm_train(job: Job) -> Steps:
-    """timm's loader, prefetcher and optimizer, and the step of its training script with --amp and
-    --channels-last. Its crops are resized, its colours left alone."""
+    """Trains with timm's loader, prefetcher and optimizer.
+
+    The step is that of timm's training script with --amp and --channels-last. Crops are resized;
+    colours are unchanged.
+    """
     from timm.data.loader import create_loader
     from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
     from timm.utils.metrics import AverageMeter
@@ -247,11 +255,9 @@ def plain_step(
     labels: Tensor,
     job: Job,
 ) -> None:
-    """Forward and backward in as many parts as the job says, then the optimizer.
+    """Runs forward and backward in parts of the job's size, then the optimizer.
 
-    Args:
-        images: [n, 3, side, side] float32, normalised, NHWC in memory.
-        labels: [n] int64.
+    `images` are [n, 3, side, side] float32, normalised, NHWC in memory; `labels` are [n] int64.
     """
     parts = (torch.split(tensor, job.forward_size) for tensor in (images, labels))
     for part, target in zip(*parts, strict=True):
@@ -263,8 +269,10 @@ def plain_step(
 
 
 class TrainImages(Dataset[tuple[Any, int]]):
-    """The train split, one PIL image at a time through `transform`, as torchvision's CIFAR100
-    hands it over; from the decoded cache."""
+    """The train split from the decoded cache, in the form of torchvision's CIFAR100.
+
+    Each PIL image passes through `transform` by itself.
+    """
 
     def __init__(self, config: Config) -> None:
         dataset = load_dataset(config.data)
@@ -358,11 +366,13 @@ def in_own_process(loop: Callable[[Job], Steps], job: Job, warmup: int, steps: i
 
 
 def distvgg(config: Config, processes: int, steps: int) -> float:
-    """Images/s of a training by the project's launcher: its second row, of `steps` optimizer steps.
-    The first row is the warm-up. Then the run is told to stop.
+    """Measures images/s of a training by the project's launcher, from its second row.
+
+    A row covers `steps` optimizer steps; the first one is the warm-up. After the second row, the
+    run gets a stop request.
 
     Raises:
-        RunError: it ended before, or badly.
+        RunError: the training ended too early, or failed.
     """
     config = config.replace(
         track__wandb=False,
@@ -498,8 +508,10 @@ def main() -> int:
 
 
 def configured(path: str | None, device: torch.device, *, quick: bool) -> Config:
-    """The `fast` recipe as its peers train, its precision settled; narrow and on synthetic images
-    to be quick."""
+    """Returns the `fast` recipe as its peers train it, with its precision resolved.
+
+    With `quick`, the network is narrow and the images are synthetic.
+    """
     precision = "bf16" if resolve_precision("auto", device) == "bf16" else "no"
     overrides: dict[str, Any] = PLAIN | {"train.precision": precision}
     if path is not None:
@@ -510,8 +522,11 @@ def configured(path: str | None, device: torch.device, *, quick: bool) -> Config
 
 
 def row(name: str, case: Case, samples: measure.Samples) -> dict[str, Any]:
-    """What was found of a case; ratios where distvgg was measured as well, both ways round, since a
-    small one has few digits."""
+    """Returns the findings of a case.
+
+    If distvgg was measured too, they include its ratio in both directions, since a small ratio has
+    few digits.
+    """
     found: dict[str, Any] = {
         "name": name,
         "label": case.label,

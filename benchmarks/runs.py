@@ -1,8 +1,7 @@
-"""Real trainings for benchmarks to watch: started as a user starts them, in processes of their own,
-looked at from outside.
+"""Real trainings in their own processes, started as a user starts them and watched from outside.
 
-Invariant: what is measured is the program itself, by the files that it leaves and by what the
-kernel knows of its processes; and no process outlives the block that started it.
+Invariant: benchmarks measure the program itself, by the files that it writes and by what the kernel
+knows of its processes. No process outlives the block that started it.
 """
 
 import json
@@ -37,7 +36,7 @@ PLAIN: dict[str, Any] = {
     "augment.cutmix_alpha": 0,
 }
 POLL = 0.002  # seconds: of what is timed here, seconds long, it is a thousandth
-MAX_SKIPPED_STEPS = 600.0  # seconds for a row to come
+ROW_TIMEOUT = 600.0  # seconds for a row to come
 
 
 def words_of(overrides: Mapping[str, Any]) -> list[str]:
@@ -47,8 +46,11 @@ def words_of(overrides: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Training:
-    """A training under way. `began` is when its first process was started, by
-    `time.perf_counter`."""
+    """A training under way.
+
+    Attributes:
+        began: start of its first process, by `time.perf_counter`.
+    """
 
     folder: Path
     process: "subprocess.Popen[bytes]"
@@ -67,7 +69,7 @@ class Training:
         Raises:
             SystemExit: the training ended before, or the row does not come.
         """
-        end = time.monotonic() + MAX_SKIPPED_STEPS
+        end = time.monotonic() + ROW_TIMEOUT
         while not ((rows := self.rows()) and rows[-1][STEP] >= step):
             if self.process.poll() is not None or time.monotonic() > end:
                 raise SystemExit(f"no row of step {step}:\n{self.log.read_text()}")
@@ -85,11 +87,12 @@ class Training:
 def training(
     words: Sequence[str], processes: int = 1, env: Mapping[str, str] | None = None
 ) -> Iterator[Training]:
-    """Starts `distvgg train WORDS` in a folder of its own; tells it to stop when the block ends.
+    """Starts `distvgg train WORDS` in its own folder; requests a stop when the block ends.
 
     Args:
         words: recipe and options, without --run-dir.
         processes: more than one start under `accelerate launch`.
+        env: variables to add to the environment.
     """
     launcher = [
         *("-m", "accelerate.commands.launch", "--num_processes", str(processes)),
@@ -113,7 +116,7 @@ def training(
         try:
             yield Training(folder, process, began, log)
             (folder / STOP_FILE).touch()
-            process.wait(MAX_SKIPPED_STEPS)
+            process.wait(ROW_TIMEOUT)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

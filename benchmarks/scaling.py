@@ -210,8 +210,10 @@ def pool(runs: list[Any]) -> Times:
 
 
 def gloo(runs: list[Any]) -> Fabric:
-    """Two processes' links, by equation 3: latency from the small exchange, bandwidth from what
-    the large one takes longer."""
+    """Computes the links of two processes by equation 3.
+
+    Latency follows from the small exchange, and bandwidth from the extra time of the large one.
+    """
     small, large = (statistics.median(run[size] for run in runs) for size in ("small", "large"))
     hop = small / 2
     link = Link(LARGE / (large - small), ring_hop=hop, tree_hop=hop, hop=hop, post=0.0)
@@ -219,9 +221,12 @@ def gloo(runs: list[Any]) -> Fabric:
 
 
 def by_levels(config: Config, images_per_sec: float = 20_000) -> list[list[str]]:
-    """By GPUs and the radices of the exchange: ms that the gradients take in one piece, with
-    nothing beside, and in brackets ms of a step in which a rank only waits for others' sums, Muon's
-    results among them. Four micro-batches of the recipe a step."""
+    """Returns predicted times of the exchange in ms, by number of GPUs and by radices.
+
+    A cell has the time of all gradients in one piece, with nothing else running. In brackets is the
+    time of a step in which a rank only waits for other ranks' sums, Muon's results included. A step
+    has four micro-batches of the recipe.
+    """
     job = describe_workload(config)
     options = BenchOptions(gpu="h100", images_per_sec=images_per_sec)
     setup = Setup(job, gpu_spec(options, job, MANY), interconnect(options))

@@ -96,8 +96,11 @@ def _train(recipe: str, overrides: Overrides, folder: Path, jobs: int) -> Result
 
 
 def summary(plan: Search, results: dict[tuple[str, int], Result]) -> str:
-    """A row for each case: validation top-1 over seeds, and the difference to the baseline's at the
-    same seeds with its 95% interval (Student's t)."""
+    """Returns a table with a row for each case.
+
+    A row has validation top-1 over seeds, and the difference to the baseline at the same seeds with
+    its 95% interval (Student's t).
+    """
     baseline = next(iter(plan.cases))
     rows = []
     for name in plan.cases:

@@ -46,7 +46,7 @@ HELPS = {"--help": ["--help"], "train fast --help": ["train", "fast", "--help"]}
 NARROW = ("--model.width", "0.05", "--train.precision", "no")
 # What starts torch._dynamo is any optimizer (torch 2.14): told apart from the rest of torch.
 DYNAMO = "torch._dynamo"
-LOAD = "from distvgg.cli import resolve; from distvgg.data import load_dataset; import sys;"
+LOAD = "from distvgg.cli import resolve; from distvgg.data.cache import load_dataset; import sys;"
 LOAD += "load_dataset(resolve(sys.argv[1:])[1].data)"
 
 
@@ -151,8 +151,10 @@ def bare_start(words: Sequence[str]) -> tuple[float, float]:
 
 
 def imports(words: Sequence[str]) -> dict[str, float]:
-    """Milliseconds of importing, by package, of a training's first step. The interpreter's own
-    watch: it slows what it measures."""
+    """Measures milliseconds of imports by package, until a training's first step.
+
+    The interpreter's own profiler measures them; it slows the imports.
+    """
     env = {"PYTHONPROFILEIMPORTTIME": "1"}
     words = [*words, "--track.wandb", "false", "--track.every_steps", "1"]
     with training(words, env=env) as started:
@@ -165,8 +167,10 @@ def imports(words: Sequence[str]) -> dict[str, float]:
 
 
 def by_package(text: str, most: int = 8) -> dict[str, float]:
-    """What `-X importtime` wrote -> milliseconds by top-level package, largest first. What
-    torch._dynamo brings along is counted as its own, whoever wrote it."""
+    """Parses the output of `-X importtime` to milliseconds by top-level package, largest first.
+
+    All modules that torch._dynamo imports count as torch._dynamo, whatever their package.
+    """
     line = r"^import time: +(\d+) \| +\d+ \|( +)(\S+)$"
     spent: Counter[str] = Counter()
     dynamo: int | None = None  # how deep below it we are
@@ -225,8 +229,11 @@ def decode(words: Sequence[str], counts: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def fill(cache: Path, words: Sequence[str], processes: int) -> list[float]:
-    """Loads a dataset through a cache in processes that start together; the processor seconds of
-    each, its threads and children included."""
+    """Loads a dataset through a cache in processes that start together.
+
+    Returns:
+        Processor seconds of each process, including its threads and children.
+    """
     started = [
         subprocess.Popen(
             [sys.executable, "-c", LOAD, *words],
@@ -261,8 +268,10 @@ def memory(words: Sequence[str], counts: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def mapped(words: Sequence[str], processes: int) -> dict[str, Any]:
-    """Mebibytes of the cache's images, and of their pages in each process after an epoch:
-    proportional (`pss`), and all that it has mapped (`rss`)."""
+    """Measures the cache's images, and their pages in each process after an epoch, in MiB.
+
+    Pages are counted proportionally (`pss`), and as all that a process has mapped (`rss`).
+    """
     entry = cache_entry(config_of(words).data)
     images = list(entry.glob("*_images.npy"))
     words = [*words, *NARROW, "--track.wandb", "false", "--track.every_steps", "20"]

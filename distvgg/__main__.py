@@ -6,16 +6,19 @@ from typing import NoReturn
 from distvgg import preemption
 
 if sys.argv[1:2] == ["train"]:
-    preemption.install()  # before the slow imports: a signal that comes now must not kill
+    preemption.install()  # before the slow imports, during which a signal must not kill the process
 
 from distvgg import environment
 from distvgg.cli import main
 
 
 def leave(code: int) -> NoReturn:
-    """Ends one of several processes as `sys.exit` does, exit handlers included, but does not take
-    the interpreter and its libraries down. There, on busy cores once in some fifty times, a thread
-    of C++ that nobody joined aborts a process that has saved everything (gloo, torch 2.14)."""
+    """Ends one of several processes after its exit handlers, without tearing down the interpreter.
+
+    During the teardown of the interpreter and its libraries, an unjoined C++ thread can abort a
+    process that has saved everything. On busy cores this happened about once in fifty exits (gloo,
+    torch 2.14).
+    """
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,9 +1,9 @@
-"""The command line: parse, build the config, call; no logic.
+"""The command line: parses words, builds the config and calls a command; contains no logic.
 
-tyro writes the help from the typed signatures below; what is typed is merged over the recipe and
-judged by pydantic in one place (`config.load`), so that a recipe and a command line get the same
-message for the same mistake. Invariant: nothing heavy is imported before it is needed, and a
-mistake of the user's is one line on the main process and exit code 2.
+tyro generates the help from the typed signatures below. Options are merged over the recipe and
+validated by pydantic in one place (`config.load`). A recipe and a command line therefore give the
+same message for the same mistake. Invariant: nothing heavy is imported before it is needed, and a
+user error is one line on the main process and exit code 2.
 """
 
 import functools
@@ -26,7 +26,7 @@ SPLITS: dict[str, SplitName] = {split: split for split in get_args(SplitName)}
 USAGE = """\
 usage: distvgg COMMAND ...
 
-  train RECIPE [--run-dir DIR] [--section.field VALUE ...]   again: goes on, or shows the result
+  train RECIPE [--run-dir DIR] [--section.field VALUE ...]   again: resumes, or shows the result
   evaluate RUN_DIR [--split test|val|train]                  its weights, or a checkpoint's
   compare RUN_DIR... [--out FILE]                            runs as one table, seeds averaged
   config RECIPE [--section.field VALUE ...]                  the whole config as YAML
@@ -40,7 +40,7 @@ Recipes: {recipes}; every field with its meaning: distvgg train RECIPE --help"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command of the command line; returns its exit code."""
+    """Runs one command of the command line and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["launch"]:
         of_train = words[words.index("--") + 1 :] if "--" in words else []
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if environment.rank() == 0:
         try:
             print(text, flush=True)
-        except BrokenPipeError:  # `| head` has read enough; at exit Python would flush once more
+        except BrokenPipeError:  # `| head` closed the pipe; at exit Python would flush again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(words: list[str]) -> str:
     positional, options = split_options(words)
     if "help" in options:
-        # A recipe's own values are shown as the defaults.
+        # The help shows the values of the recipe as defaults.
         _help(functools.partial(train, config=load(positional[0]) if positional else Config()))
     return train(*resolve(words))
 
@@ -175,13 +175,16 @@ def train(
     config: Annotated[Config, tyro.conf.arg(name="")],
     run_dir: Path | None = None,
 ) -> str:
-    """Train a recipe: the name of a packaged one, or the path of a YAML file (also a run's own
-    config.yaml). The same command again goes on where a run was cut off, to the same curve, and
-    shows one that is finished. SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C or a file STOP in the run folder
-    stop it after the step, with a checkpoint.
+    """Trains a recipe, or resumes its run.
+
+    The same command again resumes an interrupted run, to the same curve, and shows the result of a
+    finished run. SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C or a file STOP in the run folder stop a run
+    after the step, with a checkpoint.
 
     Args:
-        run_dir: folder of the run. None: runs/, a name made from the recipe and its values.
+        recipe: name of a packaged recipe, or path of a YAML file, such as the config.yaml of a run.
+        config: config of the run.
+        run_dir: folder of the run. None: a folder in runs/, named after the recipe and its values.
     """
     from distvgg.training.trainer import train
 
@@ -189,13 +192,14 @@ def train(
 
 
 def evaluate(run_dir: Annotated[Path, tyro.conf.Positional], split: SplitName = "test") -> str:
-    """Measure the weights of a finished run, or of a checkpoint, and name the classes that they
-    confuse most.
+    """Evaluates the weights of a finished run or of a checkpoint.
+
+    The output also lists the most frequently confused classes.
 
     Args:
         run_dir: folder of the run, or one of its checkpoints/step_*.
-        split: test, for the final weights of a finished run alone; val, the images held out of
-            train; or train, the images trained on, as they are.
+        split: test, only for the final weights of a finished run; val, the images held out of
+            train; or train, the images trained on, without augmentation.
     """
     from distvgg.commands.evaluate import evaluate_run
 
@@ -203,9 +207,11 @@ def evaluate(run_dir: Annotated[Path, tyro.conf.Positional], split: SplitName = 
 
 
 def compare(run_dirs: Annotated[list[Path], tyro.conf.Positional], out: Path | None = None) -> str:
-    """Compare runs in one table: what their configs differ in, accuracies, throughput and state,
-    with mean and standard deviation where they differ only in their seed. Works at any time, also
-    while runs are under way.
+    """Compares runs in one table.
+
+    The table has the config fields that differ, accuracies, throughput and state, with mean and
+    standard deviation over runs that differ only in their seed. The command works at any time, also
+    during runs.
 
     Args:
         run_dirs: folders of runs.
@@ -222,16 +228,21 @@ def doctor(
     run_dir: Path | None = None,
     prepare: Annotated[bool, tyro.conf.Suppress] = False,
 ) -> str:
-    """Check this machine and, with a recipe, the run that `train` would make of the same words:
-    devices, precision, processes, data, disk, trackers. A line each: ok, note, or fix with what to
-    do; exit code 1 if there is something to fix. `--prepare` (without a value) decodes the recipe's
-    data into the cache as well, for machines without a network that see the same DISTVGG_CACHE.
+    """Checks this machine and, with a recipe, the run that `train` would start with the same words.
+
+    The checks cover devices, precision, processes, data, disk and trackers. Each prints a line: ok,
+    note, or fix with what to do. The exit code is 1 if there is something to fix. `--prepare`
+    (without a value) also decodes the data of the recipe into the cache, for machines without a
+    network that see the same DISTVGG_CACHE.
 
     Args:
-        run_dir: folder of the run, as of train.
+        config: config of the run.
+        recipe: recipe of the run, as for train. None: check the machine only.
+        run_dir: folder of the run, as for train.
+        prepare: decode the data of the recipe into the cache.
     """
     if environment.rank():
-        return ""  # of several processes, the main one checks for all
+        return ""  # the main process checks for all processes
     from distvgg.commands.doctor import run_checks
 
     folder = run_dir or (Path("runs") if recipe is None else default_run_dir(recipe, config))
@@ -246,16 +257,20 @@ def sweep(
     tasks: int | None = None,
     run_dir: Path = Path("runs/sweep"),
 ) -> str:
-    """Check a sweep and list its combinations, or print the command line of one of them, a word in
-    each line. Further options of the form --section.field VALUE hold for all combinations.
-    launch/slurm_array.sbatch trains them.
+    """Checks a sweep and lists its combinations, or prints the command line of one combination.
+
+    The command line has one word per line. Further options of the form --section.field VALUE hold
+    for all combinations. launch/slurm_array.sbatch trains the combinations.
 
     Args:
-        sweep: FIELD=VALUE,VALUE,... and repeatable: all combinations, the last changing fastest.
-            Values of a field that is a list go in brackets: 'model.max_pools=[2,3],[1,2,3]'.
+        recipe: recipe of all runs, as for train.
+        sweep: FIELD=VALUE,VALUE,... The option can be repeated: all combinations are run, and the
+            last field changes fastest. Each value of a list field is in brackets, as in
+            'model.max_pools=[2,3],[1,2,3]'.
+        options: dotted field name -> value, for all combinations.
         task: number of one combination; without --sweep, the seed.
         tasks: size of the job array.
-        run_dir: folder of all runs; each is in a folder in it, named by its number.
+        run_dir: folder of all runs. Each run has a subfolder, named by its number.
     """
     from distvgg.commands.sweep import parse, words_of_task
 
@@ -275,10 +290,12 @@ def bench(
     recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE]")] = "fast",
     json: Annotated[bool, tyro.conf.Suppress] = False,
 ) -> str:
-    """Predict step time, throughput and efficiency on 1 to 1,024 GPUs from what one takes: measured
-    here in some ten seconds of real steps on synthetic images, or given by `--images_per_sec` or
-    `--gpu`. Links are assumed to be an H100's, unless given. `--json` (without a value) prints the
-    curves as JSON. The model is described in distvgg/distributed/cost_model.py.
+    """Predicts step time, throughput and efficiency on 1 to 1,024 GPUs from the speed of one GPU.
+
+    That speed is measured here, in about ten seconds of real steps on synthetic images, or given by
+    `--images_per_sec` or `--gpu`. Links are assumed to be those of `--gpu`, or of an H100, unless
+    given. `--json` (without a value) prints the curves as JSON. The model is described in
+    distvgg/distributed/cost_model.py.
     """
     from distvgg.commands.bench import bench
 
@@ -286,7 +303,7 @@ def bench(
 
 
 def _help(command: Callable[..., Any]) -> None:
-    """Prints what tyro makes of a command's signature, and exits."""
+    """Prints the help that tyro generates from a command's signature, and exits."""
     tyro.cli(
         command,
         prog=f"distvgg {getattr(command, 'func', command).__name__}",
@@ -297,9 +314,12 @@ def _help(command: Callable[..., Any]) -> None:
 
 
 def _complain(error: Exception, *, at_once: bool = False) -> None:
-    """Prints the line once. A mistake is found by all processes alike, so the main one speaks and
-    the launcher ends the others; one that is still there seconds later has a mistake of its own,
-    as has one that lost the others (`at_once`)."""
+    """Prints an error once, over all processes.
+
+    All processes usually find the same error. The main process then prints it, and the launcher
+    ends the other processes. A process that still exists after 30 seconds has found its own error
+    and prints it. A process that lost its peers prints the error immediately (`at_once`).
+    """
     if rank := environment.rank():
         if not at_once and preemption.wait(30):
             return

@@ -1,10 +1,10 @@
-"""What a run is: frozen, validated config models, from recipes and overrides, kept with the run.
+"""The config of a run: frozen, validated models, built from recipes and overrides.
 
-Owns every name that a user types in a recipe or on the command line, and every check that needs no
+Owns every name that a user types in a recipe or on the command line. Owns every check that needs no
 data and no process group. Invariant: a `Config` that exists is valid, never changes, and survives
-`to_yaml` -> `load` unchanged, so that the `config.yaml` of a run folder is itself a recipe.
+`to_yaml` -> `load` unchanged. The `config.yaml` of a run folder is therefore itself a recipe.
 
-Nothing here imports torch: a typing error costs a blink, not an import.
+Imports no torch, so that a mistyped option is reported without the time of that import.
 """
 
 import difflib
@@ -29,14 +29,14 @@ from distvgg.errors import UserError
 
 
 class FrozenModel(BaseModel):
-    """A part of a config: frozen, and closed to names that it does not have."""
+    """Base class of the parts of a config: frozen, rejects unknown names."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
 
-# A command line hands over text, which pydantic turns into numbers but not into Literal integers.
+# A command line passes text, which pydantic converts to numbers but not to Literal integers.
 _integer = BeforeValidator(lambda v: int(v) if isinstance(v, str) and v.strip().isdigit() else v)
 Depth = Annotated[Literal[11, 13, 16, 19], _integer]
 _list = BeforeValidator(
@@ -51,7 +51,7 @@ Stages = Annotated[
 _no = BeforeValidator(lambda v: "no" if v is False else v)
 Precision = Annotated[Literal["auto", "no", "fp16", "bf16"], _no]
 SplitName = Literal["test", "val", "train"]
-# What flip was before it had three values.
+# `flip` was a boolean before it had three values.
 _SWITCH = {True: "random", False: "no", "true": "random", "false": "no"}
 Flip = Annotated[
     Literal["no", "random", "alternating"],
@@ -61,22 +61,23 @@ TestTimeAugmentation = Annotated[Literal["no", "flip"], _no]
 
 
 class DataConfig(FrozenModel):
-    """Which images, and how they are split."""
+    """The dataset and its train/validation split."""
 
     name: Literal["cifar100", "cifar10", "synthetic", "custom"] = "cifar100"
-    """The dataset. `custom` takes any classes and image size from `data.path`."""
+    """The dataset. `custom` accepts any classes and image size, from `data.path`."""
     path: str | None = None
-    """A folder that `datasets.load_dataset` reads (Parquet or an image folder), or a hub id.
-    None: the dataset's own id on the hub."""
+    """A folder that `datasets.load_dataset` reads (Parquet or an image folder), or a hub id. None:
+    the dataset's own id on the hub."""
     val_size: int = Field(5000, ge=1)
-    """Images held out of the train split for validation, class by class."""
+    """Images held out of the train split for validation, stratified by class."""
     train_size: int | None = Field(None, ge=1)
-    """Train on a subset of this many images, stratified by class. None: all but validation."""
+    """Size of a training subset, stratified by class. None: all images except validation."""
     split_seed: int = Field(0, ge=0)
-    """Seed of the train/validation split, apart from `seed` so that seeds share one split."""
+    """Seed of the train/validation split. Separate from `seed`, so that all seeds share one
+    split."""
     resize: int | None = Field(None, ge=16)
-    """Store every image as a square of this side: shorter side resized, centre cropped. None:
-    images must have one shape already."""
+    """Side, in pixels, of the square images that are stored: shorter side resized, then centre
+    cropped. None: all images must have one shape already."""
 
     @model_validator(mode="after")
     def _path_fits_name(self) -> "DataConfig":
@@ -95,29 +96,30 @@ class ModelConfig(FrozenModel):
     depth: Depth = 16
     """Weight layers: 11, 13, 16 or 19."""
     batch_norm: bool = True
-    """BatchNorm after each convolution."""
+    """Use BatchNorm after each convolution."""
     width: float = Field(1.0, gt=0, le=16)
-    """Multiplies the channels of each convolution and the units of the head."""
+    """Factor on the channels of each convolution and on the units of the head."""
     head_width: int = Field(512, ge=1)
     """Units of the two hidden linear layers: 512 for CIFAR, 4096 in the paper."""
     max_pools: Stages = (1, 2, 3, 4, 5)
-    """Stages of convolutions that end in a max-pool, as in 2,3,4,5, or none: all five in the
-    paper. Each stage after one that is left out sees twice the grid: of an image of 32 pixels, the
-    fifth 4x4 in place of 2x2. VGG-16's arithmetic then grows 3.6 times without the first, 3.1
-    without the second, 2.2 without the third, 1.3 without the fourth."""
+    """Stages of convolutions that end in a max-pool, such as 2,3,4,5, or none. The paper has all
+    five. Each stage after an omitted max-pool has twice the grid side: with images of 32 pixels,
+    the fifth has 4x4 in place of 2x2. Without the first max-pool, VGG-16 needs 3.6 times the
+    operations; without the second 3.1, the third 2.2, the fourth 1.3 times."""
     pool_size: int = Field(1, ge=1, le=16)
     """Side of the grid that enters the head: 1 for CIFAR, 7 in the paper."""
     dropout: float = Field(0.5, ge=0, lt=1)
     """Dropout probability after the two hidden linear layers."""
     image_size: int = Field(32, ge=16, le=1024)
-    """Side, in pixels, at which images enter the network; resized on the device where the stored
-    images differ."""
+    """Side, in pixels, of the network input. Stored images of another size are resized on the
+    device."""
     init: Literal["he", "dirac"] = "he"
-    """Initial filters: he (He et al., 2015), or dirac (Zagoruyko and Komodakis, 2017), which passes
-    as many channels on unchanged as come in; filters beyond these are he."""
+    """Initial filters: he (He et al., 2015) or dirac (Zagoruyko and Komodakis, 2017). With dirac, a
+    layer copies its input channels to its first output channels; further filters are he."""
 
 
-# The values that mean what is done now (None: all of them), and why the field is gone.
+# Fields that were removed: the values that equal the current behaviour (None: any value), and the
+# reason for the removal.
 _TRAIN_FIELDS_OF_0_1: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "gradient_compression": (
         ("no", False),
@@ -129,35 +131,35 @@ _TRAIN_FIELDS_OF_0_1: dict[str, tuple[tuple[Any, ...] | None, str]] = {
 
 
 class TrainConfig(FrozenModel):
-    """How long, in what batches, in what arithmetic."""
+    """Length, batch sizes and arithmetic of the training."""
 
     epochs: float = Field(20.0, gt=0)
-    """Passes over the training split; a fraction is fine."""
+    """Passes over the training split; may be a fraction."""
     global_batch_size: int = Field(256, ge=1)
     """Images per optimizer step, over all processes."""
     micro_batch_size: int = Field(64, ge=1)
-    """Images per forward and backward, and the batch over which BatchNorm normalises: part of the
-    result's definition, unlike the number of processes."""
+    """Images per forward and backward, over which BatchNorm normalises. It is part of the
+    definition of the result, unlike the number of processes."""
     precision: Precision = "auto"
-    """Mixed precision. auto: what the launcher was given, else bf16 where the device is fast at it,
+    """Mixed precision. auto: the launcher's fp16 or bf16, else bf16 where the device is fast at it,
     else fp16 on a GPU, else no."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Label smoothing of the training loss (Szegedy et al., 2016, section 7)."""
     compile: bool = False
-    """torch.compile the model. Slower on a CPU."""
+    """Compile the model with torch.compile. Slower on a CPU."""
     cpu_threads: int = Field(1, ge=1)
     """Threads of each process on a CPU; without effect on a GPU. Kernels for another number of
-    threads add in another order: unlike the number of processes, this is part of the result's
-    definition, and OMP_NUM_THREADS does not reach it."""
+    threads add in another order. The number of threads is therefore part of the definition of the
+    result, unlike the number of processes. OMP_NUM_THREADS has no effect on it."""
     channels_last: bool = True
-    """NHWC memory order: 2.2 times faster than NCHW together with bf16 on a CPU."""
+    """Use NHWC memory order: with bf16 on a CPU, 2.2 times faster than NCHW."""
     detect_anomaly: bool = False
-    """Point at the operation that made a NaN in backward. Slow: for debugging."""
+    """Report the operation that produced a NaN in backward. Slow; for debugging."""
 
     @model_validator(mode="before")
     @classmethod
     def _drop_fields_of_0_1(cls, values: Any) -> Any:
-        """Accepts a field that is gone, where its value means what is done now."""
+        """Drops removed fields whose value equals the current behaviour."""
         if not isinstance(values, dict):
             return values
         for name, (off, why) in _TRAIN_FIELDS_OF_0_1.items():
@@ -180,34 +182,34 @@ class TrainConfig(FrozenModel):
 
 
 class OptimConfig(FrozenModel):
-    """The optimizer and its learning rate over the run."""
+    """The optimizer and its learning-rate schedule."""
 
     name: Literal["sgd", "adamw", "muon"] = "sgd"
-    """sgd takes `momentum` and `nesterov`; adamw takes its first beta from `momentum`; muon is Muon
-    for all filters and matrices but the last, and sgd for the rest."""
+    """sgd uses `momentum` and `nesterov`; adamw uses `momentum` as its first beta. muon is Muon for
+    all filters and matrices except the last, and sgd for the other parameters."""
     lr: float = Field(0.1, gt=0)
     """Peak learning rate, for the global batch."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of SGD, first beta of AdamW."""
     nesterov: bool = True
-    """Nesterov's momentum (SGD)."""
+    """Use Nesterov momentum (SGD)."""
     weight_decay: float = Field(5e-4, ge=0)
     """Weight decay."""
     decay_norm_and_bias: bool = True
     """Decay BatchNorm weights and all biases as well."""
     clip_norm: float | None = Field(None, gt=0)
-    """Clip the global gradient norm to this. None: no clipping."""
+    """Maximum global gradient norm. None: no clipping."""
     muon_lr: float = Field(0.04, gt=0)
     """Peak learning rate of Muon, relative to the size of the filters."""
     muon_momentum: float = Field(0.6, ge=0, lt=1)
-    """Momentum of Muon, Nesterov's."""
+    """Nesterov momentum of Muon."""
     muon_steps: int = Field(3, ge=1, le=10)
     """Newton-Schulz steps of Muon."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Decay in a step of a moving average of the weights, which is then what is evaluated and kept
-    as the result. 0: no average."""
+    """Decay per step of the exponential moving average (EMA) of the weights. The run evaluates the
+    EMA weights and keeps them as the result. 0: no EMA."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up: to zero, or not at all."""
+    """Decay of the learning rate after the warm-up. cosine and linear: to zero; constant: none."""
     warmup_epochs: float = Field(1.0, ge=0)
     """Epochs of linear warm-up from zero."""
 
@@ -219,65 +221,65 @@ class OptimConfig(FrozenModel):
 
 
 class AugmentConfig(FrozenModel):
-    """Random views of the training images; none at evaluation."""
+    """Random augmentation of the training images. Evaluation uses none."""
 
     crop_padding: int = Field(4, ge=0, le=64)
-    """DeviceImages of reflected border for the random crop. 0: no crop."""
+    """Pixels of reflected border for the random crop. 0: no crop."""
     flip: Flip = "random"
-    """Mirror left and right. random: with probability one half; alternating: each image one way in
-    one epoch and the other way in the next (Jordan, 2024, section 3.6). Also true or false, for
-    random or no."""
+    """Horizontal flip. random: with probability one half. alternating: each image is flipped in
+    every second epoch (Jordan, 2024, section 3.6). true means random, false means no."""
     trivial: bool = False
-    """TrivialAugment, wide (Mueller and Hutter, 2021): one operation of 14 an image."""
+    """Use TrivialAugment, wide (Mueller and Hutter, 2021): one operation of 14 for each image."""
     cutout: int = Field(0, ge=0)
-    """Side of a square, in pixels of the stored images, that is filled with the mean colour; its
-    centre lies anywhere in the image (DeVries and Taylor, 2017). 0: none."""
+    """Side, in pixels of the stored images, of a square that is filled with the mean colour. Its
+    centre lies anywhere in the image (DeVries and Taylor, 2017). 0: no cutout."""
     mixup_alpha: float = Field(0.0, ge=0)
-    """Blend each image and label with another of the micro-batch, with a weight from
-    Beta(alpha, alpha) (Zhang et al., 2018). 0: no mixup."""
+    """MixUp: blend each image and label with another of the micro-batch. The mixing weight is drawn
+    from Beta(alpha, alpha) (Zhang et al., 2018). 0: no MixUp."""
     cutmix_alpha: float = Field(0.0, ge=0)
-    """Replace a box of each image by another's of the micro-batch, and the labels by its share;
-    alpha as in mixup (Yun et al., 2019). 0: no cutmix; with both, either as often."""
+    """CutMix: replace a box of each image by that of another image of the micro-batch. Labels mix
+    by the box's share of the area; alpha is as in MixUp (Yun et al., 2019). 0: no CutMix. If both
+    are on, each is equally likely."""
     mix_probability: float = Field(1.0, ge=0, le=1)
-    """The probability that a micro-batch is mixed at all, where mixup or cutmix is on."""
+    """Probability that a micro-batch is mixed, where MixUp or CutMix is on."""
 
 
 class EvalConfig(FrozenModel):
-    """When and how to measure."""
+    """Schedule and settings of evaluation."""
 
     every_epochs: float = Field(1.0, gt=0)
-    """Validate each time this many epochs have passed, and at the end."""
+    """Epochs between two validations. The run also validates at the end."""
     batch_size: int = Field(500, ge=1)
     """Images per evaluation forward; the same for any number of processes."""
     tta: TestTimeAugmentation = "no"
-    """Test-time augmentation. flip: also report `tta_top1`, by the mean logits of each image and
-    its mirror, at the cost of a second forward. No other number changes, and nothing is chosen by
-    it."""
+    """Test-time augmentation. flip: also report `tta_top1`, from the mean logits of each image and
+    its mirror image, at the cost of a second forward. No other number changes, and no choice
+    depends on `tta_top1`."""
     test: bool = True
-    """Read the test split once, at the end. Off while recipes are searched for, so that nobody can
-    choose by it."""
+    """Read the test split once, at the end. Set it to false while you search for recipes, so that
+    no choice depends on test."""
 
 
 class CheckpointConfig(FrozenModel):
-    """When to save what is needed to go on. Written in the background."""
+    """Schedule and retention of checkpoints. Checkpoints are written in the background."""
 
     every_steps: int | None = Field(200, ge=1)
-    """Optimizer steps between two checkpoints. None: only where validation was the best so far, at
-    the end, and when told to stop."""
+    """Optimizer steps between two checkpoints. None: save only after the best validation so far, at
+    the end, and on a stop request."""
     keep: int = Field(2, ge=1)
-    """How many of the newest to keep, beside the best by validation."""
+    """Number of newest checkpoints to keep, in addition to the best by validation."""
 
 
 class TrackConfig(FrozenModel):
-    """Where curves go. `metrics.jsonl` in the run folder is always written."""
+    """Destinations of the curves. `metrics.jsonl` in the run folder is always written."""
 
     wandb: bool = True
-    """Weights & Biases: online when logged in, else offline in the run folder. The variable
+    """Use Weights & Biases: online when logged in, else offline in the run folder. The variable
     WANDB_MODE is honoured."""
     tensorboard: bool = False
-    """TensorBoard event files in the run folder."""
+    """Write TensorBoard event files in the run folder."""
     project: str = Field("distvgg", max_length=128, pattern=r"^[^/\\#?%:]+$")
-    """Project on the trackers; W&B takes no slash, backslash, #, ?, % or colon."""
+    """Project on the trackers. W&B rejects slash, backslash, #, ?, % and colon."""
     name: str | None = None
     """Run name on the trackers. None: the run folder's name."""
     every_steps: int = Field(50, ge=1)
@@ -285,7 +287,7 @@ class TrackConfig(FrozenModel):
 
 
 class Config(FrozenModel):
-    """One run. Equal configs give equal loss curves, on any number of processes."""
+    """The config of one run. Equal configs give equal loss curves, on any number of processes."""
 
     seed: int = Field(0, ge=0)
     """Seed of initial weights, sample order, augmentation and dropout."""
@@ -302,8 +304,8 @@ class Config(FrozenModel):
     def _batch_norm_needs_a_batch(self) -> "Config":
         if self.model.batch_norm and self.train.micro_batch_size == 1:
             raise ValueError(
-                "train.micro_batch_size 1 leaves BatchNorm nothing to normalise over: take 2 or"
-                " more, or --model.batch_norm false"
+                "batch normalisation needs train.micro_batch_size >= 2 (got 1): raise it, or set"
+                " --model.batch_norm false"
             )
         return self
 
@@ -311,8 +313,8 @@ class Config(FrozenModel):
     def _muon_needs_batch_norm(self) -> "Config":
         if self.optim.name == "muon" and not self.model.batch_norm:
             raise ValueError(
-                "optim.name muon keeps filters at one size, which only BatchNorm makes up for: take"
-                " sgd or adamw, or --model.batch_norm true"
+                "optim.name muon needs batch normalisation (model.batch_norm is false): use sgd or"
+                " adamw, or set --model.batch_norm true"
             )
         return self
 
@@ -321,8 +323,8 @@ class Config(FrozenModel):
         mixes = self.augment.mixup_alpha or self.augment.cutmix_alpha
         if mixes and self.train.micro_batch_size == 1:
             raise ValueError(
-                "train.micro_batch_size 1 leaves an image none to be mixed with: take 2 or more,"
-                " or turn augment.mixup_alpha and augment.cutmix_alpha off"
+                "mixup and cutmix need train.micro_batch_size >= 2 (got 1): raise it, or set"
+                " augment.mixup_alpha and augment.cutmix_alpha to 0"
             )
         return self
 
@@ -330,29 +332,31 @@ class Config(FrozenModel):
         return yaml.safe_dump(self.model_dump(exclude_defaults=exclude_defaults), sort_keys=False)
 
     def flat(self) -> dict[str, Any]:
-        """Every field by its dotted name, as typed on the command line; a list as text, since
-        trackers take no tuple, and an empty one as None."""
+        """Returns every field by its dotted name, as typed on the command line.
+
+        A list is text, since trackers accept no tuple. An empty list is None.
+        """
         return dict(_flatten(self.model_dump()))
 
     def replace(self, **dotted: Any) -> "Config":
-        """A copy with some fields changed, dots written as double underscores."""
+        """Returns a copy with some fields changed; a double underscore stands for a dot."""
         values = self.model_dump()
         _merge(values, {name.replace("__", "."): value for name, value in dotted.items()})
         return Config.model_validate(values)
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
+    """Returns the names of the packaged recipes, sorted."""
     folder = resources.files("distvgg") / "recipes"
     names = [file.name for file in folder.iterdir()]
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def load(recipe: str, overrides: Mapping[str, Any] | None = None) -> Config:
-    """The config of a recipe with overrides on top.
+    """Returns the config of a recipe with overrides applied.
 
     Args:
-        recipe: a packaged recipe's name, or the path of a YAML file.
+        recipe: the name of a packaged recipe, or the path of a YAML file.
         overrides: dotted field name -> value, text or typed.
 
     Raises:
@@ -369,7 +373,7 @@ def load(recipe: str, overrides: Mapping[str, Any] | None = None) -> Config:
 def _read_recipe(recipe: str) -> dict[str, Any]:
     path = Path(recipe)
     try:
-        if recipe in recipe_names():  # a file of that name is ./fast
+        if recipe in recipe_names():  # a local file of the same name is given as ./fast
             text = (resources.files("distvgg") / "recipes" / f"{recipe}.yaml").read_text()
         elif path.suffix in (".yaml", ".yml") or path.is_file():
             text = path.read_text()
@@ -390,17 +394,20 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
 
 
 def _merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Sets dotted names in nested mappings, leaving what is not a mapping to be found invalid."""
+    """Sets dotted names in nested mappings; validation rejects what must not be a mapping."""
     for dotted, value in overrides.items():
         if isinstance(value, str) and value.lower() in ("none", "null"):
             value = None
         *sections, field = dotted.split(".")
         inner = values
         for section in sections:
-            if not isinstance(inner.get(section), dict):
+            if inner.get(section) is None:
                 inner[section] = {}
             inner = inner[section]
-        inner[field] = value
+            if not isinstance(inner, dict):
+                break
+        else:
+            inner[field] = value
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -414,7 +421,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
-    """The hint `, did you mean X?`, by the whole dotted name or else by its last part alone."""
+    """Returns `, did you mean X?` by the full dotted name, else by its last part; empty if none."""
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
     if not found:
         leaves = {n.rsplit(".", 1)[-1]: n for n in names}
@@ -425,7 +432,7 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 
 def _one_line(error: ValidationError) -> str:
-    """pydantic's report as one line in the words of the command line."""
+    """Returns a validation error as one line in the words of the command line."""
     names = list(Config().flat())
     parts = []
     for e in error.errors(include_url=False):

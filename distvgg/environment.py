@@ -1,10 +1,13 @@
 """Influences on a run from outside its config: environment variables, threads, the machine.
 
-Owns the lists of variables that would change the numbers of a run, from the sources of accelerate
-1.15 and torch 2.14. Invariant: after `clear` and `refuse` none of them reaches the numbers but
-those that `notes` names. The launcher chooses the device and the number of processes, which changes
-no number. Imports no torch: what torch and its libraries read when they are loaded has to be
-cleared before.
+Contains the lists of variables that would change the numbers of a run, taken from the sources of
+accelerate 1.15 and torch 2.14. The launcher chooses the device and the world size; the world size
+changes no number.
+
+Invariant: after `clear` and `refuse`, none of these variables affects the numbers, except those
+that `notes` names.
+
+Imports no torch: variables that torch and its libraries read at load time have to be cleared first.
 """
 
 import os
@@ -13,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from distvgg.errors import UserError
 
-# Other kinds of training, which accelerate turns on by a variable of its launcher's.
+# Other kinds of training. accelerate enables each by a variable that its launcher sets.
 _KINDS = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -21,9 +24,9 @@ _KINDS = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
     "ACCELERATE_USE_SAGEMAKER": "SageMaker",
 }
-# Numbers of processes that accelerate believes of MPI.
+# Variables of MPI from which accelerate takes the number of processes.
 _MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-# Read by accelerate when it starts, with the value that says nothing: what its launcher sets.
+# Variables that accelerate reads when it starts, with the neutral value that its launcher sets.
 _ACCELERATE = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",  # divides every loss
     "ACCELERATE_DYNAMO_BACKEND": "no",  # train.compile
@@ -34,16 +37,17 @@ _ACCELERATE = {
     "ACCELERATE_FP8_BACKEND": "no",  # rewrites layers, whatever the precision
     "FORK_LAUNCHED": "0",
 }
-# Read when torch and its libraries are loaded: which kernels, in how many threads, how precise.
+# Variables that torch and its libraries read at load time, which select kernels, the number
+# of threads and the precision.
 _LIBRARIES = (
-    *("ATEN_CPU_CAPABILITY", "LRU_CACHE_CAPACITY"),  # the second, at 0, is a segmentation fault
+    *("ATEN_CPU_CAPABILITY", "LRU_CACHE_CAPACITY"),  # LRU_CACHE_CAPACITY=0 is a segmentation fault
     *(
         f"{library}_{name}"
         for library in ("ONEDNN", "DNNL", "MKLDNN")
         for name in ("MAX_CPU_ISA", "CPU_ISA_HINTS", "DEFAULT_FPMATH_MODE")
     ),
     *("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "MKL_VML_DEBUG_CPU_TYPE"),
-    # Fewer threads than train.cpu_threads: oneDNN waits for the rest for ever (3.12).
+    # With fewer threads than train.cpu_threads, oneDNN waits for the missing ones forever (3.12).
     *("OMP_DYNAMIC", "OMP_THREAD_LIMIT", "OMP_MAX_ACTIVE_LEVELS"),
     *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"),
     *("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "DISABLE_ADDMM_CUDA_LT"),
@@ -55,15 +59,17 @@ _PREFIXES = (
     *("TORCH_COMPILE_", "TORCHDYNAMO_", "TORCHINDUCTOR_"),
 )
 _HARMLESS = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCH_COMPILE_DEBUG")
-# Read by the C library before Python runs: it may choose other instructions.
+# Variables that the C library reads before Python runs, which may select other instructions.
 _TAKEN = ("GLIBC_TUNABLES",)
 
 _cleared: dict[str, str] = {}
 
 
 def clear() -> None:
-    """Removes what would change the numbers. To be called before torch is loaded; what torch has
-    read already stays, and is named by `notes`."""
+    """Removes the variables that would change the numbers; to be called before torch is loaded.
+
+    Variables that torch has already read stay, and `notes` names them.
+    """
     for name in [*_ACCELERATE, *(() if "torch" in sys.modules else _set_for_libraries())]:
         if (value := os.environ.pop(name, None)) is not None:
             _cleared[name] = value
@@ -78,10 +84,10 @@ def _set_for_libraries() -> list[str]:
 
 
 def refuse(environment: Mapping[str, str] = os.environ) -> None:
-    """Checks that the launcher starts this kind of training.
+    """Checks that the launcher is supported and starts the kind of training that distvgg does.
 
     Raises:
-        UserError: it starts another kind, or is none that is known here.
+        UserError: the launcher starts another kind of training, or is unknown.
     """
     for name, kind in _KINDS.items():
         if environment.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on"):
@@ -113,13 +119,13 @@ def refuse(environment: Mapping[str, str] = os.environ) -> None:
 
 
 def world_size() -> int:
-    """The number of processes that a launcher started, without a process group; else 1."""
+    """Returns the number of processes that a launcher started, or 1. Needs no process group."""
     size = os.environ.get("WORLD_SIZE", "")
     return max(1, int(size)) if size.isdecimal() else 1
 
 
 def rank() -> int:
-    """This process's rank, without a process group: 0 where it was not launched as one of many."""
+    """Returns this process's rank, 0 if the world size is 1. Needs no process group."""
     return int(os.environ.get("RANK") or 0) if world_size() > 1 else 0
 
 
@@ -128,20 +134,21 @@ def notes(
     before: Mapping[str, str] | None,
     cpu_threads: int | None,
 ) -> list[str]:
-    """Lists what could change the bits of a run from here on, or its speed, a line each.
+    """Lists what may change the bits or the speed of a run from now on, one line each.
 
     Args:
         machines: device and versions of every rank (`provenance.machine`).
-        before: those of the start that the checkpoint came of; None for a new run, empty where
-            version 0.1 of distvgg took no note of them.
-        cpu_threads: of a run on a CPU; None on a GPU.
+        before: device and versions in the launch that wrote the checkpoint. None for a new run,
+            empty for a run of distvgg 0.1, which did not record them.
+        cpu_threads: `train.cpu_threads` for a run on a CPU; None on a GPU.
     """
     found, here = [], machines[0]
     if before is not None:
         was = {"distvgg": "0.1", **before}
         changed = [f"{k} {here[k]} (was {v})" for k, v in was.items() if here.get(k, v) != v]
         if changed:
-            found.append(f"bits may differ from here on: the run goes on with {', '.join(changed)}")
+            now = ", ".join(changed)
+            found.append(f"bits may differ from here on: the run continues with {now}")
     if len(kinds := sorted({m["device"] for m in machines})) > 1:
         found.append(
             "processes compute on devices of different kinds, so that bits depend on which computes"
@@ -164,7 +171,7 @@ def notes(
 
 
 def _without_effect(cpu_threads: int | None) -> list[str]:
-    """Lists variables that are set and have no effect, as `NAME=VALUE (the field that has)`."""
+    """Lists variables that are set but have no effect, as `NAME=VALUE (field to use instead)`."""
     instead = {
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "train.micro_batch_size",
         "ACCELERATE_DYNAMO_BACKEND": "train.compile",
@@ -174,7 +181,7 @@ def _without_effect(cpu_threads: int | None) -> list[str]:
         for name, value in _cleared.items()
         if value.lower() != _ACCELERATE.get(name)
     ]
-    # A launcher sets 1.
+    # 1 is not reported, because launchers set it.
     threads = os.environ.get("OMP_NUM_THREADS", "1")
     if cpu_threads is not None and threads not in ("1", str(cpu_threads)):
         found.append(f"OMP_NUM_THREADS={threads} (train.cpu_threads)")

@@ -1,16 +1,21 @@
-"""The errors that a user sees as one line."""
+"""Exceptions that the command line reports as one line."""
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. Its message is one line that says what to change; the
-    command line prints that line and exits with code 2. Any other exception but RunError is a
-    bug and keeps its traceback."""
+    """An error caused by user input.
+
+    The message is one line that says what to change. The command line prints the message and exits
+    with code 2. Any other exception except RunError is a bug and keeps its traceback.
+    """
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, for a reason that lies outside the program: numbers that ran away, a
-    process that died, a full disk at the end. One line as well, exit code 1."""
+    """An unrecoverable failure of a run, with a cause outside the program.
+
+    Examples are non-finite numbers, the death of a process, and a full disk at the end. The message
+    is one line, and the exit code is 1.
+    """
 
 
 class PeerLostError(RunError):
-    """Another process of this run is gone."""
+    """A peer failure: another process of this run died."""

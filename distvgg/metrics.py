@@ -1,4 +1,4 @@
-"""The names of all metrics, and a row of them in words. Imports no torch."""
+"""Names of all metrics, and the text form of a row. Imports no torch."""
 
 STEP, EPOCH = "step", "epoch"
 TRAIN_LOSS, TRAIN_TOP1, TRAIN_LR = "train/loss", "train/top1", "train/lr"
@@ -9,15 +9,16 @@ IMAGES_PER_SEC, STEP_MS, DATA_WAIT_MS = (
     "perf/step_ms",
     "perf/data_wait_ms",
 )
-TFLOPS = "perf/tflops"  # achieved, over all processes
-# Under val/ and test/; superclass_top1 only where the data has superclasses, tta_top1 where asked.
+TFLOPS = "perf/tflops"  # achieved, summed over all processes
+# With prefix val/ or test/. superclass_top1 exists only if the data has superclasses, tta_top1 only
+# if requested.
 LOSS, TOP1, TOP5, SUPERCLASS_TOP1, COUNT = "loss", "top1", "top5", "superclass_top1", "count"
 CALIBRATION_ERROR, TTA_TOP1 = "calibration_error", "tta_top1"
 Row = dict[str, float | int]
 
 
 def describe(row: Row) -> str:
-    """A row's losses, accuracies and throughput in words."""
+    """Formats a row's losses, accuracies and throughput as text."""
     words = []
     for name, value in row.items():
         split, _, metric = name.rpartition("/")

@@ -1,9 +1,12 @@
-"""A signal or a stop file -> the wish to stop, which the training loop grants at its next boundary.
+"""Conversion of signals and the stop file into a stop request.
 
-Invariant: a handler only sets a flag, and signals after the first are ignored, also while the
-interpreter exits. To save, and to agree with the other ranks, is the loop's business. Only where
-nothing can be lost (`interruptible`) does a signal raise. Imports nothing heavy, so that it is in
-place before all that does.
+The training loop honours a stop request at the next step boundary. The loop also saves the run and
+agrees with the other ranks.
+
+Invariant: a handler only sets a flag. Signals after the first, except Ctrl-C, are ignored, also
+while the interpreter exits. A handler raises only where nothing can be lost (`interruptible`).
+
+This module imports nothing heavy, so that the handlers are in place before any slow import.
 """
 
 import ctypes
@@ -18,23 +21,28 @@ from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-# Seconds between two looks for the stop file: on a network file system each is a request.
+# Seconds between two checks for the stop file. On a network file system each check is a request.
 LOOK_EVERY = 0.5
-# Seconds for the main thread to notice by itself that another process died.
+# Seconds that the main thread has to detect the death of another process by itself.
 SECONDS_TO_NOTICE = 3.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Preempted(BaseException):
-    """The run was told to stop. Not an error, and so not an Exception: nothing on the way out may
-    take it for one. `interrupted` where it was Ctrl-C."""
+    """The exit of a run after a stop request.
+
+    Preempted is not an error and therefore not an Exception: no handler of errors may catch it.
+
+    Attributes:
+        interrupted: True if the stop request was Ctrl-C.
+    """
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message)
         self.interrupted = _stop_reason == "SIGINT"
 
 
-# A process has one set of signal handlers, and so one wish.
+# A process has one set of signal handlers, and therefore one stop request.
 _installed = False
 _stop_reason: str | None = None
 _interruptible = False
@@ -44,10 +52,10 @@ _looked = -LOOK_EVERY
 
 
 def install() -> None:
-    """Hears SIGTERM, SIGUSR1, SIGUSR2 and the first Ctrl-C from here on; the second Ctrl-C aborts.
+    """Installs handlers for SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C. A second Ctrl-C aborts.
 
-    A launcher that dies takes its workers along: Linux sends them SIGTERM then. The launcher of a
-    single process does not forward signals, so this is how one sent to it arrives.
+    When a launcher dies, Linux sends SIGTERM to its workers. The launcher of a single process does
+    not forward signals, so a signal to that launcher reaches its worker in this way.
     """
     global _installed
     if _installed:
@@ -57,56 +65,63 @@ def install() -> None:
     if launched and sys.platform == "linux":
         threading.Thread(target=_exit_if_peer_died, args=_signal_pipe(), daemon=True).start()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    # After the pipe, or a SIGTERM between the two would be a preemption where a worker died.
+    # After the pipe: a SIGTERM between the two would count as a preemption even if a worker died.
     for number in SIGNALS:
         signal.signal(number, _heard)
 
 
 def ignore() -> None:
-    """Ignores all but Ctrl-C from here on: the run is on its way out. A handler of Python's would
-    be taken away at exit, and a late signal kill a process that has saved everything."""
+    """Ignores all signals except Ctrl-C from now on, because the run is exiting.
+
+    Python removes its own handlers at exit. Without this call, a late signal would then kill a
+    process that has saved everything.
+    """
     for number in SIGNALS:
         if number != signal.SIGINT:
             signal.signal(number, signal.SIG_IGN)
 
 
 def watch_stop_file(stop_file: Path) -> None:
-    """Takes a file's appearance for the wish to stop as well."""
+    """Treats the appearance of a file as a stop request as well."""
     global _stop_file, _looking
     _stop_file, _looking = stop_file, True
 
 
 def stop_watching() -> None:
-    """Stops looking for the stop file, for which one process of a run is enough where all agree in
-    each step: a thousand would ask a file system two thousand times a second."""
+    """Stops checking for the stop file.
+
+    One checking process per run is enough if all ranks agree in each step. A thousand processes
+    would send a file system two thousand requests a second.
+    """
     global _looking
     _looking = False
 
 
 def requested() -> bool:
-    """Whether this process was told to stop."""
+    """Returns True if this process has a stop request."""
     global _looked, _stop_reason
     now = time.monotonic()
     due = _looking and _stop_file is not None and now - _looked >= LOOK_EVERY
     if _stop_reason is None and _stop_file is not None and due:
         _looked = now
-        if os.path.exists(_stop_file):  # unlike Path's, false on a network file system's hiccup
+        # Unlike Path.exists, os.path.exists is False on a transient network file system error.
+        if os.path.exists(_stop_file):
             _stop_reason = _stop_file.name
     return _stop_reason is not None
 
 
 def stop_reason() -> str:
-    """What told this process to stop: a signal's name, STOP, or another rank."""
+    """Returns the source of the stop request: a signal's name, STOP, or another process."""
     if _stop_reason is None and _stop_file is not None and os.path.exists(_stop_file):
         return _stop_file.name  # another rank saw it first
     return _stop_reason or "another process"
 
 
 def check() -> None:
-    """Leaves, if told to, from where nothing needs saving.
+    """Raises Preempted on a stop request, for code that has nothing to save.
 
     Raises:
-        Preempted: this process was told to stop.
+        Preempted: this process has a stop request.
     """
     if requested():
         raise Preempted
@@ -114,8 +129,10 @@ def check() -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, a signal raises Preempted at once: for long work of which nothing need be saved, and
-    in which no other rank waits for this one."""
+    """Makes a signal inside the block raise Preempted at once.
+
+    For long work of which nothing needs saving and during which no other rank waits for this rank.
+    """
     global _interruptible
     check()
     _interruptible = True
@@ -126,7 +143,11 @@ def interruptible() -> Iterator[None]:
 
 
 def wait(seconds: float) -> bool:
-    """Sleeps until told to stop, at most so long; whether it was told."""
+    """Sleeps until a stop request, for at most `seconds`.
+
+    Returns:
+        True if this process has a stop request.
+    """
     end = time.monotonic() + seconds
     while not requested():
         if time.monotonic() > end:
@@ -147,8 +168,11 @@ def _heard(number: int, frame: FrameType | None) -> None:
 
 
 def _signal_pipe() -> tuple[int]:
-    """The end to read of a pipe that gets a byte, its number, as each signal comes: also while the
-    main thread is in a call of C that does not return, where no handler of Python's is run."""
+    """Returns the read end of a pipe that receives the number of each signal as one byte.
+
+    The byte arrives even while the main thread is blocked in a C call, where no Python handler
+    runs.
+    """
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -156,10 +180,10 @@ def _signal_pipe() -> tuple[int]:
 
 
 def _exit_if_peer_died(signals: int) -> None:
-    """Ends this process where its launcher's SIGTERM means that another worker died, and the main
-    thread waits for that one for ever, as it does in NCCL and while the processes find each other.
+    """Exits if the launcher's SIGTERM was caused by the death of another worker.
 
-    At a preemption all workers of the launcher are alive when the signal comes.
+    The main thread may wait for that worker forever, in NCCL or during rendezvous. At a preemption,
+    all workers of the launcher are alive when the signal arrives.
     """
     while number := os.read(signals, 1):
         if number[0] == signal.SIGTERM and _workers() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
@@ -171,12 +195,12 @@ def _exit_if_peer_died(signals: int) -> None:
 
 
 def _workers() -> int:
-    """The living children of this process's parent, this one among them."""
+    """Returns the number of living children of this process's parent, this process included."""
     parent = os.getppid()
     try:
         with open(f"/proc/{parent}/task/{parent}/children") as file:
             children = file.read().split()
-    except OSError:  # a kernel without this file: then nobody is known to be dead
+    except OSError:  # a kernel without this file: no worker counts as dead
         return sys.maxsize
     living = 0
     for child in children:

@@ -1,7 +1,8 @@
-"""Whether somebody is there, asked with a limit that holds whatever hangs.
+"""Reachability checks with a hard time limit, name resolution included.
 
-Invariant: no question here takes longer than it says. Name resolution heeds no timeout, so each is
-asked in a thread that is left behind when its time is up; as a daemon it holds up no exit.
+Invariant: no check takes longer than its limit. Name resolution ignores timeouts, so each check
+runs in a thread that is abandoned after the limit. The thread is a daemon, so it does not delay
+exit.
 """
 
 import socket
@@ -16,7 +17,7 @@ CONNECT_SECONDS = 3.0
 
 
 def within(seconds: float, question: Callable[[], bool]) -> bool:
-    """What a question finds, False where it does not come back in time."""
+    """Returns the result of `question`, or False if it takes longer than `seconds`."""
     answers: SimpleQueue[bool] = SimpleQueue()
     Thread(target=lambda: answers.put(question()), daemon=True).start()
     try:
@@ -26,16 +27,17 @@ def within(seconds: float, question: Callable[[], bool]) -> bool:
 
 
 def connects(host: str, port: int) -> bool:
-    """Whether a TCP connection comes about within CONNECT_SECONDS, name resolution included.
+    """Returns True if a TCP connection succeeds within CONNECT_SECONDS, name resolution included.
 
-    All addresses at once: many a network has IPv6 addresses to which no packet finds its way.
+    All addresses are tried at once, because many networks have IPv6 addresses that no packet
+    reaches.
     """
     connected: SimpleQueue[bool] = SimpleQueue()
 
     def try_all() -> bool:
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):  # no such name; not a name
+        except (OSError, UnicodeError):  # unknown name; invalid name
             return False
         for family, *_, address in found:
             Thread(target=try_one, args=(family, address), daemon=True).start()
@@ -53,7 +55,10 @@ def connects(host: str, port: int) -> bool:
 
 
 def behind_proxy(url: SplitResult) -> bool:
-    """Whether the environment names a proxy for a URL, whose own address then tells nothing."""
+    """Returns True if the environment names a proxy for a URL.
+
+    Reachability of the URL's own address is then irrelevant.
+    """
     proxies = getproxies()
     proxied = url.scheme in proxies or "all" in proxies
     return proxied and not proxy_bypass(url.netloc.rpartition("@")[2])

@@ -1,12 +1,14 @@
-"""Trains one short run on several numbers of processes, and once with kills; compares the bytes.
+"""Trains one short run at several world sizes, and once with kills; compares the bytes.
 
     python launch/prove.py [RECIPE] [--processes 1,2,4] [--dir DIR] [--section.field VALUE ...]
     python launch/prove.py --slurm [--nodes 1,2] [--sbatch "OPTIONS"] [--dir DIR] ...
 
-Prints for each run the SHA-256 of its model.safetensors, and of its rows of metrics.jsonl without
-perf/*; then `equal`, or `DIFFERENT` and the first row that is, with exit code 1, and then keeps the
-runs. Knows of distvgg what any user does: its commands and the files of a run folder. Invariant:
-leaves no process and no job behind, however it ends.
+Prints for each run the SHA-256 of model.safetensors, and of the rows of metrics.jsonl without
+perf/*. Then prints `equal`, or prints `DIFFERENT` and the first row that differs. If the runs
+differ, the exit code is 1 and the runs are kept. The program uses only distvgg's commands and the
+files of a run folder, as any user can.
+
+Invariant: the program leaves no process and no job running, however it ends.
 """
 
 import argparse
@@ -28,13 +30,13 @@ from typing import Any, NamedTuple, NoReturn
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-# Six steps an epoch of what people train with.
+# Six steps an epoch, with the options that people train with.
 SHORT = (
     *("quickstart", "--data.train_size", "1500", "--model.width", "0.1"),
     *("--optim.name", "muon", "--optim.ema_decay", "0.9", "--augment.trivial", "true"),
     *("--augment.cutmix_alpha", "1", "--augment.mix_probability", "0.5"),
 )
-# What a proof needs of any run: a row for each step, no tracker.
+# Options that the proof needs for any run: a row for each step, no tracker.
 WATCHED = (
     *("--track.every_steps", "1"),
     *("--track.wandb", "false", "--track.tensorboard", "false"),
@@ -47,8 +49,10 @@ Row = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """A run folder, and the numbers of processes or nodes of its starts; all but the last are cut
-    off in the middle."""
+    """A run folder, and the number of processes or nodes of each launch.
+
+    Every launch but the last is interrupted in the middle.
+    """
 
     folder: Path
     starts: tuple[int, ...]
@@ -67,7 +71,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--slurm", action="store_true", help="by jobs instead")
     parser.add_argument("--nodes", type=numbers, help="with --slurm; default: 1,2")
     parser.add_argument("--sbatch", default="", help="options of sbatch, with --slurm")
-    if "--sbatch" in words[:-1]:  # argparse takes no value that begins with a hyphen
+    if "--sbatch" in words[:-1]:  # argparse accepts no value that begins with a hyphen
         at = words.index("--sbatch")
         words = [*words[:at], "=".join(words[at : at + 2]), *words[at + 2 :]]
     named = bool(words) and not words[0].startswith("-")
@@ -82,7 +86,7 @@ def main(words: Sequence[str]) -> int:
     counts = (options.nodes if options.slurm else options.processes) or start.counts
     recipe = words[:1] if named else [*SHORT, "--train.epochs", str(start.epochs)]
     train = [*recipe, *overrides, *WATCHED]
-    # All nodes see the folder that this was called in, as they see a job's log.
+    # All nodes see the current directory, as they see a job's log.
     folder = options.dir or Path(
         tempfile.mkdtemp(prefix="prove-", dir=Path.cwd() if options.slurm else None)
     )
@@ -92,9 +96,9 @@ def main(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         say("stopped")
     finally:
-        with suppress(OSError):  # it has something in it
+        with suppress(OSError):  # the folder is not empty
             folder.rmdir()
-    if code == 1 or (code and options.slurm):  # a job that was cancelled still saves
+    if code == 1 or (code and options.slurm):  # a cancelled job still saves
         say(f"the runs are kept in {folder}")
     elif options.dir is None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -102,23 +106,24 @@ def main(words: Sequence[str]) -> int:
 
 
 def numbers(text: str) -> list[int]:
-    """Whole numbers with commas between."""
+    """Parses integers with commas between them."""
     return [int(n) for n in text.split(",")]
 
 
 def prove(
     start: "Processes | Jobs", train: Sequence[str], counts: Sequence[int], folder: Path
 ) -> int:
-    """Trains and compares; returns the exit code.
+    """Trains all runs and compares them; returns the exit code.
 
     Args:
-        train: the words of `distvgg train`.
+        start: launches a run.
+        train: arguments of `distvgg train`.
         counts: numbers of processes or nodes.
-        folder: of all run folders and their logs.
+        folder: parent of all run folders and their logs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     whole = [Run(folder / str(n), (n,)) for n in counts]
-    # The last, the first, and the one in the middle.
+    # The last count, the first, and the one in the middle.
     killed = Run(folder / "killed", (counts[-1], counts[0], counts[len(counts) // 2]))
     began = time.monotonic()
 
@@ -129,7 +134,8 @@ def prove(
 
     for run in whole:
         train_on(run, 0, None)
-    # Cut off after each third, from a checkpoint nearby; when it is saved is part of no result.
+    # Interrupt after each third. Frequent checkpoints let the run resume nearby; their interval
+    # changes no result.
     length = len(rows(whole[0].folder))
     every = str(max(1, length // 8))
     for nth, until in enumerate((length // 3, 2 * length // 3, None)):
@@ -138,7 +144,7 @@ def prove(
 
 
 def compare(runs: Sequence[Run], unit: str) -> int:
-    """Prints the sums of all runs and whether they are equal; returns the exit code."""
+    """Prints the digests of all runs and the verdict; returns the exit code."""
     width = max(len(unit), *(len(str(run)) for run in runs))
     print(f"{unit:<{width}}  {'SHA-256 of model.safetensors':<64}  rows  and theirs")
     sums = [digests(run.folder) for run in runs]
@@ -148,6 +154,8 @@ def compare(runs: Sequence[Run], unit: str) -> int:
         print("equal")
         return 0
     print("DIFFERENT")
+    if len({table for _, table in sums}) == 1:
+        print("the rows are equal; only the weights differ")
     for run in runs[1:]:
         for ours, first in zip(rows(run.folder), rows(runs[0].folder), strict=False):
             if json.dumps(ours) != json.dumps(first):
@@ -157,14 +165,14 @@ def compare(runs: Sequence[Run], unit: str) -> int:
 
 
 def digests(folder: Path) -> tuple[str, str]:
-    """The SHA-256 of a run's weights, and of its rows."""
+    """Returns the SHA-256 of a run's weights, and of its rows."""
     weights = (folder / "model.safetensors").read_bytes()
     table = "\n".join(map(json.dumps, rows(folder))).encode()
     return hashlib.sha256(weights).hexdigest(), hashlib.sha256(table).hexdigest()
 
 
 def rows(folder: Path) -> list[Row]:
-    """The whole rows of metrics.jsonl so far, without what a clock measured."""
+    """Returns the complete rows of metrics.jsonl so far, without timings."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     table = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -172,23 +180,24 @@ def rows(folder: Path) -> list[Row]:
 
 
 def checkpoints(folder: Path) -> set[str]:
-    """The names of a run's checkpoints."""
+    """Returns the names of a run's checkpoints."""
     return {path.name for path in (folder / "checkpoints").glob("step_*")}
 
 
 def in_the_middle(folder: Path, until: int | None, before: set[str]) -> bool:
-    """Whether a run has come to a row, and to a checkpoint that was not there before."""
+    """Returns True if a run has `until` rows, and a checkpoint that is not in `before`."""
     if until is None or not checkpoints(folder) - before:
         return False
     return len(rows(folder)) >= until
 
 
 class Processes:
-    """Starts of a run on this machine, by `distvgg launch`; SIGKILL cuts one off.
+    """Launches of a run on this machine by `distvgg launch`, interrupted with SIGKILL.
 
     Attributes:
-        counts: where none are given: those that there are GPUs for, or all if there is at most one.
-        epochs: of a run that is long enough to be seen in its middle.
+        counts: default numbers of processes: 1, 2 and 4, but not more than GPUs if there are two
+            or more.
+        epochs: enough for a run to be interrupted in its middle.
     """
 
     unit = "processes"
@@ -207,7 +216,7 @@ class Processes:
             self._env |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_TORCH_DEVICE": "cuda:0"}
 
     def __call__(self, run: Run, n: int, until: int | None, train: Sequence[str]) -> None:
-        """Runs to the end, or to a kill after a row."""
+        """Trains to the end, or kills the run after `until` rows."""
         log, before = run.folder.with_suffix(".log"), checkpoints(run.folder)
         node = (sys.executable, "-m", "distvgg", "launch", "--processes", str(n), "--")
         with log.open("a") as output:
@@ -217,7 +226,7 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for this program, which ends its runs
+                start_new_session=True,  # Ctrl-C reaches only this program, which ends its runs
             )
         try:
             while process.poll() is None and not in_the_middle(run.folder, until, before):
@@ -232,7 +241,7 @@ class Processes:
 
 
 def kill(process: psutil.Popen) -> None:
-    """SIGKILL to a process and all that it has started, and waits for their ends."""
+    """Sends SIGKILL to a process and its descendants, and waits until all have ended."""
     members = []
     with suppress(psutil.NoSuchProcess):
         members = [process, *process.children(recursive=True)]
@@ -243,9 +252,9 @@ def kill(process: psutil.Popen) -> None:
 
 
 class Jobs:
-    """Starts of a run as jobs of launch/slurm.sbatch; scancel cuts one off."""
+    """Launches of a run as jobs of launch/slurm.sbatch, interrupted with scancel."""
 
-    unit, counts, epochs = "nodes", (1, 2), 80  # it takes seconds until a job is cancelled
+    unit, counts, epochs = "nodes", (1, 2), 80  # cancelling a job takes seconds
 
     def __init__(self, options: Sequence[str]) -> None:
         self._options = options
@@ -253,7 +262,7 @@ class Jobs:
             raise SystemExit("distvgg: error: no sbatch here: call --slurm on a login node")
 
     def __call__(self, run: Run, n: int, until: int | None, train: Sequence[str]) -> None:
-        """Waits for the end of a job, or cancels it after a row."""
+        """Waits until a job has ended, or cancels the job after `until` rows."""
         log, before = run.folder.with_suffix(".log"), checkpoints(run.folder)
         sbatch = ("sbatch", "--parsable", f"--output={log}", *self._options, f"--nodes={n}")
         job = slurm(*sbatch, str(ROOT / "launch" / "slurm.sbatch"), *train).split(";")[0]
@@ -273,7 +282,7 @@ class Jobs:
             fail(f"ended before job {job} could be cancelled: more steps (--train.epochs)", log)
         if state != ("COMPLETED" if until is None else "CANCELLED"):
             fail(f"ended as {state} (job {job})", log)
-        # What a node has written shows up late on some network file systems (nfs(5)).
+        # Files that a node has written appear late on some network file systems (nfs(5)).
         end = time.monotonic() + 65 * (until is None)
         while not (run.folder / "result.json").exists() and time.monotonic() < end:
             os.listdir(run.folder)
@@ -281,7 +290,7 @@ class Jobs:
 
 
 def slurm(*words: str) -> str:
-    """What a command of SLURM's prints."""
+    """Runs a SLURM command and returns its output."""
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"distvgg: error: {words[0]}: {done.stderr.strip()}")
@@ -289,13 +298,13 @@ def slurm(*words: str) -> str:
 
 
 def fail(what: str, log: Path) -> NoReturn:
-    """Ends with the end of a log, and what went wrong."""
+    """Exits with the last lines of a log and an error message."""
     lines = log.read_text().splitlines()[-20:] if log.exists() else []
     raise SystemExit("\n".join([*lines, f"distvgg: error: a run of the proof {what}; see {log}"]))
 
 
 def say(line: str) -> None:
-    """Progress, apart from the sums."""
+    """Prints progress to stderr, apart from the results."""
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The words of a command line -> recipe, config and run folder. Imports no torch."""
+"""Resolution of command-line words to recipe, config and run folder. Imports no torch."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from distvgg.errors import UserError
 
 
 def resolve(words: list[str]) -> tuple[str, Config, Path]:
-    """What a command line of `train` means: recipe, config and run folder.
+    """Returns the recipe, config and run folder of a `train` command line.
 
     Raises:
         UserError: no recipe, an unknown key, a value out of range.
@@ -23,8 +23,11 @@ def resolve(words: list[str]) -> tuple[str, Config, Path]:
 
 
 def default_run_dir(recipe: str, config: Config) -> Path:
-    """The same folder for the same config, on every process and every time. Its name is of the
-    values that are not the defaults, so that a new field changes none."""
+    """Returns the default run folder of a config, the same on every process and at any time.
+
+    Its name hashes only the values that differ from the defaults, so that a new field changes no
+    name. A folder that version 0.1 named is used if it exists and the new one does not.
+    """
     folder, old = (
         Path("runs") / f"{Path(recipe).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         for text in (config.to_yaml(exclude_defaults=True), _yaml_of_0_1(config))
@@ -33,7 +36,7 @@ def default_run_dir(recipe: str, config: Config) -> Path:
 
 
 def _yaml_of_0_1(config: Config) -> str:
-    """All fields that a config had in version 0.1, whose run folders were named after them."""
+    """Returns a config as YAML with all fields of version 0.1, which named run folders by it."""
     values = config.model_dump()
     train = values["train"]
     del train["cpu_threads"]
@@ -49,7 +52,7 @@ def one_recipe(positional: list[str]) -> str:
     """Returns the recipe among positional words.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: no recipe, or more than one.
     """
     if len(positional) != 1:
         raise UserError(
@@ -60,8 +63,13 @@ def one_recipe(positional: list[str]) -> str:
 
 
 def split_options(words: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Parts words into positionals and options: `--name VALUE` or `--name=VALUE`, hyphens in a name
-    counting as underscores."""
+    """Splits words into positionals and options, `--name VALUE` or `--name=VALUE`.
+
+    Hyphens in a name count as underscores.
+
+    Raises:
+        UserError: an option has no value.
+    """
     positional: list[str] = []
     options: dict[str, str] = {}
     rest = iter(words)

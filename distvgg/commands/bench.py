@@ -1,8 +1,8 @@
-"""`distvgg bench`: what to expect of more GPUs, from what one takes.
+"""`distvgg bench`: predicted throughput of more GPUs, from the step time of one.
 
-Owns the measuring of the device at hand, by real steps of the recipe on synthetic images, and the
-words and tables around the model of `scaling.py`. Invariant: each number says whether it was
-measured here, given, or assumed.
+Owns the measurement of the device here, by real steps of the recipe on synthetic images. Owns the
+text and tables around the model of `cost_model.py`. Invariant: each number is marked as measured
+here, given, or assumed.
 """
 
 import json
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from distvgg.training.state import Run
 
 
-# Micro-batches of the steps that are timed: their difference is what a micro-batch takes, the rest
-# is what a step takes by itself.
+# Micro-batches of the timed steps. The difference of their times gives the time of a micro-batch;
+# the rest is the fixed time of a step.
 FEW, MANY = 1, 4
 SECONDS, BLOCK_SECONDS = 8.0, 0.05
 ASKED = (8, 64, 512)
@@ -49,10 +49,10 @@ Times = dict[int, list[float]]
 
 
 def bench(config: Config, recipe: str, options: BenchOptions, *, as_json: bool) -> str:
-    """Step time, throughput and efficiency on 1 to `max_gpus` GPUs, as tables or as JSON.
+    """Returns step time, throughput and efficiency on 1 to `max_gpus` GPUs, as tables or JSON.
 
     Raises:
-        UserError: options that do not fit; several processes.
+        UserError: the options contradict each other, or there are several processes.
     """
     if environment.world_size() > 1:
         raise UserError("bench measures one device and computes the rest: start it as one process")
@@ -98,8 +98,11 @@ def bench(config: Config, recipe: str, options: BenchOptions, *, as_json: bool) 
 
 
 def describe_workload(config: Config) -> Job:
-    """What a rank computes and sends, read off the network itself (on no device, for 100 classes
-    but of CIFAR-10). Counted as in `model.training_flops`: convolutions and linear layers."""
+    """Returns what a rank computes and sends, counted from the modules of the network.
+
+    The network is on the meta device and has 100 classes, or 10 for CIFAR-10. Operations are
+    counted as in `flops.training_flops`: those of convolutions and linear layers.
+    """
     with torch.device("meta"):
         model = VGG(config.model, 10 if config.data.name == "cifar10" else 100)
     layers: list[Layer] = []
@@ -110,11 +113,12 @@ def describe_workload(config: Config) -> Job:
             pixels = side**2 if isinstance(module, nn.Conv2d) else 1
             forward = 2 * module.weight.numel() * pixels
             if isinstance(module, nn.Linear):
-                gradients = gradients[::-1]  # the weight is transposed first: its bias is earlier
-            # Nobody needs the gradient of the images.
+                # The weight is transposed before the product: its gradient follows the bias's.
+                gradients = gradients[::-1]
+            # The first layer computes no gradient of the images.
             layers.append(Layer(gradients, forward, 2 * forward if layers else forward))
         elif isinstance(module, nn.BatchNorm2d):
-            # Its gradients come before those of the convolution that it follows.
+            # BatchNorm's gradients are ready before those of the convolution in front of it.
             layers[-1] = layers[-1]._replace(gradients=gradients + layers[-1].gradients)
             statistics_ += 2 * module.num_features
         elif isinstance(module, nn.MaxPool2d):
@@ -124,7 +128,10 @@ def describe_workload(config: Config) -> Job:
 
 
 def shared_work(model: nn.Module, config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What ranks share out in a step: operations of each piece, and bytes of its result."""
+    """Returns the work that ranks partition in a step: operations and result bytes of each piece.
+
+    The pieces are the matrices that Muon orthogonalises; with another optimizer there are none.
+    """
     if config.optim.name != "muon":
         return (), ()
     from distvgg.optim.build import muon_dtype, parameter_groups
@@ -137,7 +144,7 @@ def shared_work(model: nn.Module, config: Config) -> tuple[tuple[int, ...], tupl
 
 
 def measure(config: Config, seconds: float = SECONDS) -> Gpu:
-    """What the device here takes for a recipe's steps, from about so many seconds of real ones."""
+    """Measures the device here, by about `seconds` of real steps of a recipe."""
     from distvgg.training.setup import build
 
     with TemporaryDirectory() as folder:
@@ -156,8 +163,10 @@ def measure(config: Config, seconds: float = SECONDS) -> Gpu:
 
 
 def benchmark_config(config: Config, ranks: int) -> Config:
-    """A config of the same computation, `MANY` micro-batches a rank, that needs no data and leaves
-    nothing."""
+    """Returns a config of the same computation on synthetic images, without trackers.
+
+    A step has `MANY` micro-batches on each rank.
+    """
     return config.replace(
         data=Config().data.model_dump() | {"name": "synthetic", "val_size": 1000},
         train__global_batch_size=ranks * MANY * config.train.micro_batch_size,
@@ -169,16 +178,18 @@ def benchmark_config(config: Config, ranks: int) -> Config:
 def step_times(
     run: "Run", rounds: int, block: int = 1, lengths: Sequence[int] = (FEW, MANY)
 ) -> Times:
-    """Times training steps in turns. They learn nothing (their learning rate is 0), which takes as
-    long.
+    """Times training steps of several lengths in turns.
+
+    The learning rate is 0, so that the weights do not change; a step takes as long as with another.
 
     Args:
-        run: of a `benchmark_config`; every rank must call this alike.
+        run: a run of a `benchmark_config`. Every rank must call this with the same arguments.
+        rounds: measurements of each length.
         block: steps that are timed together.
-        lengths: of a step, in micro-batches of a rank; divisors of `MANY`.
+        lengths: micro-batches of a rank in a step; each is a divisor of `MANY`.
 
     Returns:
-        Seconds a step by micro-batches of a rank, [rounds].
+        For each length, the seconds per step, [rounds].
     """
     from distvgg.data.dataset import train_val_indices
     from distvgg.data.loader import DeviceImages
@@ -199,7 +210,9 @@ def step_times(
             synchronize(device)
             started = time.perf_counter()
             for _ in range(block):
-                train_step(timed, timed.loader.micro_batches(run.state.step), lr=0.0)
+                train_step(
+                    timed, run.state.step, timed.loader.micro_batches(run.state.step), lr=0.0
+                )
                 run.state.step += 1
                 run.monitor.poll()
             synchronize(device)
@@ -210,16 +223,16 @@ def step_times(
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for a device, so that a block's time is its own."""
+    """Waits for a device, so that the time of a block contains only the work of that block."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def shared_seconds(run: "Run", rounds: int = 5) -> float:
-    """What a step's work takes that ranks would share out, all of it: the median of some rounds."""
+    """Measures all the work of a step that ranks would partition; returns the median seconds."""
     from distvgg.optim.muon import Muon
 
-    optimizer = getattr(run.optimizer, "optimizer", None)  # accelerate's wrapper holds it
+    optimizer = getattr(run.optimizer, "optimizer", None)  # run.optimizer is accelerate's wrapper
     if not isinstance(optimizer, Muon):
         return 0.0
     device, seconds = run.accelerator.device, []
@@ -233,20 +246,28 @@ def shared_seconds(run: "Run", rounds: int = 5) -> float:
 
 
 def fit_gpu(times: Times, block: int = 1, shared: float = 0.0) -> Gpu:
-    """What one GPU takes, from the times of its steps: medians, and for the jitter the spread of
-    the middle half, so that a burst of somebody else's work does not count as the GPU's own.
-    `shared` seconds of each step are the work that ranks share out."""
+    """Computes the times of one GPU from measured steps, by medians.
+
+    The jitter comes from the spread of the middle half. A burst of other work on the machine
+    therefore does not count as jitter of the GPU.
+
+    Args:
+        times: seconds per step, as from `step_times`.
+        block: steps that were timed together.
+        shared: seconds of each step for the work that ranks partition.
+    """
     few, many = statistics.median(times[FEW]), statistics.median(times[MANY])
     own = few - FEW * (many - few) / (MANY - FEW)
     fixed, shared = max(0.0, own - shared), min(shared, max(0.0, own))
     low, _, high = statistics.quantiles(times[MANY], n=4)
-    # A normal's quartiles are 1.349 standard deviations apart; a block averages its steps.
+    # The quartiles of a normal distribution are 1.349 standard deviations apart. A block averages
+    # its steps.
     jitter = (high - low) / 1.349 * block**0.5 / many
     return Gpu((many - fixed - shared) / MANY, fixed, jitter, shared)
 
 
 def origins(setup: Setup, options: BenchOptions, source: str, alone: int) -> list[str]:
-    """Where the numbers come from, in lines."""
+    """Returns lines that state the source of each number."""
     gpu, fabric = setup.gpu, setup.fabric
     rate = step(setup, 1, alone).rate
     named = HARDWARE[options.gpu or "h100"]
@@ -255,7 +276,7 @@ def origins(setup: Setup, options: BenchOptions, source: str, alone: int) -> lis
         f" {1000 * gpu.fixed:.3g} ms a step by itself, jitter {gpu.jitter:.1%}"
     )
     if gpu.shared:
-        takes += f", {1000 * gpu.shared:.3g} ms of Muon that GPUs share out"
+        takes += f", {1000 * gpu.shared:.3g} ms of Muon, partitioned over GPUs"
     words = {
         "measured": f"measured on {hardware(_device())}",
         "given": "given by images_per_sec, nothing measured",
@@ -264,7 +285,7 @@ def origins(setup: Setup, options: BenchOptions, source: str, alone: int) -> lis
     }
     lines = [f"one GPU   {takes} ({words[source]})"]
     if not gpu.jitter:
-        lines.append("          no jitter known: nobody waits for stragglers here; --jitter 0.02")
+        lines.append("          jitter unknown: stragglers are not modelled; --jitter 0.02")
     given = options.nvlink is not None and options.network is not None
     lines.append(
         f"links     {fabric.gpus_per_node} GPUs a node; {fabric.inside.bandwidth / 1e9:.3g} GB/s"
@@ -281,7 +302,7 @@ def _device() -> torch.device:
 
 
 def cells(setup: Setup, taken: Step, alone: int) -> list[str]:
-    """A line of a table."""
+    """Returns the cells of one row of a table."""
     micro_batches = taken.global_batch_size // (taken.ranks * setup.job.micro_batch_size)
     return [
         *(f"{n:,}" for n in (taken.ranks, micro_batches, taken.global_batch_size)),
@@ -292,13 +313,13 @@ def cells(setup: Setup, taken: Step, alone: int) -> list[str]:
 
 
 def batch_words(setup: Setup, ranks: int, alone: int) -> str:
-    """The smallest batch that is efficient."""
+    """Returns the smallest global batch with the target efficiency, as text."""
     found = smallest_batch(setup, ranks, alone)
     return "none" if found is None else f"{found:,}"
 
 
 def expectations(setup: Setup, options: BenchOptions, batch: int, alone: int) -> list[str]:
-    """What to expect of 8, 64 and 512 GPUs, a line each, and how many the recipe feeds."""
+    """Returns the number of GPUs that the recipe feeds, and a prediction for each of `ASKED`."""
     m = setup.job.micro_batch_size
     lines = [
         f"The recipe's global batch of {batch:,} feeds at most {alone} GPU(s), a micro-batch of {m}"
@@ -328,7 +349,7 @@ def findings(
     strong: Sequence[Step],
     weak: Sequence[Step],
 ) -> dict[str, Any]:
-    """Everything, as plain values: curves as lists of points, in seconds, bytes and images."""
+    """Returns all results as plain values: curves as lists of points; seconds, bytes, images."""
     batch = config.train
     alone = batch.global_batch_size // batch.micro_batch_size
 
@@ -367,6 +388,6 @@ def findings(
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, all to the right."""
+    """Returns rows as text, with right-aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)

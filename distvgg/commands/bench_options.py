@@ -1,4 +1,4 @@
-"""The options of `distvgg bench`, and the GPUs and links that they mean. Imports no torch."""
+"""The options of `distvgg bench`, and the GPUs and links that they select. Imports no torch."""
 
 import re
 from collections.abc import Mapping
@@ -22,34 +22,37 @@ from distvgg.errors import UserError
 
 
 class BenchOptions(FrozenModel):
-    """What `distvgg bench` is told beside a config."""
+    """Options of `distvgg bench` in addition to a config."""
 
     gpu: Literal["h100", "a100"] | None = None
-    """Predict for this GPU, at an assumed share of its peak. None: measure the device here."""
+    """GPU to predict for, at an assumed share of its peak. None: measure the device here."""
     peak_share: float = Field(PEAK_SHARE, gt=0, le=1)
-    """That share. Measure on one, and give `images_per_sec` instead, as soon as you can."""
+    """Assumed share of the peak of `gpu`. A measured `images_per_sec` is better, if you have it."""
     images_per_sec: float | None = Field(None, gt=0)
-    """Of one GPU in training, measured elsewhere (perf/images_per_sec). None: see `gpu`."""
+    """Images per second of one GPU in training, measured elsewhere (perf/images_per_sec). None: see
+    `gpu`."""
     fixed_ms: float = Field(0.0, ge=0)
-    """What a step takes however many micro-batches it has; for a rate or a named GPU."""
+    """Milliseconds of a step that do not depend on its number of micro-batches. Used with
+    `images_per_sec` or `gpu`."""
     jitter: float | None = Field(None, ge=0, le=1)
-    """Standard deviation of a rank's compute, as a share of it. None: as measured, else 0."""
+    """Standard deviation of a rank's compute time, as a share of it. None: as measured, else 0."""
     gpus_per_node: int = Field(8, ge=1)
     """GPUs of a node, each with a network card."""
     nvlink: float | None = Field(None, gt=0)
-    """GB/s that a GPU sends within a node. None: those of the GPU, of an H100 where none is
-    named."""
+    """GB/s that a GPU sends within a node. None: the value of `gpu`, or of an H100 if `gpu` is
+    None."""
     network: float | None = Field(None, gt=0)
-    """GB/s that a GPU sends to other nodes. None: likewise."""
+    """GB/s that a GPU sends to other nodes. None: the value of `gpu`, or of an H100 if `gpu` is
+    None."""
     max_gpus: int = Field(1024, ge=1, le=1 << 20)
-    """The largest number of GPUs in the tables."""
+    """Largest number of GPUs in the tables."""
 
 
 def read_options(words: Mapping[str, str]) -> BenchOptions:
-    """Options as they were typed.
+    """Returns the options from their text on the command line.
 
     Raises:
-        UserError: an unknown one, or a value out of range.
+        UserError: an unknown option, or a value out of range.
     """
     for name in words:
         if name not in BenchOptions.model_fields:
@@ -65,7 +68,7 @@ def read_options(words: Mapping[str, str]) -> BenchOptions:
 
 
 def interconnect(options: BenchOptions) -> Fabric:
-    """The links that options name or leave to the GPU."""
+    """Returns the links that the options give, else those of the GPU."""
     hardware = HARDWARE[options.gpu or "h100"]
     inside = 1e9 * options.nvlink if options.nvlink else hardware.inside
     between = 1e9 * options.network if options.network else hardware.between
@@ -79,10 +82,12 @@ def interconnect(options: BenchOptions) -> Fabric:
 
 
 def gpu_spec(options: BenchOptions, job: Job, accumulation: int) -> Gpu:
-    """The GPU that options give by its rate with so many micro-batches a step, or by its name.
+    """Returns the GPU that the options give by `images_per_sec`, else by name.
+
+    `images_per_sec` holds for a step of `accumulation` micro-batches.
 
     Raises:
-        UserError: at that rate a step is shorter than its fixed part.
+        UserError: at that rate a step takes no longer than `fixed_ms`.
     """
     fixed, jitter = options.fixed_ms / 1000, options.jitter or 0.0
     if options.images_per_sec is None:

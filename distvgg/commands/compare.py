@@ -1,8 +1,8 @@
-"""Run folders side by side: a row each, whatever its state, and a line for each config over seeds.
+"""`distvgg compare`: a table of runs in any state, and a table of configs over their seeds.
 
-Reads run folders and takes nothing there, not even a lock for an instant: a run that starts just
-then would be refused. Invariant: every folder is a row; only finished runs enter a mean; validation
-ranks, test never does. Imports no torch.
+Only reads run folders. Takes no lock, since a run that starts at that moment would be refused.
+Invariant: every folder is a row; only finished runs enter a mean; validation ranks the runs, test
+never does. Imports no torch.
 """
 
 import os
@@ -35,15 +35,15 @@ from distvgg.runs.layout import (
 )
 from distvgg.runs.result import Result, read_result
 
-# Fields that name a run or say what is kept or read of it, and change none of its numbers.
+# Prefixes of fields that name a run or select what it keeps or reads. They change no number of it.
 NOT_COMPARED = ("track.", "checkpoint.", "eval.test", "eval.tta")
-# What finished runs of one config may still differ in.
+# Fields of a result in which finished runs of one config may differ.
 PROVENANCE = ("data_fingerprint", "num_processes", "hardware", "versions", "commit")
 SEED, NOTHING = "seed", "-"
 
 
 class Progress(BaseModel):
-    """What a row of metrics.jsonl says of a run that is not finished."""
+    """The fields of a row of metrics.jsonl that describe an unfinished run."""
 
     step: int = Field(ge=1)
     epoch: float = Field(gt=0)
@@ -51,7 +51,7 @@ class Progress(BaseModel):
 
 
 class Failure(BaseModel):
-    """What failure.json says to a reader in a hurry."""
+    """The fields of failure.json that the table shows."""
 
     step: int
     what: str
@@ -61,12 +61,12 @@ class Failure(BaseModel):
 
 @dataclass(frozen=True)
 class Entry:
-    """What a run folder tells.
+    """The content of a run folder.
 
     Attributes:
-        config: by dotted names, those that change numbers; empty where none can be read.
+        config: dotted name -> value of the fields that change numbers; empty if it cannot be read.
         best: step and top-1 of the best validation so far.
-        settled: the folder says what became of the run, so that only another start changes it.
+        settled: True if the folder records the end of the run. Only another launch changes it then.
     """
 
     name: str
@@ -79,8 +79,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs whose configs differ in nothing but the seed. A seed that was run twice counts once: it
-    is no second sample of what seeds do."""
+    """Runs whose configs differ only in the seed.
+
+    A seed that was run twice counts once, since it is not a second sample of the spread over seeds.
+    """
 
     entries: list[Entry]
 
@@ -102,19 +104,22 @@ class Group:
 
     @property
     def mean_val(self) -> float:
-        """Below any accuracy where no run is finished."""
+        """Mean validation top-1; -1.0, which is below any accuracy, if no run is finished."""
         return statistics.mean(self.val) if self.val else -1.0
 
 
 def compare(run_dirs: Sequence[Path], out: Path | None = None) -> str:
-    """The table of some run folders, also written to `out`, which is passed over if a wildcard has
-    put it among the folders.
+    """Returns the table of some run folders, and also writes it to `out`.
+
+    Args:
+        run_dirs: run folders. If a wildcard includes `out` among them, `out` is skipped.
+        out: the file to write. None: no file.
 
     Raises:
         UserError: a folder does not exist, or `out` cannot be written.
     """
     for run_dir in run_dirs:
-        if not os.path.exists(run_dir):  # unlike Path's, false where it cannot be known
+        if not os.path.exists(run_dir):  # unlike Path.exists, False where it cannot be determined
             raise UserError(f"run folder {run_dir} does not exist: give folders of distvgg train")
     paths = list(dict.fromkeys(Path(os.path.abspath(p)) for p in run_dirs))
     if out is not None:
@@ -132,14 +137,14 @@ def compare(run_dirs: Sequence[Path], out: Path | None = None) -> str:
             raise UserError(
                 f"cannot write {out} ({error.strerror}): choose another file with --out"
             ) from error
-        # Of two that end together, the one that saw less may have been the last to write.
+        # Of two processes that end together, the one that read less may have written last.
         again = [read(p, e.name) for p, e in zip(paths, entries, strict=True)]
         if [e for e in again if e.settled] == [e for e in entries if e.settled]:
             return text
 
 
 def read(run_dir: Path, name: str) -> Entry:
-    """What a folder tells; damage and all else that is wrong with it is its state."""
+    """Returns the entry of a run folder. Its state describes any damage or other error."""
     try:
         if _content(run_dir / CONFIG_FILE) is None:
             return Entry(name, "no run here")
@@ -161,17 +166,21 @@ def read(run_dir: Path, name: str) -> Entry:
 
 
 def _unfinished(run_dir: Path, name: str, config: Config, compared: dict[str, Any]) -> Entry:
-    """A run without a result. Whether it is at work no file tells on every file system, so its last
-    sign of life is told instead: as a time of day, since tables are kept."""
+    """Returns the entry of a run without a result.
+
+    On some file systems no file shows whether the run is active. The state therefore has the time
+    of the last file change, as an absolute time, since tables are kept.
+    """
     rows = _progress(run_dir)
     validated = [(r.step, r.val_top1) for r in rows if r.val_top1 is not None]
-    best = max(validated, key=lambda v: v[1], default=None)  # of equals the first, as in training
+    best = max(validated, key=lambda v: v[1], default=None)  # the first of ties, as in training
     if (failure := _content(run_dir / FAILURE_FILE)) is not None:
         return Entry(name, _failed(failure), compared, best=best)
     at = _reached(run_dir, rows, config)
     if _content(run_dir / REQUEUE_FILE) is not None:
         return Entry(name, f"{at} (stopped, to be started again)", compared, best=best)
-    signs = [run_dir / n for n in (CONFIG_FILE, LOCK_FILE, METRICS_FILE)]  # each start locks anew
+    # Each launch writes the lock file.
+    signs = [run_dir / n for n in (CONFIG_FILE, LOCK_FILE, METRICS_FILE)]
     last = datetime.fromtimestamp(max(p.stat().st_mtime for p in signs if p.exists()))
     state = f"{at} (running or killed, last sign {last:%Y-%m-%d %H:%M})"
     return Entry(name, state, compared, best=best, settled=False)
@@ -188,8 +197,11 @@ def _failed(content: bytes) -> str:
 
 
 def _reached(run_dir: Path, rows: Sequence[Progress], config: Config) -> str:
-    """How far a run has come: rows have a cadence of their own, which checkpoints may be ahead of.
-    Rows alone tell how many images there are, and so how many steps."""
+    """Returns the step that a run has reached and, if known, the number of its steps.
+
+    Rows have their own interval, so a checkpoint may be ahead of the last row. Only rows give the
+    number of images, and with it the number of steps.
+    """
     saved = [int(p.name.removeprefix("step_")) for p in checkpoint_dirs(run_dir / CHECKPOINTS)]
     step = max([r.step for r in rows] + saved, default=0)
     if not rows:
@@ -201,7 +213,7 @@ def _reached(run_dir: Path, rows: Sequence[Progress], config: Config) -> str:
 
 
 def _progress(run_dir: Path) -> list[Progress]:
-    """The rows so far; the last may be half written, and power loss leaves worse."""
+    """Returns the rows so far, except lines that are half written or damaged by a power loss."""
     rows = []
     for line in (_content(run_dir / METRICS_FILE) or b"").splitlines():
         with suppress(ValueError):
@@ -217,7 +229,10 @@ def _content(path: Path) -> bytes | None:
 
 
 def table(entries: Sequence[Entry]) -> str:
-    """Runs by their group's mean, groups where some config has several seeds, and what to mind."""
+    """Returns the runs in the order of their groups' means, the groups, and notes, as text.
+
+    The groups are listed only if some config has several seeds.
+    """
     configs = [e.config for e in entries if e.config]
     differ = [k for k in (configs or [{}])[0] if len({str(c[k]) for c in configs}) > 1]
     groups = grouped(entries)
@@ -232,7 +247,10 @@ def table(entries: Sequence[Entry]) -> str:
 
 
 def grouped(entries: Sequence[Entry]) -> list[Group]:
-    """The runs that have a config, by all of it but the seed: the best mean of validation first."""
+    """Groups the runs that have a config by all fields except the seed.
+
+    The group with the best mean on validation comes first.
+    """
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.config:
@@ -244,7 +262,7 @@ def grouped(entries: Sequence[Entry]) -> list[Group]:
 
 def _run_rows(entries: Sequence[Entry], differ: Sequence[str]) -> list[list[str]]:
     late = any(e.best and not (e.result and e.result.steps == e.best[0]) for e in entries)
-    step = ["at step"] if late else []  # in a column only where it is not the last for all
+    step = ["at step"] if late else []  # no column if the last step is the best for all
     rows = [["run", *differ, "val top1", "test top1", "best val top1", *step, "images/s", "state"]]
     for e in entries:
         val, test, speed = NOTHING, NOTHING, NOTHING
@@ -302,7 +320,7 @@ def _percent(fraction: float) -> str:
 
 
 def _typed(value: Any) -> str:
-    """A config value as it is typed on the command line."""
+    """Returns a config value as it is typed on the command line."""
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

@@ -1,8 +1,8 @@
-"""What works on this machine, and what to fix, before a run finds out.
+"""`distvgg doctor`: checks of this machine and of a run before it starts, with what to fix.
 
-A check asks the code that a run would trip over, and tells a mistake in that code's own words: what
-is `fix` here, `train` would refuse. Invariant: nothing is trained, nothing waits for a network for
-more than seconds, and nothing stays behind but what `--prepare` decodes.
+A check calls the code that a run would call, and reports the error message of that code. What is
+`fix` here, `train` would refuse. Invariant: nothing is trained, no check waits for a network for
+more than seconds, and nothing is left on disk except what `--prepare` decodes.
 """
 
 import os
@@ -39,19 +39,23 @@ from distvgg.runs.layout import CHECKPOINTS
 from distvgg.tracking.trackers import require_tensorboard
 from distvgg.tracking.wandb_tracker import upload_command, wandb_mode
 
-# What a check finds; it raises UserError where there is something to fix.
+# The result of a check. A check raises UserError if there is something to fix.
 Finding = tuple[Literal["ok", "note"], str]
 
 
 def run_checks(recipe: Config | None, run_dir: Path, *, prepare: bool) -> str:
-    """Prints a line for each check of the machine and, where there is a recipe, of its run in
-    `run_dir`, whose data it decodes if told to `prepare`.
+    """Prints a line for each check of the machine and, with a recipe, of its run.
+
+    Args:
+        recipe: config of the run. None: check the machine only.
+        run_dir: folder of the run.
+        prepare: decode the data of the recipe into the cache.
 
     Raises:
         RunError: there is something to fix.
     """
     config = recipe or Config()
-    entry = cache_entry(config.data) if recipe else None  # once: it looks at every file
+    entry = cache_entry(config.data) if recipe else None  # computed once: stats every file
     checks: dict[str, Callable[[], Finding]] = {
         "versions": versions,
         "devices": devices,
@@ -81,13 +85,17 @@ def run_checks(recipe: Config | None, run_dir: Path, *, prepare: bool) -> str:
 
 
 def versions() -> Finding:
-    """Of Python and the libraries that compute."""
+    """Reports the versions of Python and of the libraries that compute."""
     python, theirs = platform.python_version(), accelerate.__version__
     return "ok", f"Python {python}, torch {torch.__version__}, accelerate {theirs}"
 
 
 def devices() -> Finding:
-    """The GPUs, each tried out; else the CPU, unless there is a GPU that torch cannot use."""
+    """Reports the GPUs, after a test computation on each, or else the CPU.
+
+    Raises:
+        UserError: there is a GPU that torch cannot use, or a GPU that does not compute.
+    """
     device = device_here().type
     if device == "cuda":
         gpus = Counter(_gpu(number) for number in range(torch.cuda.device_count()))
@@ -98,7 +106,7 @@ def devices() -> Finding:
     why = "it finds none"
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
-    except (AssertionError, RuntimeError) as error:  # a build without CUDA; no driver, an old one
+    except (AssertionError, RuntimeError) as error:  # a build without CUDA; no driver or an old one
         why = str(error).splitlines()[0]
     raise UserError(
         f"there is an NVIDIA GPU that torch {torch.__version__} cannot use ({why}): install a build"
@@ -120,14 +128,14 @@ def _gpu(number: int) -> str:
 
 
 def precision(asked: str) -> Finding:
-    """What `train.precision` comes to here."""
+    """Reports the precision to which `train.precision` resolves here."""
     device = device_here()
     found = resolve_precision(asked, device, os.environ.get("ACCELERATE_MIXED_PRECISION"))
     return "ok", f"{found} (train.precision {asked} on {device.type})"
 
 
 def backend() -> Finding:
-    """What processes talk to each other by."""
+    """Reports the communication backend between processes."""
     name = "nccl" if device_here().type == "cuda" else "gloo"
     if dist.is_available() and dist.is_backend_available(name):
         return "ok", f"{name} between processes"
@@ -135,7 +143,7 @@ def backend() -> Finding:
 
 
 def variables() -> Finding:
-    """What the environment holds that would change the numbers of a run."""
+    """Reports environment variables that would change the numbers of a run."""
     environment.refuse()
     threads = None if device_here().type == "cuda" else 1
     found = environment.notes([{"device": ""}], None, threads)
@@ -143,9 +151,13 @@ def variables() -> Finding:
 
 
 def processes(train: TrainConfig) -> Finding:
-    """The numbers of processes that a config allows, among them the launcher's."""
+    """Reports the numbers of processes that a config allows.
+
+    Raises:
+        UserError: the launcher's number of processes is not allowed.
+    """
     whole, micro = train.global_batch_size, train.micro_batch_size
-    BatchPlan(whole, whole, micro, environment.world_size())  # of any number of samples
+    BatchPlan(whole, whole, micro, environment.world_size())  # any number of samples will do
     allowed, gpus = valid_world_sizes(whole // micro), torch.cuda.device_count()
     text = f"{' or '.join(map(str, allowed))} (global batch {whole} / micro-batch {micro})"
     if gpus < 2 or gpus in allowed:
@@ -155,7 +167,7 @@ def processes(train: TrainConfig) -> Finding:
 
 
 def images(config: DataConfig, entry: Path, prepare: bool) -> Finding:
-    """Whether they are decoded, or can be, and suffice for the split that is asked for."""
+    """Reports the data: decoded and sufficient for the requested split, or ready to decode."""
     if prepare:
         load_dataset(config)
     if is_complete(entry):
@@ -175,7 +187,7 @@ def images(config: DataConfig, entry: Path, prepare: bool) -> Finding:
 
 
 def cache(entry: Path | None) -> Finding:
-    """Whether it can take decoded arrays, unless it has those that are asked for."""
+    """Reports the data cache: writable, or read-only with the requested arrays in it."""
     folder = cache_dir()
     try:
         return "ok", f"{folder}, {_size(free_space(folder))} free; DISTVGG_CACHE moves it"
@@ -189,7 +201,7 @@ def cache(entry: Path | None) -> Finding:
 
 
 def run_folder(run_dir: Path, recipe: Config | None, entry: Path | None) -> Finding:
-    """Whether a run may write to its folder, and has room there for all that it keeps."""
+    """Reports the run folder, which must be writable and have room for all that a run keeps."""
     try:
         free = free_space(run_dir)
         if recipe is not None and run_dir.exists():
@@ -203,7 +215,7 @@ def run_folder(run_dir: Path, recipe: Config | None, entry: Path | None) -> Find
     text = f"{run_dir}, {_size(free)} free"
     if recipe is None:
         return "ok", text
-    # Where the classes are not known yet, a guess will do: they count in the last layer only.
+    # If the number of classes is unknown, a guess suffices: it matters in the last layer only.
     known = open_entry(entry).num_classes if entry and is_complete(entry) else None
     need = run_bytes(recipe, known or 100)
     if free + there < need:
@@ -215,8 +227,11 @@ def run_folder(run_dir: Path, recipe: Config | None, entry: Path | None) -> Find
 
 
 def run_bytes(config: Config, classes: int) -> int:
-    """What a run keeps on disk at most: `checkpoint.keep` of the newest, the best, the one that is
-    being written, and the final weights."""
+    """Returns the maximum number of bytes that a run keeps on disk.
+
+    These are the `checkpoint.keep` newest checkpoints, the best, the one that is being written, and
+    the final weights.
+    """
     with torch.device("meta"):
         vgg = VGG(config.model, classes)
     weights: int = sum(t.nbytes for t in vgg.state_dict().values())
@@ -224,13 +239,13 @@ def run_bytes(config: Config, classes: int) -> int:
     momentum = max(optim.momentum, optim.muon_momentum if optim.name == "muon" else 0)
     moments = 2 if optim.name == "adamw" else int(momentum > 0)
     state: int = moments * sum(p.nbytes for p in vgg.parameters())
-    if optim.ema_decay:  # the trained weights beside their average
+    if optim.ema_decay:  # the trained weights in addition to their EMA
         state += weights
     return (config.checkpoint.keep + 2) * (weights + state) + weights
 
 
 def wandb(config: Config, run_dir: Path) -> Finding:
-    """Where W&B would have the curves."""
+    """Reports whether W&B is online, offline or off."""
     mode, why = wandb_mode() if config.track.wandb else ("disabled", "")
     if mode == "offline":
         return "note", f"offline ({why}), in the run folder; to upload: {upload_command(run_dir)}"

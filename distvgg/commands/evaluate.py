@@ -1,4 +1,4 @@
-"""`distvgg evaluate`: measures the weights of a run again."""
+"""`distvgg evaluate`: evaluation of the weights of a run."""
 
 from pathlib import Path
 
@@ -23,27 +23,27 @@ from distvgg.training.evaluation import Evaluation, evaluate_over_ranks
 
 
 def evaluate(path: str | Path, split: SplitName = "test") -> metrics.Row:
-    """Measures the weights of a run again. Reads only the run folder and the data.
+    """Evaluates the weights of a run. Reads only the run folder and the data.
 
     Args:
         path: the folder of a finished run, or one of its `checkpoints/step_*`.
-        split: test, for the final weights of a finished run alone; val; or train, the images
-            trained on, without augmentation.
+        split: test, only for the final weights of a finished run; val; or train, the images trained
+            on, without augmentation.
 
     Returns:
         The metrics by their bare names: `loss`, `top1`, `top5`, `calibration_error`, `count` and,
         where the data has superclasses, `superclass_top1`.
 
     Raises:
-        UserError: neither of these, damaged, no such split in its data, or test where it is not to
-            be read.
+        UserError: `path` is neither of these, or corrupt; the data has no such split; or test must
+            not be read.
     """
     found, _ = _measure(Path(path), split)
     return found.row
 
 
 def evaluate_run(path: Path, split: SplitName) -> str:
-    """Describes what `evaluate` finds, and the pairs of classes that are confused most often."""
+    """Returns the metrics of `evaluate` and the most frequently confused classes, as text."""
     return describe(*_measure(path, split))
 
 
@@ -85,8 +85,11 @@ def _measure(path: Path, split: SplitName) -> tuple[Evaluation, Confusion]:
 
 
 def _refuse_test(path: Path, run_dir: Path, config: Config) -> None:
-    """Test may measure the final weights of a finished run once more, which is no choice between
-    weights; whatever else could be measured on it, somebody could choose by."""
+    """Raises UserError unless test may be read.
+
+    Test may evaluate the final weights of a finished run again, which is no choice between weights.
+    Any other evaluation on test could be used to choose.
+    """
     if path != run_dir:
         raise UserError(
             f"{path} is a checkpoint, and test is for the final weights of a run alone: take"
@@ -94,9 +97,8 @@ def _refuse_test(path: Path, run_dir: Path, config: Config) -> None:
         )
     if not config.eval.test:
         raise UserError(
-            f"{run_dir} was trained with eval.test false, so that nobody can choose by test: take"
-            " --split val, or train the recipe that was chosen with --eval.test true in a folder"
-            " of its own"
+            f"{run_dir} was trained with eval.test false, which keeps test out of model selection:"
+            " use --split val, or train the chosen recipe with --eval.test true in a new folder"
         )
     if read_result(run_dir) is None:
         raise UserError(
@@ -106,10 +108,10 @@ def _refuse_test(path: Path, run_dir: Path, config: Config) -> None:
 
 
 def describe(found: Evaluation, confusion: Confusion) -> str:
-    """An evaluation for a reader."""
+    """Returns an evaluation as text."""
     row = {f"{confusion.split}/{name}": value for name, value in found.row.items()}
     error = 100 * found.row[metrics.CALIBRATION_ERROR]
-    unsaid = "train " if confusion.split == "train" else ""  # as in the rows of a training
+    unsaid = "train " if confusion.split == "train" else ""  # omitted, as in training rows
     parts = [
         f"{unsaid}{metrics.describe(row)}, calibration error {error:.2f}%",
         describe_pairs(confusion, "class"),

@@ -1,9 +1,10 @@
-"""`distvgg launch`: one node's part of a run.
+"""`distvgg launch`: the processes of a run on one node.
 
-Counts the node's devices, divides its cores, and is its `accelerate launch`. The scripts in
-`launch/` end here, with one node or many. Invariants: a mistake is one line within seconds; the
-exit code is that of the worker that failed first (2: the user can mend it), where the bare launcher
-makes 1 of each, and a traceback. Knows of SLURM only what its options say.
+Counts the devices or cores of the node and runs `accelerate launch` in this process. The scripts in
+`launch/` call this command, with one node or many. Invariants: a user error is one line within
+seconds; the exit code is that of the worker that failed first (2: an error that the user can fix).
+`accelerate launch` itself turns every exit code into 1 and adds a traceback. Except for
+SLURM_CPUS_ON_NODE, all information about SLURM comes from the options.
 """
 
 import ipaddress
@@ -30,36 +31,36 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 ROOT = Path(__file__).resolve().parents[2]
-NOWHERE = "192.0.2.1"  # RFC 5737. Asked for a route only: the default one
-# What ends the launcher and is handed on to the workers, which save. Its own list lacks the last
-# two: it would die of them, and the workers with it.
+NOWHERE = "192.0.2.1"  # RFC 5737; used only to look up the default route
+# Signals that end the launcher and are forwarded to the workers, which then save. The launcher's
+# default list lacks the last two, which would kill the launcher and with it the workers.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node's part of a run."""
+    """The part of a run on one node."""
 
     nodes: int = 1
-    """How many nodes take part."""
+    """Number of nodes."""
     rank: int = 0
-    """0 on the head, where all meet; another elsewhere."""
+    """Rank of this node. 0: the head, where all nodes meet."""
     head: str = ""
-    """The head's name, as every node can resolve it."""
+    """Host name of the head, which every node can resolve."""
     port: int = 0
-    """A port that is free on the head. 0: any, which suits one node."""
+    """A port that is free on the head. 0: any free port, for one node only."""
     id: str = "distvgg"
-    """Of this run: nodes of other runs that meet at the same port are strangers."""
+    """Identifier of this run. It separates runs whose nodes meet at the same port."""
     peer: str = ""
-    """Any node but the head, from which the head learns its own address."""
+    """Any node except the head. The head finds its own address on the route to this node."""
     processes: int = 0
-    """Processes on this node. 0: one a GPU, as far as they divide the micro-batches of a step."""
+    """Processes on this node. 0: one per GPU, as far as they divide the micro-batches of a step."""
     granted: int = 0
     """GPUs that a scheduler granted on this node."""
     uniform: bool = False
     """Every node runs as many processes as this one."""
     max_restarts: int = 0
-    """How often all workers start again after one died."""
+    """Maximum number of restarts of all workers after one died."""
 
     def __post_init__(self) -> None:
         if self.nodes > 1 and not (self.head and self.port):
@@ -67,7 +68,7 @@ class Node:
 
 
 def main(words: list[str]) -> int:
-    """Runs this node's workers to their end; returns the exit code."""
+    """Runs the workers of this node to their end and returns the exit code."""
     end = words.index("--") if "--" in words else len(words)
     node = tyro.cli(Node, prog="distvgg launch", args=words[:end], description=__doc__)
     train = words[end + 1 :]
@@ -90,8 +91,11 @@ def main(words: list[str]) -> int:
 
 
 def complain(node: Node, error: UserError | str, *, everywhere: bool = False) -> int:
-    """Says a mistake in a line; one that every node finds alike, on the head only, while the others
-    wait to be ended."""
+    """Prints an error as one line and returns exit code 2.
+
+    An error that every node finds (`everywhere`) is printed only on the head. The other nodes wait
+    to be ended.
+    """
     if everywhere and node.rank:
         time.sleep(5)
     else:
@@ -101,11 +105,13 @@ def complain(node: Node, error: UserError | str, *, everywhere: bool = False) ->
 
 
 def count_processes(node: Node) -> int:
-    """How many processes this node runs: one a GPU that torch sees. On a machine without GPUs one
-    for each that a scheduler declared, else two as far as there are cores.
+    """Returns the number of processes of this node: `node.processes`, else one per GPU.
+
+    On a machine without GPUs, it is one for each GPU that a scheduler granted, else two, or one
+    with a single core.
 
     Raises:
-        UserError: the machine has GPUs, but torch does not see them, or not all.
+        UserError: the machine has GPUs, but torch sees none or fewer than expected.
     """
     with calm_launcher():
         import torch
@@ -131,16 +137,17 @@ def count_processes(node: Node) -> int:
     wanted = node.processes or max(seen, node.granted)
     if seen < wanted:
         raise UserError(
-            f"{wanted} GPUs are wanted but torch sees {seen}: mind CUDA_VISIBLE_DEVICES, or leave"
-            " this machine out (SLURM: --exclude)"
+            f"{wanted} GPUs were requested but torch sees {seen}: check CUDA_VISIBLE_DEVICES, or"
+            " exclude this machine (SLURM: --exclude)"
         )
     return wanted
 
 
 def fit_processes(node: Node, available: int, train: TrainConfig) -> int:
-    """The number of processes to start on each node: all that are available. Where neither a user
-    nor a scheduler chose their number, the most that divide the micro-batches of a step; prints
-    what that leaves out.
+    """Returns the number of processes to start on each node: normally all that are available.
+
+    On one node, where neither a user nor a scheduler chose the number, it is the largest that
+    divides the micro-batches of a step. A line then reports the processes that are left out.
 
     Raises:
         UserError: the processes do not divide the micro-batches.
@@ -163,8 +170,10 @@ def fit_processes(node: Node, available: int, train: TrainConfig) -> int:
 
 
 def batch_for(train: TrainConfig, world_size: int) -> str:
-    """An option with which so many processes divide the micro-batches of a step: a smaller
-    micro-batch where the global batch allows it, else another global batch near this one."""
+    """Returns an option with which `world_size` divides the micro-batches of a step.
+
+    It is a smaller micro-batch if the global batch allows one, else a global batch of similar size.
+    """
     whole, micro = train.global_batch_size, train.micro_batch_size
     for smaller in range(micro - 1, 1, -1):  # 1 is too few for BatchNorm
         if whole % (smaller * world_size) == 0:
@@ -175,8 +184,11 @@ def batch_for(train: TrainConfig, world_size: int) -> str:
 
 @contextmanager
 def calm_launcher() -> Iterator[None]:
-    """Imports torch such that it does not print stack traces of its own when another node ends
-    first; the workers' torch, and a user who sets LOGLEVEL (INFO, say), get all of it."""
+    """Prevents the torch imported inside from printing stack traces when another node ends first.
+
+    The workers' torch still prints all of its messages, as does this one if the user sets LOGLEVEL,
+    to INFO for example.
+    """
     level = os.environ.setdefault("LOGLEVEL", "CRITICAL")
     quiet = level == "CRITICAL" and "TORCH_CPP_LOG_LEVEL" not in os.environ
     if quiet:
@@ -188,14 +200,20 @@ def calm_launcher() -> Iterator[None]:
 
 
 def cores() -> int:
-    """Cores that this node's processes share; SLURM's grant counts also where it does not bind."""
+    """Returns the number of cores that the processes of this node share.
+
+    SLURM's grant limits the number even where SLURM does not bind processes to cores.
+    """
     bound = len(os.sched_getaffinity(0))
     return min(bound, int(os.environ.get("SLURM_CPUS_ON_NODE") or bound))
 
 
 def find_the_others(node: Node) -> None:
-    """Makes the nodes meet under addresses that the others can reach. A host that takes its own
-    name for 127.0.1.1, as Debian's do, would hand out that one, and gloo listen there."""
+    """Sets the variables that make this node use an address that the other nodes can reach.
+
+    A host that resolves its own name to 127.0.1.1, as Debian does, would otherwise publish that
+    address, and gloo would listen on it.
+    """
     address = own_address([node.head] if node.rank else [node.peer, NOWHERE])
     if address is None:
         return
@@ -205,7 +223,7 @@ def find_the_others(node: Node) -> None:
 
 
 def own_address(others: list[str]) -> str | None:
-    """This node's IPv4 address on the way to another. Sends nothing."""
+    """Returns the IPv4 address of this node on the route to another node. Sends nothing."""
     for other in filter(None, others):
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
             way.connect((other, 9))
@@ -216,7 +234,7 @@ def own_address(others: list[str]) -> str | None:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has an address."""
+    """Returns the network interface that has an address."""
     import psutil
 
     for name, addresses in psutil.net_if_addrs().items():
@@ -226,7 +244,7 @@ def interface_of(address: str) -> str | None:
 
 
 def launch(node: Node, processes: int, train: list[str], run_dir: Path) -> int:
-    """`accelerate launch`, in this process; returns the exit code."""
+    """Runs `accelerate launch` in this process and returns the exit code."""
     words = [
         *("--config_file", str(ROOT / "accelerate_config.yaml")),
         *("--num_processes", str(node.nodes * processes)),
@@ -236,15 +254,15 @@ def launch(node: Node, processes: int, train: list[str], run_dir: Path) -> int:
     if node.nodes > 1:
         words += ["--num_machines", str(node.nodes), "--machine_rank", str(node.rank)]
         words += ["--main_process_ip", node.head, "--rdzv_backend", "c10d"]
-        # A head that imports torch from a cold disk may come minutes later than the others.
+        # A head that imports torch from a cold disk may start minutes later than the other nodes.
         words += ["--rdzv_conf", f"is_host={int(node.rank == 0)},read_timeout=600,join_timeout=600"]
-    # torchrun's options that accelerate does not hand on; PET_LOCAL_ADDR is another.
+    # Options of torchrun that accelerate does not pass on; PET_LOCAL_ADDR is another.
     os.environ |= {"PET_RDZV_ID": node.id, "PET_SIGNALS_TO_HANDLE": SIGNALS}
-    # The workers run the code that launched them, whatever else is installed.
+    # The workers must import the code that launched them, whatever else is installed.
     path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-    # The store that workers share with their launchers outlives a restart, and has the addresses of
-    # the dead (torch 2.14); this gives each round of workers a new one.
+    # The store that workers share with their launchers outlives a restart and keeps the addresses
+    # of dead workers (torch 2.14). With this variable, each round of workers gets a new store.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -258,7 +276,7 @@ def launch(node: Node, processes: int, train: list[str], run_dir: Path) -> int:
     except ChildFailedError as failed:
         return explain(failed)
     except SignalException as stopped:
-        # The workers have ended by now: stopped early, if they were told in time.
+        # The workers have ended by now. They saved if the signal reached them in time.
         number = stopped.sigval
         saved = number != signal.SIGINT and (run_dir / REQUEUE_FILE).exists()
         return 0 if saved else 128 + number
@@ -270,10 +288,11 @@ def launch(node: Node, processes: int, train: list[str], run_dir: Path) -> int:
 
 
 def explain(failed: "ChildFailedError") -> int:
-    """The exit code of the worker that failed first; says so where the worker itself could not.
+    """Returns the exit code of the worker that failed first, and prints the signal that killed it.
 
-    Times are whole seconds. Of the first second a killed worker is the cause, then one that gave up
-    by itself, as all do that lose contact with another, and last one that the launcher ended.
+    Times are whole seconds. In the first second with a failure, the cause is a killed worker, else
+    one that exited by itself, else one that the launcher ended. Every worker that loses contact
+    with another exits by itself.
     """
 
     def order(failure: "ProcessFailure") -> tuple[int, int]:

@@ -1,8 +1,8 @@
-"""Sweeps: values of config fields -> one command line of `train` for each combination.
+"""Sweeps over values of config fields: one command line of `train` for each combination.
 
-Owns the syntax of `--sweep FIELD=VALUE,VALUE,...`. Invariant: a combination's command line depends
-on its number and the words of the sweep alone, and each has been checked against the schema before
-the first is trained. Imports no torch.
+Owns the syntax of `--sweep FIELD=VALUE,VALUE,...`. Invariant: the command line of a combination
+depends only on its number and the words of the sweep. All command lines are checked against the
+schema before the first is trained. Imports no torch.
 """
 
 import itertools
@@ -23,8 +23,9 @@ class Sweep:
     """A recipe, fixed options, and the fields whose values are combined.
 
     Attributes:
-        options: `--name=VALUE` each.
-        axes: field by dotted name -> its values, as text; the last axis changes fastest.
+        recipe: the name of a packaged recipe, or the path of a YAML file.
+        options: each is `--name=VALUE`.
+        axes: dotted field name -> its values, as text; the last axis changes fastest.
     """
 
     recipe: str
@@ -32,11 +33,11 @@ class Sweep:
     axes: dict[str, tuple[str, ...]]
 
     def __len__(self) -> int:
-        """The number of combinations, 1 where nothing is swept."""
+        """Returns the number of combinations; 1 without axes."""
         return len(list(self._combinations()))
 
     def words(self, number: int) -> list[str]:
-        """The recipe and options of `train` for one combination, counted from 0."""
+        """Returns the recipe and options of `train` for one combination, counted from 0."""
         return [self.recipe, *self.options, *list(self._combinations())[number]]
 
     def _combinations(self) -> Iterator[tuple[str, ...]]:
@@ -49,8 +50,9 @@ def parse(recipe: str, options: dict[str, str], sweeps: Sequence[str]) -> Sweep:
     """Reads a sweep and checks each of its combinations.
 
     Args:
-        options: dotted name -> value, for all combinations.
-        sweeps: `FIELD=VALUE,VALUE,...` each; the values of a field that is a list in brackets.
+        recipe: the name of a packaged recipe, or the path of a YAML file.
+        options: dotted field name -> value, for all combinations.
+        sweeps: each is `FIELD=VALUE,VALUE,...`. Each value of a list field is in brackets.
 
     Raises:
         UserError: malformed, no such field, a value out of range, a field given twice.
@@ -76,7 +78,11 @@ def parse(recipe: str, options: dict[str, str], sweeps: Sequence[str]) -> Sweep:
 
 
 def _values(name: str, text: str) -> tuple[str, ...]:
-    """Splits `a,b` or `[1,2],[3]` at the commas outside brackets."""
+    """Splits `a,b` or `[1,2],[3]` at the commas outside brackets.
+
+    Raises:
+        UserError: malformed, or brackets that do not fit the field.
+    """
     values = _VALUE.findall(text)
     if ",".join(values) != text:
         raise UserError(f"--sweep {name}={text}: expected values with commas between")
@@ -92,7 +98,7 @@ def _values(name: str, text: str) -> tuple[str, ...]:
 
 
 def list_fields() -> set[str]:
-    """The config fields that hold a list, by dotted name."""
+    """Returns the dotted names of the config fields that hold a list."""
     return {
         f"{section}.{field}"
         for section, values in Config().model_dump().items()
@@ -103,15 +109,19 @@ def list_fields() -> set[str]:
 
 
 def words_of_task(sweep: Sweep, task: int, tasks: int, folder: Path) -> list[str]:
-    """The words of `train` for one task of a job array: its combination, else its number as the
-    seed, and a run folder named by its number.
+    """Returns the words of `train` for one task of a job array.
+
+    The task trains the combination of its number. Without axes, the number is the seed. The run
+    folder has the number as its name.
 
     Args:
-        tasks: how many tasks the array has.
-        folder: of all runs of the sweep.
+        sweep: the sweep of the job array.
+        task: number of the task.
+        tasks: number of tasks in the array.
+        folder: folder that holds all runs of the sweep.
 
     Raises:
-        UserError: more tasks than combinations, or tasks that would all train the same.
+        UserError: more tasks than combinations, or all tasks would train the same run.
     """
     words, n = sweep.words(task if task < len(sweep) else 0), len(sweep)
     if not sweep.axes:

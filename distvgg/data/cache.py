@@ -1,10 +1,10 @@
-"""The cache of decoded datasets: a name or a path -> memory-mapped uint8 arrays.
+"""Cache of decoded datasets: maps a dataset's name or path to memory-mapped uint8 arrays.
 
-Invariant: an entry of the cache is complete or does not exist. It is built under a file lock in a
-temporary folder and renamed, so that one process of a node decodes while the others wait, and two
-runs may start at once. A killed build leaves nothing that is read later: the kernel releases the
-lock of a dead process, and the next build removes temporary folders that are not locked. All
-processes of a node share the mapped pages.
+Invariant: a cache entry is complete or does not exist. An entry is built under a file lock in a
+temporary directory, which is then renamed. One process of a node decodes while the others wait, and
+two runs may start at the same time. A killed build leaves nothing that is read later: the kernel
+releases the lock of a dead process, and the next build removes temporary directories that are not
+locked. All processes of a node share the mapped pages.
 """
 
 import fcntl
@@ -23,24 +23,27 @@ from distvgg.config import DataConfig
 from distvgg.data.dataset import Dataset, Split
 from distvgg.errors import UserError
 
-# Part of every fingerprint: raise it when the decoded arrays come out otherwise than before.
+# Part of every fingerprint. Increase it when a code change alters the decoded arrays.
 FORMAT = 2
 HUB_IDS = {"cifar100": "uoft-cs/cifar100", "cifar10": "uoft-cs/cifar10"}
 
 
 def load_dataset(config: DataConfig, entry: Path | None = None) -> Dataset:
-    """The dataset of a config, decoding it into the cache if it is not there.
+    """Returns the dataset of a config, after decoding it into the cache if it is missing.
 
     Args:
-        entry: `cache_entry(config)` where it is known already, since it looks at every file.
+        config: The data section of a run's config.
+        entry: The result of `cache_entry(config)` if known, because that function reads the status
+            of every file.
 
     Raises:
-        UserError: no such folder, nothing in it, no network, a damaged or misshapen image, a label
-            out of range; the message says which and what to change.
+        UserError: The folder is missing or empty, the hub is unreachable, an image is corrupt or
+            has another size, a label is out of range, or the cache cannot be written. The message
+            names the cause and the fix.
     """
     entry = entry or cache_entry(config)
     try:
-        # Looked at before locking too, so that a cache that others fill may be read-only.
+        # Also checked before locking, because a cache that another user fills may be read-only.
         if not is_complete(entry):
             with _locked(entry.with_suffix(".lock"), fcntl.LOCK_EX):
                 if not is_complete(entry):
@@ -54,40 +57,48 @@ def load_dataset(config: DataConfig, entry: Path | None = None) -> Dataset:
 
 
 def cache_entry(config: DataConfig) -> Path:
-    """The folder in the cache where the decoded arrays of a config are, or will be."""
+    """Returns the cache directory for the decoded arrays of a config, which may not exist yet."""
     return cache_dir() / f"{config.name}-{_fingerprint(config)}"
 
 
 def cache_dir() -> Path:
-    """Where decoded arrays live: DISTVGG_CACHE, else distvgg/ in the user's cache folder."""
+    """Returns the root of the cache: DISTVGG_CACHE, else distvgg/ in the user's cache directory."""
     if path := os.environ.get("DISTVGG_CACHE"):
         return Path(path)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distvgg"
 
 
 def channel_moments(images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation in 0..1 of [n, height, width, 3] uint8, from exact
-    histograms."""
+    """Computes the per-channel mean and standard deviation of images, scaled to 0..1.
+
+    The images are [n, height, width, 3] uint8. Both results come from exact histograms.
+    """
     counts = np.zeros((3, 256), dtype=np.int64)
-    # Half-megabyte blocks stay in a processor's cache: twice as fast as large ones.
+    # Blocks of half a megabyte stay in the CPU cache and are twice as fast as large blocks.
     for block in np.array_split(images, -(-images.size // 2**19)):
         for channel in range(3):
             counts[channel] += np.bincount(block[..., channel].ravel(), minlength=256)
     levels = np.arange(256) / 255
     mean = counts @ levels / counts.sum(1)
-    std = np.sqrt(counts @ levels**2 / counts.sum(1) - mean**2)
+    # Rounding may leave the variance of a constant channel below zero.
+    std = np.sqrt(np.maximum(counts @ levels**2 / counts.sum(1) - mean**2, 0))
+    std[std < 1e-6] = 1  # normalised to zero, not to NaN
     return mean.tolist(), std.tolist()
 
 
 def source_of(config: DataConfig) -> str | None:
-    """The folder or hub id that a config means; None for a set that is made in code."""
+    """Returns the folder or hub id of a config's dataset, or None for generated data."""
     source = config.path or HUB_IDS.get(config.name)
     return source and os.path.expanduser(source)
 
 
 def _fingerprint(config: DataConfig) -> str:
-    """Names a cache entry by all that its arrays depend on: for a folder the names, sizes and times
-    of its files. A hub id counts by its name alone, so that a warm start asks no network."""
+    """Returns the hash that names a cache entry.
+
+    The hash covers everything that the arrays depend on. For a folder, this includes the names,
+    sizes and modification times of its files. A hub id counts by name only, so a warm start needs
+    no network.
+    """
     facts: list[Any] = [FORMAT, config.name, config.resize]
     source = source_of(config)
     if source is None:
@@ -100,7 +111,7 @@ def _fingerprint(config: DataConfig) -> str:
         for folder, folders, files in os.walk(root, followlinks=True):
             folders.sort()
             for name in sorted(files):
-                with suppress(OSError):  # a link to nothing
+                with suppress(OSError):  # a dangling link
                     stat = os.stat(os.path.join(folder, name))
                     where = os.path.relpath(os.path.join(folder, name), root)
                     facts.append((where, stat.st_size, stat.st_mtime_ns))
@@ -110,7 +121,10 @@ def _fingerprint(config: DataConfig) -> str:
 
 
 def _build(config: DataConfig, entry: Path) -> None:
-    """Decodes into a folder aside, flushes, renames. Called with the entry's lock held."""
+    """Decodes into a temporary directory, flushes the files, and renames the directory to `entry`.
+
+    The caller must hold the entry's lock.
+    """
     aside = entry.with_suffix(".building")
     _remove_stale_builds(entry.parent)
     shutil.rmtree(aside, ignore_errors=True)
@@ -130,21 +144,24 @@ def _build(config: DataConfig, entry: Path) -> None:
         for file in aside.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        shutil.rmtree(entry, ignore_errors=True)  # what is_complete refused
+        shutil.rmtree(entry, ignore_errors=True)  # rejected by is_complete
         aside.rename(entry)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _remove_stale_builds(cache: Path) -> None:
-    """Removes what killed builds of any entry left; the lock of a living one is held."""
+    """Removes the temporary directories that killed builds of any entry left.
+
+    A running build holds its lock, so its directory is kept.
+    """
     for aside in cache.glob("*.building"):
         with suppress(OSError), _locked(aside.with_suffix(".lock"), fcntl.LOCK_EX | fcntl.LOCK_NB):
             shutil.rmtree(aside)
 
 
 def is_complete(entry: Path) -> bool:
-    """Whether every file of an entry has the size that it was written with."""
+    """Returns True if every file of an entry has the size recorded at the build."""
     try:
         files = json.loads((entry / "meta.json").read_text())["files"]
         return all((entry / name).stat().st_size == size for name, size in files.items())
@@ -153,13 +170,13 @@ def is_complete(entry: Path) -> bool:
 
 
 def open_entry(entry: Path) -> Dataset:
-    """The dataset in an entry that is whole."""
+    """Returns the dataset of a complete entry."""
     meta = json.loads((entry / "meta.json").read_text())
     of = meta["superclass_of"]
     superclass_of = None if of is None else np.array(of, dtype=np.int64)
 
     def split(name: str) -> Split:
-        # Copy-on-write mapping: pages are shared until written; torch asks for a writable array.
+        # Copy-on-write: torch needs a writable array, and pages are shared until they are written.
         images = np.load(entry / f"{name}_images.npy", mmap_mode="c")
         labels = np.load(entry / f"{name}_labels.npy")
         return Split(images, labels, None if superclass_of is None else superclass_of[labels])
@@ -178,7 +195,12 @@ def open_entry(entry: Path) -> Dataset:
 
 @contextmanager
 def _locked(path: Path, how: int) -> Iterator[None]:
-    """Holds a lock (flock's flags) that dies with its process."""
+    """Holds a file lock, which the kernel releases if the process dies.
+
+    Args:
+        path: The lock file, created if it is missing.
+        how: The flags of `flock`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
         fcntl.flock(handle, how)

@@ -1,7 +1,7 @@
 """Class and superclass tables of CIFAR-10 and CIFAR-100."""
 
-# Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. Both labels of the
-# official files number these names in alphabetical order.
+# Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009. In the official files,
+# both labels number these names in alphabetical order.
 CIFAR100_SUPERCLASSES = {
     "aquatic_mammals": "beaver dolphin otter seal whale",
     "fish": "aquarium_fish flatfish ray shark trout",
@@ -25,8 +25,8 @@ CIFAR100_SUPERCLASSES = {
     "vehicles_2": "lawn_mower rocket streetcar tank tractor",
 }
 CIFAR100_SUPERCLASS_OF = {c: s for s, cs in CIFAR100_SUPERCLASSES.items() for c in cs.split()}
-# The hub's metadata of CIFAR-100 has lost a letter.
+# The hub's metadata of CIFAR-100 lacks a letter in one class name.
 SPELLING = {"cra": "crab"}
-# What the two named sets must be: this many classes, images of this side.
+# Required number of classes and image side, in pixels, of the two named datasets.
 CLASSES = {"cifar100": 100, "cifar10": 10}
 SIDE = 32

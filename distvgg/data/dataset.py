@@ -12,7 +12,13 @@ from distvgg.rng import generator
 
 @dataclass(frozen=True)
 class Split:
-    """Images [n, height, width, 3] uint8; labels [n] int64; superclass labels [n] int64 or None."""
+    """Images and labels of one split.
+
+    Attributes:
+        images: [n, height, width, 3] uint8.
+        labels: [n] int64.
+        superclasses: Superclass labels, [n] int64, or None.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -24,10 +30,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The decoded train and test splits with what is known of their classes.
+    """Decoded train and test splits with the names and superclasses of their classes.
 
-    `superclass_of` is [num_classes] int64, the superclass of each class, or None; `mean` and `std`
-    are per channel over the whole train split, in 0..1.
+    Attributes:
+        superclass_of: The superclass of each class, [num_classes] int64, or None.
+        mean: Per-channel mean over the complete train split, in 0..1.
+        std: Per-channel standard deviation over the complete train split, in 0..1.
+        fingerprint: The hash in the name of the cache entry.
     """
 
     train: Split
@@ -45,13 +54,16 @@ class Dataset:
 
 
 def train_val_indices(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the train split for training and for validation: disjoint, sorted [n] int64 arrays.
+    """Returns the rows of the train split for training and for validation.
 
-    Stratified: each class gives to validation in proportion to its size, and so to a smaller
-    `train_size`. A pure function of the labels and the config.
+    Both are stratified: each class contributes to validation, and to a smaller `train_size`, in
+    proportion to its size. The result is a pure function of the labels and the config.
+
+    Returns:
+        Two disjoint, sorted [n] int64 arrays: training rows and validation rows.
 
     Raises:
-        UserError: the sizes asked for exceed what there is.
+        UserError: The requested sizes exceed the train split.
     """
     n = len(labels)
     if config.val_size >= n:
@@ -74,11 +86,14 @@ def train_val_indices(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarra
 def _stratified(
     labels: np.ndarray, rows: np.ndarray, size: int, seed: int, purpose: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Parts rows into `size` drawn class by class and the rest; largest remainders round up."""
+    """Splits rows into `size` rows, drawn class by class, and the remaining rows.
+
+    Classes with the largest remainders are rounded up.
+    """
     order = rows[torch.randperm(len(rows), generator=generator(seed, purpose)).numpy()]
     by_class = order[np.argsort(labels[order], kind="stable")]
     _, counts = np.unique(labels[rows], return_counts=True)
-    # Integer arithmetic: quotas and remainders are exact, ties go to the lower class.
+    # Integer arithmetic keeps quotas and remainders exact. Ties go to the lower class.
     quotas, remainders = np.divmod(counts * size, len(rows))
     quotas[np.argsort(-remainders, kind="stable")[: size - quotas.sum()]] += 1
     rank_in_class = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)

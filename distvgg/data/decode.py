@@ -1,8 +1,8 @@
-"""Rows of encoded images and labels -> checked arrays on disk.
+"""Decoding of rows of encoded images and labels into checked arrays on disk.
 
-Owns everything that can be wrong with a user's images and labels. Imported only when the cache is
-cold. Invariant: whatever `write` leaves behind has one image shape, labels in range, and a
-superclass for every class or for none.
+This module owns all checks of a user's images and labels. It is imported only when the cache is
+cold. Invariant: the output of `write` has one image shape, labels in range, and a superclass for
+every class or for none.
 """
 
 import io
@@ -33,19 +33,21 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def write(config: DataConfig, source: str, folder: Path) -> dict[str, Any]:
-    """Decodes a folder or hub id: `{split}_images.npy` [n, height, width, 3] uint8 and
-    `{split}_labels.npy` [n] int64 for train and, where something is held out, test.
+    """Decodes a folder or hub id into arrays in `folder`.
+
+    The arrays are `{split}_images.npy` [n, height, width, 3] uint8 and `{split}_labels.npy` [n]
+    int64. They are written for train and, if the source has a held-out split, for test.
 
     Returns:
-        class_names, superclass_names and superclass_of of `data.Dataset`, for JSON.
+        The fields class_names, superclass_names and superclass_of of `Dataset`, for JSON.
 
     Raises:
-        UserError: the source cannot be read, or holds an image or label that does not fit.
+        UserError: The source cannot be read, or has an invalid image or label.
         OSError: `folder` cannot be written.
     """
     with TemporaryDirectory(dir=folder) as scratch:
         splits = read(source, Path(scratch))
-        # All labels before the first image: a wrong one is found in a moment.
+        # All labels are checked before the first image, so a wrong label is found quickly.
         class_names = _class_names(config, source, splits["train"])
         labels = {
             name: _integers(rows.where, rows.label, len(class_names))
@@ -65,7 +67,10 @@ def write(config: DataConfig, source: str, folder: Path) -> dict[str, Any]:
 
 
 def _class_names(config: DataConfig, source: str, train: Rows) -> list[str]:
-    """From the source's metadata; else CIFAR-100's, which are known; else numbers."""
+    """Returns the class names from the source's metadata, else known or generated names.
+
+    Without metadata, CIFAR-100 has its known names, and other datasets get numbers.
+    """
     expected = CLASSES.get(config.name)
     names = [SPELLING.get(n, n) for n in train.label.class_names]
     if not names and config.name == "cifar100":
@@ -83,8 +88,11 @@ def _class_names(config: DataConfig, source: str, train: Rows) -> list[str]:
 def _superclasses(
     splits: dict[str, Rows], labels: dict[str, np.ndarray], class_names: list[str]
 ) -> tuple[list[str], list[int] | None]:
-    """Names of the superclasses, and the superclass of each class: as the data's own column has it,
-    else by name where the classes are CIFAR-100's (an image folder keeps only one label)."""
+    """Returns the names of the superclasses, and the superclass of each class.
+
+    Both come from the superclass column of the data. Without that column, they follow from the
+    class names if these are CIFAR-100's, because an image folder keeps only one label.
+    """
     is_cifar100 = set(class_names) == set(CIFAR100_SUPERCLASS_OF)
     train = splits["train"]
     if train.superclass is None:
@@ -106,7 +114,7 @@ def _superclasses(
             i = int(wrong[0])
             raise UserError(
                 f"{rows.where}: image {i} puts class {class_names[fine[i]]} in superclass"
-                f" {names[coarse[i]]}, others are in {names[of[fine[i]]]}: mend its"
+                f" {names[coarse[i]]}, others are in {names[of[fine[i]]]}: fix its"
                 f" {rows.superclass.column}"
             )
     if (of < 0).any():
@@ -123,16 +131,16 @@ def _numbers(n: int) -> list[str]:
 
 
 def _count(where: str, column: Labels, limit: int) -> int:
-    """How many classes a column without names numbers, from 0 on: at most `limit`."""
+    """Returns the number of classes in a column without names, numbered from 0: at most `limit`."""
     return int(_integers(where, column, limit).max()) + 1
 
 
 def _integers(where: str, column: Labels, n: int) -> np.ndarray:
-    """A column as [rows] int64, checked to be in 0..n-1."""
+    """Returns a column as [rows] int64, checked to be in 0..n-1."""
     values = column.values
     if values.null_count:
         i = int(np.flatnonzero(values.is_null().to_numpy())[0])
-        raise UserError(f"{where}: image {i} has no {column.column}: mend or drop that row")
+        raise UserError(f"{where}: image {i} has no {column.column}: fix or drop that row")
     if not pa.types.is_integer(values.type):
         raise UserError(
             f"{where}: column {column.column} is of type {values.type}: number the classes from 0"
@@ -141,7 +149,7 @@ def _integers(where: str, column: Labels, n: int) -> np.ndarray:
     if (wrong := np.flatnonzero((labels < 0) | (labels >= n))).size:
         i = int(wrong[0])
         raise UserError(
-            f"{where}: image {i} has {column.column} {labels[i]}, out of range 0 to {n - 1}: mend"
+            f"{where}: image {i} has {column.column} {labels[i]}, out of range 0 to {n - 1}: fix"
             " or drop that row"
         )
     return labels
@@ -150,9 +158,10 @@ def _integers(where: str, column: Labels, n: int) -> np.ndarray:
 def _write_images(
     rows: Rows, resize: int | None, shape: tuple[int, ...] | None, path: Path
 ) -> tuple[int, ...]:
-    """Decodes into [n, *shape] uint8; the first image sets the shape if none is given.
+    """Decodes images into a file of [n, *shape] uint8 and returns the shape.
 
-    Through write, not a memory map: there, a full disk is a signal that kills the process.
+    The first image sets the shape if none is given. The file is written, not memory-mapped: on a
+    full disk, a memory map raises a signal that kills the process.
     """
     images = _decoded(rows, resize)
     first = next(images)
@@ -165,7 +174,7 @@ def _write_images(
             if image.size != (width, height):
                 raise UserError(
                     f"{rows.where}: image {i} is {image.width}x{image.height} pixels, expected"
-                    f" {width}x{height}: mend it, or bring all to one size with"
+                    f" {width}x{height}: fix it, or bring all to one size with"
                     f" --data.resize {max(16, min(width, height))}"
                 )
             file.write(image.tobytes())
@@ -173,16 +182,16 @@ def _write_images(
 
 
 def _decoded(rows: Rows, resize: int | None) -> Iterator[Image.Image]:
-    """The images as RGB, resized to a square where asked."""
+    """Yields the images as RGB, resized to squares if `resize` is given."""
     for i, encoded in enumerate(rows.images()):
         preemption.check()
         try:
             image = _rgb(_bytes_of(encoded))
-        except Exception as error:  # of any type: damaged bytes take Pillow anywhere
+        except Exception as error:  # corrupt bytes make Pillow raise any type
             name = f" ({encoded['path']})" if encoded and encoded["path"] else ""
             why = "not an image" if isinstance(error, UnidentifiedImageError) else reason(error)
             raise UserError(
-                f"{rows.where}: image {i}{name} cannot be decoded: {why}; mend or drop it"
+                f"{rows.where}: image {i}{name} cannot be decoded: {why}; fix or drop it"
             ) from error
         yield _square(image, resize) if resize else image
 
@@ -197,8 +206,11 @@ def _bytes_of(encoded: dict[str, Any] | None) -> bytes:
 
 
 def _check_png(data: bytes) -> None:
-    """Raises ValueError where pixels and their checksum differ. Pillow checks those of all else
-    only: of 10,000 bits flipped in CIFAR-100's files, 88 gave other pixels and no error."""
+    """Raises ValueError if the checksum of a pixel chunk is wrong.
+
+    Pillow checks the checksums of all other chunks only. Of 10,000 bits flipped in CIFAR-100's
+    files, 88 changed pixels without an error.
+    """
     at = len(PNG)
     while at < len(data):
         end = at + 8 + int.from_bytes(data[at : at + 4])
@@ -219,7 +231,7 @@ def _rgb(data: bytes) -> Image.Image:
 
 
 def _square(image: Image.Image, side: int) -> Image.Image:
-    """Shorter side resized to `side`, centre cropped."""
+    """Resizes the shorter side to `side` and crops the centre."""
     scale = side / min(image.size)
     width, height = (max(side, round(s * scale)) for s in image.size)
     left, top = (width - side) // 2, (height - side) // 2

@@ -1,8 +1,9 @@
-"""DeviceLoader: a split resident on the device -> the micro-batches of a step.
+"""Loaders that produce micro-batches from a split that is resident on the device.
 
-The uint8 images go to the device once; order and augmentation draws go there an epoch at a time; a
-step then only indexes, and copies nothing from host to device but what TrivialAugment needs. On a
-CPU the images stay the mapped pages of the cache, which all processes share.
+The uint8 images are copied to the device once. Sample order and augmentation parameters are copied
+an epoch at a time. A step then only indexes, and its only copy from host to device is
+TrivialAugment's. On a CPU the images remain the mapped pages of the cache, which all processes
+share.
 """
 
 from collections.abc import Iterator
@@ -32,11 +33,19 @@ from distvgg.rng import derive_seed
 
 
 class MicroBatch(NamedTuple):
-    """What one forward and backward computes on, and all that it may depend on.
+    """Input of one forward and backward, and everything that both may depend on.
 
-    `images` [m, 3, side, side], normalised; `labels` [m] int64; `rows` [m] int64, which rows of the
-    split they are; `dropout_seed` seeds the forward. Of mixed images, `labels` and `rows` are the
-    first one's, whose share of the mixture is `share`; `partner_labels` [m] int64 the other's.
+    Under MixUp or CutMix, an image combines two samples. `labels` and `rows` belong to the first
+    sample, `partner_labels` to the second.
+
+    Attributes:
+        k: Index of the micro-batch in the step.
+        images: [m, 3, side, side], normalised.
+        labels: [m] int64.
+        rows: Rows of the split, [m] int64.
+        dropout_seed: Seed of the forward.
+        partner_labels: [m] int64, or None if the images are not mixed.
+        share: Mixing weight of the first sample.
     """
 
     k: int
@@ -49,17 +58,17 @@ class MicroBatch(NamedTuple):
 
     @property
     def hard_labels(self) -> Tensor:
-        """[m] int64, of what has the larger share of each image."""
+        """Label with the larger mixing weight for each image, [m] int64."""
         if self.partner_labels is None or self.share >= 0.5:
             return self.labels
         return self.partner_labels
 
 
 class DeviceImages:
-    """A split's images and labels on a device, and how its bytes become network input.
+    """Images and labels of a split on a device, and their conversion to network input.
 
     Args:
-        side: of the images that the network takes, in pixels.
+        side: The image size of the network, in pixels.
     """
 
     def __init__(self, dataset: Dataset, split: Split, side: int, device: torch.device) -> None:
@@ -76,11 +85,11 @@ class DeviceImages:
 
     @property
     def smallest_side(self) -> int:
-        """Of the stored images, in pixels."""
+        """Shorter side of the stored images, in pixels."""
         return min(self._images.shape[1:3])
 
     def augmented(self, rows: Tensor, draws: AugmentParams, config: AugmentConfig) -> Tensor:
-        """Random views of some rows: [n] int64 -> [n, 3, side, side]."""
+        """Returns augmented views of some rows: [n] int64 -> [n, 3, side, side]."""
         images = view(self._images, rows, draws, config.crop_padding)
         if config.trivial:
             images = trivial_augment(images, draws)
@@ -90,18 +99,20 @@ class DeviceImages:
         return resize(x, self._side)
 
     def plain(self, rows: Tensor) -> Tensor:
-        """Some rows as they are: [n] int64 -> [n, 3, side, side]."""
+        """Returns some rows without augmentation: [n] int64 -> [n, 3, side, side]."""
         return resize(normalise(self._images[rows], self._mean, self._std), self._side)
 
 
 class DeviceLoader:
-    """The micro-batches that a rank runs in a step: a pure function of (config, data, step, rank).
+    """Loader of the micro-batches that a rank runs in a step.
+
+    The micro-batches are a pure function of (config, data, step, rank).
 
     Args:
-        rows: [plan.n_samples] int64, the rows of the split that are trained on.
+        rows: Rows of the split to train on, [plan.n_samples] int64.
 
     Raises:
-        UserError: the images are no larger than the crop's padding or the cutout.
+        UserError: The crop's padding or the cutout is not smaller than the images.
     """
 
     def __init__(
@@ -116,11 +127,11 @@ class DeviceLoader:
         assert len(rows) == plan.n_samples
         self._config, self._pixels, self._plan, self._rank = config, pixels, plan, rank
         self._rows = torch.from_numpy(rows).to(pixels.device)
-        # Two, since a step may straddle two epochs.
+        # Two entries, because a step may span two epochs.
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        """The rank's micro-batches of a step, in order of `k`."""
+        """Returns the rank's micro-batches of a step, in order of `k`."""
         plan, seed = self._plan, self._config.seed
         parts = []
         for epoch, first, last in plan.spans(plan.positions(step, self._rank)):
@@ -146,7 +157,7 @@ class DeviceLoader:
         ]
 
     def _mixed(self, step: int, batch: MicroBatch) -> MicroBatch:
-        """A micro-batch with its images mixed in place, where they are to be."""
+        """Returns a micro-batch, with its images mixed in place if mixing is drawn for it."""
         config, m = self._config, len(batch.labels)
         mixture = draw_mix_params(
             config.augment, config.seed, step, batch.k, m, self._config.model.image_size
@@ -158,7 +169,7 @@ class DeviceLoader:
         return batch._replace(partner_labels=partner_labels, share=mixture.share)
 
     def rows(self, step: int, k: int) -> Tensor:
-        """The rows of the split in any micro-batch, also another rank's: [m] int64."""
+        """Returns the rows of the split in any micro-batch, also another rank's: [m] int64."""
         m = self._plan.micro_batch_size
         start = step * self._plan.global_batch_size + k * m
         parts = [
@@ -168,7 +179,7 @@ class DeviceLoader:
         return torch.cat(parts)
 
     def _draw_epoch(self, epoch: int) -> tuple[Tensor, AugmentParams]:
-        """Rows and draws of one epoch in stream order, on the device."""
+        """Returns rows and augmentation parameters of one epoch in stream order, on the device."""
         seed, n, device = self._config.seed, self._plan.n_samples, self._pixels.device
         order = epoch_permutation(seed, epoch, n)
         draws = draw_epoch(self._config.augment, seed, epoch, n).take(order).to(device)
@@ -176,11 +187,13 @@ class DeviceLoader:
 
 
 class EvalLoader:
-    """Fixed batches of a split in order, unaugmented. Which images share a batch depends on the
-    batch size alone, never on how many processes divide the batches among them.
+    """Loader of fixed batches of a split in order, without augmentation.
+
+    The images of a batch depend only on the batch size, never on the number of processes that
+    partition the batches.
 
     Args:
-        rows: [n] int64, the rows to take; None for all.
+        rows: Rows to load, [n] int64; None for all.
     """
 
     def __init__(self, pixels: DeviceImages, rows: np.ndarray | None, batch_size: int) -> None:
@@ -193,7 +206,7 @@ class EvalLoader:
         return len(self._batches)
 
     def batches(self, rank: int, world_size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Every `world_size`-th batch from `rank` on: (batch number, images, labels)."""
+        """Yields every `world_size`-th batch from `rank` on: (batch number, images, labels)."""
         for i in range(rank, len(self._batches), world_size):
             rows = self._batches[i]
             yield i, self._pixels.plain(rows), self._pixels.labels[rows]

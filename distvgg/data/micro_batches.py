@@ -1,4 +1,4 @@
-"""The interface of whatever supplies micro-batches: device-resident, streamed or replayed data."""
+"""Interface of micro-batch sources: device-resident, streamed or replayed data."""
 
 from typing import Protocol
 

@@ -1,6 +1,6 @@
-"""MixUp and CutMix: the images and labels of a micro-batch, combined in pairs.
+"""MixUp and CutMix: combination of the images and labels of a micro-batch in pairs.
 
-AugmentParams belong to `(seed, step, k)` and are a few numbers that the host keeps.
+`MixParams` are a function of `(seed, step, k)`: a few numbers that stay on the host.
 """
 
 import math
@@ -14,11 +14,16 @@ from distvgg.rng import generator
 
 
 class MixParams(NamedTuple):
-    """How the images of a micro-batch are mixed: each with the one `shift` places before it.
+    """Parameters that mix each image of a micro-batch with the image `shift` places before it.
 
-    A shift is all that a random pairing takes: samples come in random order. It is a number of the
-    host, so that nothing is copied to the device. `share` is the first image's; `box` is what the
-    other replaces, (top, bottom, left, right) in pixels, or None where the two are blended.
+    A shift gives a random pairing, because samples come in random order. The shift is a Python int,
+    so nothing is copied to the device.
+
+    Attributes:
+        shift: Distance to the second image, in places of the micro-batch.
+        share: Mixing weight of the first image.
+        box: Region that the second image replaces, (top, bottom, left, right) in pixels; None if
+            the two images are blended.
     """
 
     shift: int
@@ -29,11 +34,12 @@ class MixParams(NamedTuple):
 def draw_mix_params(
     config: AugmentConfig, seed: int, step: int, k: int, n: int, side: int
 ) -> MixParams | None:
-    """How the n images of `side` pixels in micro-batch k of a step are mixed; None: not at all.
+    """Draws the mixing parameters of a micro-batch; None if its images are not mixed.
 
-    The weight of mixup is from Beta(alpha, alpha) (Zhang et al., 2018, equation 1); the box of
-    cutmix has the share 1 - weight of the image before it is clipped at the border, and `share` is
-    what it leaves (Yun et al., 2019, equations 1 and 2).
+    Micro-batch `k` of the step has `n` images of `side` pixels. The weight is drawn from
+    Beta(alpha, alpha) (Zhang et al., 2018, equation 1). MixUp uses the weight as `share`. CutMix's
+    box covers the fraction 1 - weight of the image before the box is clipped at the border. `share`
+    is the fraction that the clipped box leaves (Yun et al., 2019, equations 1 and 2).
     """
     alphas = config.mixup_alpha, config.cutmix_alpha
     if not any(alphas):
@@ -44,8 +50,9 @@ def draw_mix_params(
         return None
     cuts = which < 0.5 if all(alphas) else alphas[1] > 0
     shift = int(torch.randint(1, n, (), generator=rng))
-    # G / (G + H) of two gammas, from Gamma(a) = Gamma(a + 1) * U^(1 / a) in logarithms: of a small
-    # alpha both would underflow. torch.distributions takes no generator.
+    # The beta variate is G / (G + H) of two gammas. Each is Gamma(a) = Gamma(a + 1) * U^(1 / a), in
+    # logarithms because both would underflow for a small alpha. torch.distributions takes no
+    # generator.
     alpha = torch.full((2,), alphas[cuts], dtype=torch.float64)
     gamma = torch._standard_gamma(alpha + 1, generator=rng).log()
     gamma += torch.rand(2, dtype=torch.float64, generator=rng).log() / alpha
@@ -64,7 +71,7 @@ def _span(centre: int, half: int, n: int) -> tuple[int, int]:
 
 
 def mix(images: Tensor, mixture: MixParams) -> Tensor:
-    """Mixes the images of a micro-batch, [n, 3, side, side] normalised, in place."""
+    """Mixes the images of a micro-batch in place: [n, 3, side, side], normalised."""
     if mixture.box is None:
         return images.lerp_(images.roll(mixture.shift, 0), 1 - mixture.share)
     top, bottom, left, right = mixture.box

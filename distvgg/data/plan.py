@@ -1,10 +1,12 @@
-"""The batch plan: the sample stream, its micro-batches, and which rank runs each.
+"""Batch plan: the sample stream, its micro-batches, and their assignment to ranks.
 
 Training consumes one infinite sequence of samples: epoch permutations joined end to end. Step `s`
-takes positions `[s*G, (s+1)*G)` of it (`G` the global batch), micro-batch `k` of that step the `m`
-positions from `s*G + k*m` on. Invariant: the content of a micro-batch is a pure function of
-`(seed, s, k)`; the number of processes decides only where it runs. There is no sampler state. Torch
-is imported only to draw, so that steps can be counted without it.
+takes positions `[s*G, (s+1)*G)`, where `G` is the global batch size. Micro-batch `k` of that step
+takes the `m` positions from `s*G + k*m` on. Invariant: the content of a micro-batch is a pure
+function of `(seed, s, k)`. The world size decides only which rank runs it. There is no sampler
+state.
+
+Torch is imported only to draw, so steps can be counted without Torch.
 """
 
 import math
@@ -20,23 +22,23 @@ if TYPE_CHECKING:
 
 
 def epoch_permutation(seed: int, epoch: int, n_samples: int) -> "Tensor":
-    """The order of the samples in one epoch: [n_samples] int64, each of 0..n_samples-1 once."""
+    """Returns the sample order of one epoch: a permutation of 0..n_samples-1, [n_samples] int64."""
     import torch
 
     return torch.randperm(n_samples, generator=generator(seed, "order", epoch))
 
 
 def valid_world_sizes(micro_batches: int) -> list[int]:
-    """The numbers of processes over which the micro-batches of a step can be divided."""
+    """Returns the world sizes that divide the micro-batches of a step."""
     return [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Who runs what, for a training split of `n_samples` on `world_size` processes.
+    """Assignment of a training split of `n_samples` to `world_size` ranks.
 
     Raises:
-        UserError: the processes do not divide the micro-batches of a step.
+        UserError: `world_size` does not divide the micro-batches of a step.
     """
 
     n_samples: int
@@ -59,29 +61,31 @@ class BatchPlan:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches in a step, over all ranks."""
+        """Number of micro-batches in a step, over all ranks."""
         return self.global_batch_size // self.micro_batch_size
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches in a step on each rank."""
+        """Number of micro-batches in a step on each rank."""
         return self.micro_batches // self.world_size
 
     def steps(self, epochs: float) -> int:
-        """Optimizer steps until every sample has been drawn `epochs` times: rounded up, but for
-        the rounding error of a fraction such as 0.1."""
+        """Returns the optimizer steps until every sample has been drawn `epochs` times.
+
+        The number is rounded up, except for the rounding error of a fraction such as 0.1.
+        """
         return max(1, math.ceil(epochs * self.n_samples / self.global_batch_size - 1e-6))
 
     def epoch(self, step: float) -> float:
-        """Epochs consumed after `step` steps."""
+        """Returns the epochs consumed after `step` steps."""
         return step * self.global_batch_size / self.n_samples
 
     def rank_micro_batches(self, rank: int) -> range:
-        """The micro-batches `k` of every step that a rank runs: contiguous, in order."""
+        """Returns the micro-batches `k` of every step that a rank runs: contiguous, in order."""
         return range(rank * self.accumulation, (rank + 1) * self.accumulation)
 
     def positions(self, step: int, rank: int) -> range:
-        """The stream positions that a rank consumes in a step: contiguous."""
+        """Returns the stream positions that a rank consumes in a step: contiguous."""
         ks = self.rank_micro_batches(rank)
         start = step * self.global_batch_size
         return range(
@@ -89,7 +93,7 @@ class BatchPlan:
         )
 
     def spans(self, positions: range) -> Iterator[tuple[int, int, int]]:
-        """Splits positions at the seams of epochs: (epoch, first, last + 1 of its permutation)."""
+        """Yields the parts of `positions` by epoch: (epoch, first, last + 1 of its permutation)."""
         at = positions.start
         while at < positions.stop:
             epoch, first = divmod(at, self.n_samples)

@@ -1,7 +1,8 @@
-"""A local folder or a hub id -> its train and test rows, images undecoded, through `datasets`.
+"""Readers of the train and test rows of a local folder or hub id, with undecoded images.
 
-Owns the `datasets` library and the network: where files are, what their columns are called, how a
-failure reads. Imported only when the cache is cold. Invariant: no file is in both splits.
+This module owns the use of the `datasets` library and of the network: file locations, column names
+and error messages. It is imported only when the cache is cold. Invariant: no file is in both
+splits.
 """
 
 import io
@@ -21,20 +22,21 @@ import pyarrow.parquet as pq
 from distvgg.errors import UserError
 from distvgg.reachability import within
 
-# What sets call these columns.
+# Names of these columns in existing datasets.
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("fine_label", "label", "labels")
 SUPERCLASS_COLUMN = "coarse_label"
-# Splits, and folders at the top, of these names; the first that there is becomes the test split.
+# Names of held-out splits and top-level folders. The first that exists becomes the test split.
 HELD_OUT = ("test", "validation", "valid", "val")
 PROBE_SECONDS = 5
 T = TypeVar("T")
 
 
 class Labels(NamedTuple):
-    """A column of labels as the source has it, unchecked.
+    """Unchecked column of labels, as in the source.
 
-    `class_names` is what its metadata calls the classes, empty where it has none.
+    Attributes:
+        class_names: Names of the classes in the column's metadata; empty if it has none.
     """
 
     column: str
@@ -44,7 +46,11 @@ class Labels(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """One split of a source; `where` names it in messages."""
+    """One split of a source.
+
+    Attributes:
+        where: Name of the split in messages.
+    """
 
     where: str
     label: Labels
@@ -55,26 +61,27 @@ class Rows:
         return len(self.label.values)
 
     def images(self) -> Iterator[dict[str, Any] | None]:
-        """Each image as its encoded `bytes`, else the `path` of its file, unchecked."""
+        """Yields each image, unchecked: its encoded `bytes`, else the `path` of its file."""
         for batch in self._images.iter(batch_size=1000):
             yield from batch.column(0).to_pylist()
 
     def files(self) -> set[str]:
-        """The files of the images that are not in the table itself."""
+        """Returns the files of the images that are not stored in the table itself."""
         images = self._images[:].column(0)
         outside = pc.is_null(pc.struct_field(images, "bytes"))
         return set(pc.struct_field(images, "path").filter(outside).to_pylist()) - {None}
 
 
 def read(source: str, scratch: Path) -> dict[str, Rows]:
-    """A folder or hub id by split: `train`, and `test` where something is held out.
+    """Reads a folder or hub id by split: `train`, and `test` if there is a held-out split.
 
     Args:
-        source: a folder that holds Parquet files or images, or a hub id.
-        scratch: an existing folder for the library's own copy; the rows need it.
+        source: A folder that holds Parquet files or images, or a hub id.
+        scratch: An existing directory for the library's copy of the data, which the rows need.
 
     Raises:
-        UserError: it cannot be read, or lacks a train split, an image or a label column.
+        UserError: The source cannot be read, lacks a train split, an image or a label column, or
+            has a file in both splits.
     """
     splits = _load_folder(source, scratch) if Path(source).is_dir() else _load_hub_id(source)
     if "train" not in splits:
@@ -96,10 +103,10 @@ def read(source: str, scratch: Path) -> dict[str, Rows]:
 
 
 def check_hub_id(source: str) -> None:
-    """Asks for what `read` would fetch, and fetches only its description.
+    """Checks that `read` could fetch a hub id, and fetches only the description of the dataset.
 
     Raises:
-        UserError: as `read`.
+        UserError: The hub id cannot be fetched.
     """
     import datasets
 
@@ -109,9 +116,9 @@ def check_hub_id(source: str) -> None:
 def _load_folder(source: str, scratch: Path) -> dict[str, Any]:
     import datasets
 
-    folder = Path(source).resolve()  # absolute: `csv` would otherwise name a reader of the library
-    # Left to itself, the library takes any folder of a split's name for that split: it would put
-    # test/train/, a class of CIFAR-100, into both.
+    folder = Path(source).resolve()  # absolute, because `csv` alone names a reader of the library
+    # By default, the library takes any folder with a split's name for that split. It would put
+    # test/train/, where `train` is a class of CIFAR-100, into both splits.
     split_folders = {n: f"{n}/**" for n in ("train", *HELD_OUT) if _has_files(folder / n)}
     try:
         return dict(
@@ -127,13 +134,13 @@ def _load_folder(source: str, scratch: Path) -> dict[str, Any]:
             f"data.path {source} holds no data: it needs Parquet files, or one folder of images"
             " per class below train/ and test/"
         ) from error
-    except Exception as error:  # of any type: the library lets pass what its readers raise
+    except Exception as error:  # any type: the library propagates its readers' errors
         bottom = _bottom(error)
         if isinstance(bottom, OSError) and bottom.errno in (ENOSPC, EDQUOT):
-            raise bottom from error  # the scratch folder's fault
+            raise bottom from error  # the scratch directory is on a full disk
         if file := _damaged_parquet(folder):
             raise UserError(
-                f"data.path {source} cannot be read: {file}; copy or make it anew"
+                f"data.path {source} cannot be read: {file}; copy or create it again"
             ) from error
         raise UserError(f"data.path {source} cannot be read: {reason(error)}") from error
 
@@ -154,23 +161,22 @@ def _from_hub(source: str, load: Callable[..., T]) -> T:
             " of images per class, or a hub id such as uoft-cs/cifar100"
         )
     if not _hub_answers():
-        # The client would retry for 23 s, for minutes where the hub is mute, before it looks in its
-        # own cache.
+        # Online, the client retries before it reads its own cache: for 23 s, or for minutes if the
+        # hub sends no reply.
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         return _silently(load, source)
-    except Exception as error:  # of any type, as above
+    except Exception as error:  # any type, as above
         raise UserError(
-            f"no data set {source}: there is no such folder, and as a hub id it is neither cached"
-            f" nor to be had ({reason(error)}): where there is a network, run distvgg doctor RECIPE"
-            " --prepare, with DISTVGG_CACHE a folder that this machine sees too; or give a local"
-            " copy with --data.path FOLDER, point HF_HOME at a cache that holds it, or take"
-            " --data.name synthetic"
+            f"dataset not found: {source} is no local folder, and not available on the hub"
+            f" ({reason(error)}): run distvgg doctor RECIPE --prepare on a machine with a network"
+            " that shares DISTVGG_CACHE, give a local copy with --data.path FOLDER, set HF_HOME to"
+            " a cache that holds it, or use --data.name synthetic"
         ) from error
 
 
 def _silently(load: Callable[..., T], path: str, **arguments: Any) -> T:
-    """A function of `datasets`, without what it prints."""
+    """Calls a function of `datasets` and suppresses its output."""
     import datasets
     import huggingface_hub
 
@@ -182,10 +188,10 @@ def _silently(load: Callable[..., T], path: str, **arguments: Any) -> T:
 
 
 def _rows(where: str, table: Any) -> Rows:
-    """Finds the columns of a `datasets.Dataset`."""
+    """Returns the rows of a `datasets.Dataset` after finding its columns."""
     import datasets
 
-    # Parquet that was not written by `datasets` has no Image feature: there, only the name tells.
+    # Parquet not written by `datasets` has no Image feature, so the column is found by name.
     images = [n for n, f in table.features.items() if isinstance(f, datasets.Image)]
     images += [n for n in IMAGE_COLUMNS if n in table.column_names]
     labels = [n for n in LABEL_COLUMNS if n in table.column_names]
@@ -195,7 +201,7 @@ def _rows(where: str, table: Any) -> Rows:
     if not labels:
         raise UserError(
             f"{where} has no label column, {has}: name it {' or '.join(LABEL_COLUMNS)}, or put the"
-            " images of each class in a folder of its own below train/ and test/"
+            " images of each class in one folder each below train/ and test/"
         )
     if not len(table):
         raise UserError(f"{where} holds no images: add some")
@@ -207,7 +213,7 @@ def _rows(where: str, table: Any) -> Rows:
     encoded = table.select_columns([images[0]])
     try:
         encoded = encoded.cast_column(images[0], datasets.Image(decode=False))
-    except Exception as error:  # of any type, as above
+    except Exception as error:  # any type, as above
         raise UserError(
             f"{where}: column {images[0]} holds no image files ({reason(error)}): store the bytes"
             " of PNG or JPEG there"
@@ -221,11 +227,14 @@ def _rows(where: str, table: Any) -> Rows:
 
 
 def _hub_answers() -> bool:
-    """Whether the hub answers within seconds, by the client's own way through proxies."""
+    """Returns True if the hub answers within PROBE_SECONDS.
+
+    The request uses the hub client's session, and so its proxies.
+    """
     import huggingface_hub
 
     def ask() -> bool:
-        with suppress(Exception):  # of any type: the client changes its HTTP library
+        with suppress(Exception):  # any type: the client's HTTP library varies by version
             url = huggingface_hub.constants.ENDPOINT
             huggingface_hub.get_session().head(url, timeout=PROBE_SECONDS)
             return True
@@ -235,7 +244,10 @@ def _hub_answers() -> bool:
 
 
 def _damaged_parquet(folder: Path) -> str | None:
-    """The first Parquet file that cannot be read, and why: the library's errors name no file."""
+    """Returns the first Parquet file that is corrupt or has no rows, with the reason, or None.
+
+    The errors of the library name no file.
+    """
     for file in sorted(folder.rglob("*.parquet")):
         try:
             rows = sum(batch.num_rows for batch in pq.ParquetFile(file).iter_batches())
@@ -257,6 +269,6 @@ def _bottom(error: BaseException) -> BaseException:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong at the bottom, on one line."""
+    """Returns the message of an error's root cause, on one line."""
     bottom = _bottom(error)
     return " ".join(str(bottom).split())[:200] or type(bottom).__name__

@@ -1,9 +1,9 @@
-"""The synthetic dataset: made in code, learnable, and never passed off as CIFAR-100.
+"""Synthetic dataset: generated in code, learnable, and never presented as CIFAR-100.
 
-100 classes in 20 superclasses of 32x32 colour images. A superclass is a smooth random pattern, a
-class adds one of its own; an image is the sum, shifted, with its contrast varied, under noise.
-Invariant: a pure function of the constants below, so that every machine trains on the same images
-(to the rounding of its exponentials).
+It has 32x32 colour images of 100 classes in 20 superclasses. A superclass is a smooth random
+pattern, and a class adds its own pattern. An image is their sum, shifted, with varied contrast and
+added noise. Invariant: the dataset is a pure function of the constants below, so every machine
+trains on the same images (up to the rounding of exponentials).
 """
 
 from pathlib import Path
@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-# Part of the cache's fingerprint: raise it whenever a constant or a formula below changes.
+# Part of the cache's fingerprint. Increase it when a constant or a formula below changes.
 VERSION = 1
 CLASSES, SUPERCLASSES, SIDE = 100, 20, 32
 SIZES = {"train": 10_000, "test": 2_000}
-NOISE = 0.9  # so that a good network errs now and then: a set that is always right shows no bug
+NOISE = 0.9  # a good network must make some errors: constant full accuracy hides bugs
 
 
 def write(folder: Path) -> dict[str, Any]:
-    """Writes the arrays of a cache entry; returns what `decode.write` returns."""
+    """Writes the arrays of a cache entry and returns the same fields as `decode.write`."""
     rng = np.random.default_rng(100)
     superclass_of = np.arange(CLASSES) * SUPERCLASSES // CLASSES
     patterns = (
@@ -38,8 +38,11 @@ def write(folder: Path) -> dict[str, Any]:
 
 
 def _smooth(rng: np.random.Generator, n: int, cutoff: float) -> np.ndarray:
-    """[n, SIDE, SIDE, 3] fields of zero mean and unit variance with no frequency above `cutoff`
-    cycles an image: noise under a Gaussian low-pass filter."""
+    """Returns [n, SIDE, SIDE, 3] smooth random fields of zero mean and unit variance.
+
+    The fields are noise under a Gaussian low-pass filter, whose gain falls to 1/e at `cutoff`
+    cycles per image.
+    """
     frequency = np.fft.fftfreq(SIDE, 1 / SIDE)
     lowpass = np.exp(-((frequency[:, None] ** 2 + frequency**2) / cutoff**2))[None, :, :, None]
     noise = rng.standard_normal((n, SIDE, SIDE, 3))
@@ -50,7 +53,7 @@ def _smooth(rng: np.random.Generator, n: int, cutoff: float) -> np.ndarray:
 
 
 def _images(rng: np.random.Generator, patterns: np.ndarray) -> np.ndarray:
-    """Shifts each pattern, scales its contrast, adds noise: [n, SIDE, SIDE, 3] uint8."""
+    """Shifts each pattern, scales its contrast and adds noise: [n, SIDE, SIDE, 3] uint8."""
     n = len(patterns)
     rows, columns = (np.arange(SIDE) + rng.integers(-3, 4, (n, 1)) for _ in range(2))
     shifted = patterns[

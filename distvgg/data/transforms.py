@@ -1,12 +1,12 @@
 """Per-sample augmentation and normalisation: batched pure functions of (images, parameters).
 
-Parameters belong to `(seed, epoch, sample)`, so that they depend neither on batches nor on
-processes. A whole epoch is drawn at once on the CPU and indexed on the device. Invariant: no
-function here reads a global generator, and switching one augmentation on does not change the
-parameters of another.
+Parameters are a function of `(seed, epoch, sample)`, independent of batches and processes. The
+parameters of an epoch are drawn at once on the CPU and indexed on the device. Invariant: no
+function here reads a global generator, and enabling one augmentation does not change the parameters
+of another.
 
-The order is that of torchvision's reference training of classifiers: crop and flip, then
-TrivialAugment, on uint8; then normalisation, cutout, resizing; then mixing (`mixing.py`).
+The order is that of torchvision's reference training of classifiers. Crop, flip and then
+TrivialAugment run on uint8. Normalisation, cutout, resizing and mixing (`mixing.py`) follow.
 """
 
 from typing import NamedTuple
@@ -21,12 +21,17 @@ from distvgg.rng import generator
 
 
 class AugmentParams(NamedTuple):
-    """One random view for each of n samples.
+    """Augmentation parameters of n samples.
 
-    `top` and `left` [n] in 0..2*padding, int64; `flip` [n] bool; `hole` [n, 2] float32 in [0, 1),
-    the centre of the cutout as shares of height and width; `trivial` [n, 2] int64, TrivialAugment's
-    operation and level, always on the host, which groups samples by operation. `hole` and `trivial`
-    are [n, 0] where they are off.
+    `hole` and `trivial` are [n, 0] if their augmentation is off.
+
+    Attributes:
+        top: Top of the crop in the padded image, [n] int64 in 0..2*padding.
+        left: Left side of the crop, like `top`.
+        flip: [n] bool.
+        hole: Centre of the cutout as fractions of height and width, [n, 2] float32 in [0, 1).
+        trivial: TrivialAugment's operation and level, [n, 2] int64. Always on the host, which
+            groups samples by operation.
     """
 
     top: Tensor
@@ -43,14 +48,16 @@ class AugmentParams(NamedTuple):
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on its way to a device, which the host does not wait for: a GPU copies by
-    itself only from pinned memory."""
+    """Copies a host tensor to a device without blocking the host.
+
+    A GPU copies asynchronously only from pinned memory.
+    """
     source = tensor.pin_memory() if device.type == "cuda" else tensor
     return source.to(device, non_blocking=True)
 
 
 def draw_epoch(config: AugmentConfig, seed: int, epoch: int, n_samples: int) -> AugmentParams:
-    """The views of all samples of one epoch, indexed by sample: [n_samples] each, on the CPU."""
+    """Draws the parameters of one epoch on the CPU, indexed by sample: [n_samples] each."""
     rng = generator(seed, "augment", epoch)
     top, left = torch.randint(0, 2 * config.crop_padding + 1, (2, n_samples), generator=rng)
     flip = torch.rand(n_samples, generator=rng) < 0.5
@@ -72,14 +79,15 @@ def draw_epoch(config: AugmentConfig, seed: int, epoch: int, n_samples: int) -> 
 
 
 def view(images: Tensor, index: Tensor, draws: AugmentParams, padding: int) -> Tensor:
-    """Takes images by index, pads them by reflection, crops at (top, left) and flips: whole rows
-    first, which are runs of memory, then columns within them.
+    """Takes images by index, pads them by reflection, crops at (top, left) and flips.
+
+    Complete rows, which are contiguous in memory, are taken first, then columns within them.
 
     Args:
         images: [N, height, width, 3] uint8, contiguous.
-        index: [n] int64, which of them.
+        index: The images to take, [n] int64.
         draws: [n] each.
-        padding: pixels of border, less than height and width.
+        padding: Width of the border in pixels, less than height and width.
 
     Returns:
         [n, height, width, 3] uint8.
@@ -96,8 +104,10 @@ def view(images: Tensor, index: Tensor, draws: AugmentParams, padding: int) -> T
 
 
 def trivial_augment(images: Tensor, draws: AugmentParams) -> Tensor:
-    """TrivialAugment of [n, height, width, 3] uint8 images, which it leaves as they were: grouped
-    by operation on the host, which costs a copy of 16 bytes an image to the device."""
+    """Returns [n, height, width, 3] uint8 images under TrivialAugment; the input is not changed.
+
+    The host groups images by operation, which costs a copy of 16 bytes per image to the device.
+    """
     op, level = draws.trivial.unbind(1)
     order = op.argsort(stable=True)
     counts = op.bincount(minlength=len(OPS)).tolist()
@@ -108,8 +118,11 @@ def trivial_augment(images: Tensor, draws: AugmentParams) -> Tensor:
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """[n, height, width, 3] uint8 -> [n, 3, height, width], standardised per channel; NHWC in
-    memory. `mean` and `std` are [3], in 0..1; their dtype is the result's."""
+    """Standardises images per channel: [n, height, width, 3] uint8 -> [n, 3, height, width].
+
+    The result is NHWC in memory. `mean` and `std` are [3], in 0..1, and have the dtype of the
+    result.
+    """
     x = torch.addcmul(-mean / std, images.to(mean.dtype), 1 / (255 * std))
     return x.permute(0, 3, 1, 2)
 
@@ -119,10 +132,10 @@ def cutout(images: Tensor, hole: Tensor, size: int) -> Tensor:
 
     Args:
         images: [n, 3, height, width], normalised.
-        hole: [n, 2], the squares' centres as shares of height and width.
-        size: of the squares, in pixels; clipped at the border.
+        hole: Centres of the squares as fractions of height and width, [n, 2].
+        size: Side of the squares in pixels. Squares are clipped at the border.
     """
-    # A centre lies inside, so that clamping clips its square.
+    # Centres lie inside the image, so clamping clips the squares.
     rows, columns = (
         ((centre * n).long()[:, None] - size // 2 + _arange(size, images)).clamp(0, n - 1)
         for centre, n in zip(hole.unbind(1), images.shape[2:], strict=True)
@@ -133,8 +146,10 @@ def cutout(images: Tensor, hole: Tensor, size: int) -> Tensor:
 
 
 def resize(images: Tensor, side: int) -> Tensor:
-    """[n, 3, height, width] floats -> [n, 3, side, side]: bilinear, antialiased, and untouched
-    where the size is that already."""
+    """Resizes floats [n, 3, height, width] -> [n, 3, side, side], bilinear and antialiased.
+
+    Images that already have that size are returned unchanged.
+    """
     if images.shape[-2:] == (side, side):
         return images
     return F.interpolate(images, (side, side), mode="bilinear", antialias=True)

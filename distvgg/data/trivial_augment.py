@@ -1,12 +1,14 @@
-"""The operations of TrivialAugment, wide (Mueller and Hutter, "TrivialAugment: Tuning-free Yet
-State-of-the-Art Data Augmentation", ICCV 2021, table 1), on many images at once.
+"""Operations of TrivialAugment, wide, on many images at once.
 
-Owns what an operation does at a level; which one an image gets is drawn elsewhere. Invariant: the
-result is that of torchvision's `TrivialAugmentWide`, image by image, to the last bit, and depends
-neither on the device nor on the images beside it.
+Source: Mueller and Hutter, "TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation",
+ICCV 2021, table 1.
 
-A level is a bin of 31 and, for operations that have two directions, a sign: 0..30 are positive,
-31..61 negative; the others take no notice of the sign.
+This module owns the effect of an operation at a level. The operation of an image is drawn
+elsewhere. Invariant: the result is bitwise equal to torchvision's `TrivialAugmentWide` on each
+image, and depends neither on the device nor on the other images.
+
+A level is one of 31 bins and, for operations with two directions, a sign. Levels 0..30 are positive
+and 31..61 negative. Other operations ignore the sign.
 """
 
 import math
@@ -24,11 +26,11 @@ Op = Callable[[Tensor, Tensor], Tensor]
 
 
 def apply_ops(images: Tensor, counts: list[int], level: Tensor) -> Tensor:
-    """Runs each operation on its share of the images.
+    """Applies each operation to its group of images.
 
     Args:
         images: [n, height, width, 3] uint8, sorted by operation.
-        counts: how many of them each of `OPS` takes, in order.
+        counts: Number of images for each of `OPS`, in order.
         level: [n] int64 in 0..61.
 
     Returns:
@@ -44,7 +46,7 @@ def _identity(images: Tensor, level: Tensor) -> Tensor:
 
 
 def _moved(images: Tensor, level: Tensor, op: str) -> Tensor:
-    """Takes each pixel from where a table says: exact, and a gather is all that a device does."""
+    """Takes each pixel from its source in a table: exact, and only a gather on the device."""
     n, height, width, channels = images.shape
     source = _sources(op, height, width, images.device)[level].long()
     outside = images.new_zeros(n, 1, channels)
@@ -54,13 +56,16 @@ def _moved(images: Tensor, level: Tensor, op: str) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _sources(op: str, height: int, width: int, device: torch.device) -> Tensor:
-    """Where each pixel comes from at each level: [62, height * width] int32, 1 + the index of the
-    source, 0 outside. torchvision moves a picture of indices, with the nearest neighbour, so that
-    the rounding is its own: 250 KB for 32 pixels, 12 MB for 224."""
-    # Only who trains with it pays for the import.
+    """Returns the source of each pixel at each level: [62, height * width] int32.
+
+    A source is 1 + its pixel index, or 0 outside the image. torchvision moves an image of indices
+    with nearest-neighbour interpolation, so the rounding is torchvision's. The table takes 250 KB
+    for 32 pixels and 12 MB for 224.
+    """
+    # Imported lazily, because only runs with these operations need it.
     from torchvision.transforms.v2 import functional as tv  # type: ignore[import-untyped]
 
-    assert height * width < 2**24  # float32 counts no further
+    assert height * width < 2**24  # float32 holds consecutive integers up to here
     index = torch.arange(1, height * width + 1, dtype=torch.float32).view(1, height, width)
 
     def shear(x: float, y: float) -> Tensor:
@@ -94,12 +99,12 @@ def _color(images: Tensor, level: Tensor) -> Tensor:
 
 
 def _contrast(images: Tensor, level: Tensor) -> Tensor:
-    mean = _grey(images).double().mean((1, 2, 3), keepdim=True)  # exact up to its last rounding
+    mean = _grey(images).double().mean((1, 2, 3), keepdim=True)  # exact up to the last rounding
     return _blend(images, mean.float(), level)
 
 
 def _sharpness(images: Tensor, level: Tensor) -> Tensor:
-    """Blends with a blurred image, whose border is the image's own."""
+    """Blends with a blurred image, whose border is that of the original image."""
     x = images.float()
     ones = x.new_ones(3, 1, 3, 3)
     total = F.conv2d(x.permute(0, 3, 1, 2), ones, groups=3).permute(0, 2, 3, 1)
@@ -118,7 +123,7 @@ def _solarize(images: Tensor, level: Tensor) -> Tensor:
 
 
 def _autocontrast(images: Tensor, level: Tensor) -> Tensor:
-    """Stretches each channel to 0..255; leaves one of a single value."""
+    """Stretches each channel to 0..255, except channels of a single value."""
     x = images.float()
     low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
     scale = (high - low) * (1 / 255)
@@ -127,8 +132,10 @@ def _autocontrast(images: Tensor, level: Tensor) -> Tensor:
 
 
 def _equalize(images: Tensor, level: Tensor) -> Tensor:
-    """Equalizes the histogram of each channel, in integers as PIL does: a step of the lookup table
-    is 1/255 of the pixels that are darker than the brightest."""
+    """Equalizes the histogram of each channel, in integers as PIL does.
+
+    A step of the lookup table is 1/255 of the pixels that are darker than the brightest.
+    """
     x = images.permute(0, 3, 1, 2).flatten(2).long()
     counts = x.new_zeros(*x.shape[:2], 256).scatter_add_(2, x, torch.ones_like(x))
     brightest = counts.gather(2, x.amax(2, keepdim=True))
@@ -146,26 +153,29 @@ def _blend(images: Tensor, other: Tensor, level: Tensor) -> Tensor:
 
 
 def _grey(images: Tensor) -> Tensor:
-    """Luma, rounded down: [n, height, width, 1] float32."""
+    """Returns the luma, rounded down: [n, height, width, 1] float32."""
     red, green, blue = torch.split(images.float(), 1, 3)
     grey = _multiply_add(red * _LUMA[0], _LUMA[1], green)
     return _multiply_add(grey, _LUMA[2], blue).floor()
 
 
 def _multiply_add(a: Tensor, b: Tensor | float, c: Tensor) -> Tensor:
-    """a + b * c of float32 numbers, rounded once. Vector units of CPUs and GPUs do so where the
-    compiler lets them; here it must not depend on that, since bytes are rounded down and a pixel
-    that should keep its value may otherwise lose one."""
+    """Returns a + b * c of float32 numbers, rounded once.
+
+    Vector units of CPUs and GPUs also round once if the compiler allows it. The result must not
+    depend on that: bytes are rounded down, so a pixel that should keep its value could otherwise
+    lose 1.
+    """
     return (a.double() + b * c.double()).float()
 
 
 def _bytes(x: Tensor) -> Tensor:
-    """Rounded down, as torchvision does."""
+    """Clamps to 0..255 and rounds down to uint8, as torchvision does."""
     return x.clamp(0, 255).to(torch.uint8)
 
 
 def _signed(largest: float) -> Tensor:
-    """[62] float32 magnitudes by level: evenly from zero to the largest, then the same negative."""
+    """Returns the magnitudes by level, [62] float32: evenly from 0 to `largest`, then negated."""
     bins = torch.linspace(0.0, largest, BINS, dtype=torch.float32)
     return torch.cat([bins, -bins])
 
@@ -181,9 +191,9 @@ def _tables() -> dict[str, Tensor]:
     }
 
 
-# What the magnitudes of a level come to: [62] each.
+# Parameters of the operations by level: [62] each.
 _TABLES = _tables()
-# Of red, green and blue, in float32.
+# Luma weights of red, green and blue, in float32.
 _LUMA = torch.tensor([0.2989, 0.587, 0.114], dtype=torch.float32).tolist()
 
 
@@ -193,7 +203,7 @@ def _table(name: str, device: torch.device) -> Tensor:
 
 
 def _at(name: str, level: Tensor) -> Tensor:
-    """[n, 1, 1, 1], from a table."""
+    """Returns the entries of a table at the levels: [n, 1, 1, 1]."""
     return _table(name, level.device)[level][:, None, None, None]
 
 

@@ -1,4 +1,4 @@
-"""Values that ranks exchange once, at the start of a run or to agree on a stop."""
+"""Values that ranks exchange once, at the start of a run or to agree on a stop request."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +19,10 @@ _BROADCAST_BYTES = 64 * 2**20
 
 
 def machines(accelerator: "Accelerator") -> list[dict[str, str]]:
-    """Every rank's device and versions, by rank; all ranks must call it."""
+    """Returns the device and versions of each rank, by rank.
+
+    Every rank must call this function.
+    """
     from accelerate.utils import gather_object
 
     found: list[dict[str, str]] = gather_object([machine(accelerator.device)])
@@ -27,8 +30,10 @@ def machines(accelerator: "Accelerator") -> list[dict[str, str]]:
 
 
 def broadcast_from_main(process: "Accelerator | PartialState", make: Callable[[], T]) -> T:
-    """Calls `make` on the main process and returns its result on every rank. A UserError that it
-    raises is raised on every rank, so that none is left waiting."""
+    """Calls `make` on the main process and returns its result on every rank.
+
+    A UserError from `make` is raised on every rank, so that no rank waits forever.
+    """
     outcome: list[Any] = [None]
     if process.is_main_process:
         try:
@@ -46,7 +51,8 @@ def broadcast_bytes(accelerator: "Accelerator", content: bytes | None) -> bytes:
     """Copies bytes of the main process to every rank, in parts of 64 MiB, without pickling.
 
     Args:
-        content: on the main process, not empty; ignored on the others.
+        accelerator: the handle on the process group.
+        content: not empty on the main process; ignored on the other ranks.
     """
     if accelerator.num_processes == 1:
         assert content is not None
@@ -66,7 +72,10 @@ def broadcast_bytes(accelerator: "Accelerator", content: bytes | None) -> bytes:
 
 
 def from_local_main(accelerator: "Accelerator", here: T | None) -> T | None:
-    """Returns on every rank what the first rank of its node passed; all ranks must call it."""
+    """Returns on every rank the value that the first rank of its node passed.
+
+    Every rank must call this function.
+    """
     from accelerate.utils import gather_object
 
     leader = accelerator.process_index - accelerator.local_process_index
@@ -75,20 +84,29 @@ def from_local_main(accelerator: "Accelerator", here: T | None) -> T | None:
 
 
 def any_rank(accelerator: "Accelerator", here: bool) -> bool:
-    """Whether something holds on any rank. Every rank must call it, and waits for the others."""
+    """Returns True if `here` is true on any rank.
+
+    Every rank must call this function, and waits for the other ranks.
+    """
     flag = torch.tensor(float(here), device=accelerator.device)
     return bool(accelerator.reduce(flag, "sum") > 0)
 
 
 def make_all_reduce_sum(accelerator: "Accelerator") -> Any:
-    """A function that sums a tensor over ranks; every rank must call it alike."""
+    """Returns a function that sums a tensor over ranks.
+
+    Every rank must call the returned function equally often, with tensors of the same shape.
+    """
     return lambda tensor: accelerator.reduce(tensor, "sum")
 
 
 class StopConsensus:
-    """Whether any rank was told to stop, asked by all ranks equally often: an all-reduce that is
-    read at the next asking, when it is long done. To be closed: one that is still under way when
-    the process exits aborts it."""
+    """Asynchronous agreement of all ranks on a stop request.
+
+    `asked` starts an all-reduce and returns the result of the previous one, which is long complete.
+    Every rank must call `asked` equally often. Call `close` before the process exits: a pending
+    all-reduce aborts an exiting process.
+    """
 
     def __init__(self, accelerator: "Accelerator") -> None:
         self._accelerator = accelerator
@@ -96,22 +114,25 @@ class StopConsensus:
         self._pending: dist.Work | None = None
 
     def asked(self, here: bool) -> bool:
-        """The answer to the asking before this one; with one process, to this one."""
+        """Returns True if a rank requested a stop at the previous call.
+
+        With one process, returns `here`.
+        """
         if self._accelerator.num_processes == 1:
             return here
         self.close()
         if self._flag is not None and self._flag.read() > 0:
             return True
-        # Filled on the device: a number that comes from the host would wait for what it computes.
+        # Filled on the device: a copy from the host would wait for the device's queued work.
         flag = torch.full((), float(here), device=self._accelerator.device)
         self._pending = dist.all_reduce(flag, async_op=True)
         if flag.is_cuda:
-            self.close()  # for the stream, not the host: the copy must not wait for what comes next
+            self.close()  # blocks the stream, not the host: the copy must not wait for later work
         self._flag = HostCopy(flag)
         return False
 
     def close(self) -> None:
-        """Ends what is under way."""
+        """Waits for the pending all-reduce, if any."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None

@@ -1,8 +1,8 @@
-"""How long a step takes on 1 to 1,024 GPUs, and how many images a second that makes: a model.
+"""A model of the step time and throughput on 1 to 1,024 GPUs.
 
-Owns the arithmetic alone. What one GPU takes is measured (`bench.py`) or given; links are cited
-below. Imports no torch. A rank takes A micro-batches a step, t seconds each, of which `forward`
-and `backward`; W ranks are on N nodes. In seconds and bytes:
+Owns the arithmetic alone. The times of one GPU are measured (`commands/bench.py`) or given. The
+figures of links are in `hardware.py`. Imports no torch. A rank runs A micro-batches a step, each in
+t seconds, which divide into `forward` and `backward`. W ranks are on N nodes. In seconds and bytes:
 
     (1) step        = (A - 1) t + forward + end + fixed + shared + wait
     (2) end         = max(backward, done of the last bucket);
@@ -16,26 +16,35 @@ and `backward`; W ranks are on N nodes. In seconds and bytes:
     (6) shared      = the largest of W shares + scatter + the stages of levels L to 1
         scatter     = send + hop_L + the most of W: its messages post_L + its results / B_L
 
-(1), (2): gradients travel once a step, in buckets, each as soon as the last micro-batch's backward
-has it. Before them, with the last forward, go the all-reduce of `StepReducer` (4) and BatchNorm's
-statistics. One stage is under way at a time.
-(3) is the exchange of `reduction_plan.py`: in level l each rank sends c_l partial sums of a shard
-of n/P_l bytes, P_l = g_1 ... g_l, to each of g_l - 1 peers, within its node or by its network card.
-A stage is a launch and messages as in LogGP (Alexandrov et al., SPAA 1995): latency `hop`, overhead
-or gap `post` of a message, gap 1/B of a byte. LogGP lets the overhead hide behind the bytes of the
-message before; adding them up makes a stage too long by no more than the smaller of the two.
+(1), (2): Gradients are exchanged once a step, in buckets. A bucket is sent as soon as the backward
+of the last micro-batch has produced it. The all-reduce of `StepReducer` (4) and the exchange of
+BatchNorm's statistics precede the buckets; both start after the last forward. One stage is under
+way at a time.
+
+(3) is the exchange of `reduction_plan.py`. In level l each rank sends c_l partial sums to each of
+g_l - 1 peers, within its node or through its network card. Each partial sum is a shard of n/P_l
+bytes, P_l = g_1 ... g_l. A stage is a launch plus messages as in LogGP (Alexandrov et al., SPAA
+1995): latency `hop`, overhead or gap `post` of a message, gap 1/B of a byte. LogGP overlaps the
+overhead with the bytes of the previous message. Adding the two makes a stage too long by at most
+the smaller of the two.
+
 (4) is the bandwidth-optimal ring (Patarasuk and Yuan, JPDC 2009) with a latency for each hop
 (Thakur, Rabenseifner and Gropp, IJHPCA 2005), and the double binary tree (Sanders, Speck and
-Traeff, Parallel Computing 2009), which NCCL spans between nodes, with a chain within each. Both
-cross nodes through all their network cards at once, and pipeline: the slower kind of link counts.
-That is the cost model by which NCCL itself chooses (ncclTopoTuneModel in its src/graph/tuning.cc,
-2022). (5) is Blom's approximation (1958), which for many ranks grows as sqrt(2 ln W). (6) is what
-Muon orthogonalises: pieces that ranks share out, and whose results go to the ranks that hold their
-shards, over the link of the last level, and from these to all. Nothing hides it.
+Traeff, Parallel Computing 2009). NCCL builds the tree between nodes, with a chain within each node.
+Ring and tree cross nodes through all network cards at once, and pipeline: the slower kind of link
+counts. NCCL chooses by this cost model (ncclTopoTuneModel in NCCL's src/graph/tuning.cc, 2022).
 
-Left out: what the host takes to issue messages, which counts where a GPU waits for its host; the
-additions of partial sums, 3 n bytes of a GPU's own memory; what messages take from the kernels
-beside them; congestion and other jobs on the network.
+(5) is Blom's approximation (1958), which for many ranks grows as sqrt(2 ln W).
+
+(6) is Muon's orthogonalisation, whose tasks are partitioned over ranks. The results go to the ranks
+that hold their shards, over the link of the last level, and from these ranks to all. No computation
+overlaps with (6).
+
+Not modelled:
+- the host's time to issue messages, which counts where a GPU waits for its host
+- the additions of partial sums, 3 n bytes of a GPU's own memory
+- the slowdown of kernels by messages that run at the same time
+- congestion and other jobs on the network
 """
 
 import math
@@ -52,84 +61,84 @@ TARGET = 0.9
 
 
 class Link(NamedTuple):
-    """Between two GPUs: bytes a second in each direction, and seconds."""
+    """A link between two GPUs, in bytes a second for each direction, and in seconds."""
 
     bandwidth: float
     ring_hop: float
-    """Of an all-reduce by a ring; by a tree, `tree_hop`."""
+    """Latency of a hop in a ring all-reduce; `tree_hop` is the latency in a tree all-reduce."""
     tree_hop: float
     hop: float
-    """Until a message arrives, of no bytes."""
+    """Time until a message of zero bytes arrives."""
     post: float
-    """From a message to the next, of no bytes."""
+    """Time from a message of zero bytes to the next message."""
 
     def message(self, n: float) -> float:
-        """From a message of `n` bytes to the next."""
+        """Returns the seconds from a message of `n` bytes to the next message."""
         return self.post + n / self.bandwidth
 
 
 class Fabric(NamedTuple):
-    """How GPUs reach each other: within a node, and between nodes by a network card a GPU."""
+    """The links within a node, and those between nodes through one network card a GPU."""
 
     gpus_per_node: int
     launch: float
-    """Seconds that any all-reduce takes, however small; a stage of messages, `send`."""
+    """Fixed seconds of any all-reduce; `send` is the equivalent for a stage of messages."""
     send: float
     inside: Link
     between: Link
     overlaps: bool = True
-    """False where communication needs the cores that compute, as gloo's does on busy cores."""
+    """False if communication needs the cores that compute, as gloo does on busy cores."""
 
 
 class Layer(NamedTuple):
     """A convolution or linear layer, with the BatchNorm that follows it."""
 
     gradients: tuple[int, ...]
-    """Bytes, in the order in which the backward produces them."""
+    """Bytes of each gradient, in the order in which backward produces the gradients."""
     forward: int
-    """Floating-point operations of one image."""
+    """Floating-point operations of one image; `backward` has the same unit."""
     backward: int
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank computes and sends."""
+    """The computation and communication of every rank."""
 
     layers: tuple[Layer, ...]
     micro_batch_size: int
     statistics: int
-    """Numbers in BatchNorm's running statistics."""
+    """Number of elements in BatchNorm's running statistics."""
     shared: tuple[int, ...] = ()
-    """Floating-point operations of each piece of work that ranks share out in a step."""
+    """Floating-point operations of each task that is partitioned over ranks in a step."""
     results: tuple[int, ...] = ()
-    """Bytes of what comes of each."""
+    """Bytes of the result of each task in `shared`."""
 
     @property
     def flops(self) -> int:
-        """Of one image, forward and backward."""
+        """Floating-point operations of one image, forward and backward."""
         return sum(layer.forward + layer.backward for layer in self.layers)
 
     @property
     def forward_share(self) -> float:
-        """Of a micro-batch's time that its forward takes, as of its operations."""
+        """Forward's share of a micro-batch's time, taken to be its share of the operations."""
         return sum(layer.forward for layer in self.layers) / self.flops
 
     def sums(self, micro_batches: int) -> int:
-        """Bytes of StepReducer' all-reduce: float64 losses and hits, the wish to stop."""
+        """Returns the bytes of StepReducer's all-reduce: float64 losses, correct counts, stop."""
         return 8 * (2 * micro_batches + 1)
 
 
 class Gpu(NamedTuple):
-    """What one GPU takes, in seconds."""
+    """The times of one GPU, in seconds."""
 
     micro_batch: float
-    """Forward and backward of one micro-batch, its input included."""
+    """Forward and backward of one micro-batch, including its input."""
     fixed: float
-    """Once a step, however many micro-batches: clipping, optimizer, bookkeeping."""
+    """Work once a step at any number of micro-batches: clipping, optimizer, bookkeeping."""
     jitter: float
-    """Standard deviation of a rank's compute, as a share of it."""
+    """Standard deviation of a rank's compute time, as a share of that time."""
     shared: float = 0.0
-    """Once a step: all the work that ranks share out."""
+    """All tasks that are partitioned over ranks, once a step."""
 
 
 @dataclass(frozen=True)
@@ -142,15 +151,15 @@ class Setup:
 
 
 class Step(NamedTuple):
-    """One step of `ranks` ranks, and where its seconds go."""
+    """One step of `ranks` ranks, with its seconds by cause."""
 
     ranks: int
     global_batch_size: int
     compute: float
     exposed: float
-    """Communication that the backward does not hide."""
+    """Communication that does not overlap with backward."""
     wait: float
-    """For the slowest rank."""
+    """Wait for the slowest rank."""
 
     @property
     def seconds(self) -> float:
@@ -163,14 +172,14 @@ class Step(NamedTuple):
 
 
 def ring(n: int, ranks: int, fabric: Fabric) -> float:
-    """Seconds of a ring all-reduce of `n` bytes: equation 4."""
+    """Returns the seconds of a ring all-reduce of `n` bytes: equation 4."""
     nodes, bandwidth = _reach(ranks, fabric)
     hops = (ranks - nodes) * fabric.inside.ring_hop + (nodes - 1) * fabric.between.ring_hop
     return fabric.launch + 2 * hops + 2 * (ranks - 1) / ranks * n / bandwidth
 
 
 def tree(n: int, ranks: int, fabric: Fabric) -> float:
-    """Seconds of a double binary tree's all-reduce of `n` bytes: equation 4."""
+    """Returns the seconds of a double binary tree's all-reduce of `n` bytes: equation 4."""
     nodes, bandwidth = _reach(ranks, fabric)
     chain = math.ceil(ranks / nodes) - 1
     depth = math.ceil(math.log2(nodes))
@@ -179,27 +188,34 @@ def tree(n: int, ranks: int, fabric: Fabric) -> float:
 
 
 def all_reduce(n: int, ranks: int, fabric: Fabric) -> float:
-    """Seconds of the all-reduce that is faster for `n` bytes; nothing to do for one rank."""
+    """Returns the seconds of the faster all-reduce for `n` bytes; 0 for one rank."""
     return min(ring(n, ranks, fabric), tree(n, ranks, fabric)) if ranks > 1 else 0.0
 
 
 def levels(ranks: int, gpus_per_node: int) -> tuple[int, ...]:
-    """The radices of the exchange among so many ranks."""
+    """Returns the radices of the exchange among `ranks` ranks."""
     return levels_of(ranks, min(ranks, gpus_per_node))
 
 
 def exchange(
     n: float, radices: Sequence[int], sums: Sequence[int], fabric: Fabric
 ) -> tuple[list[float], list[float]]:
-    """Seconds of each stage in the exchange of `n` bytes, there and back: equation 3.
+    """Returns the seconds of each stage in the exchange of `n` bytes: equation 3.
 
     Args:
-        sums: the partial sums that a rank sends to each peer, by level.
+        n: the size of the vector in bytes.
+        radices: of the exchange, by level.
+        sums: the number of partial sums that a rank sends to each peer, by level.
+        fabric: the links.
+
+    Returns:
+        The stages of levels 1 to L (reduce-scatter), and those of levels L to 1 (all-gather).
     """
     there, back, before = [], [], 1
     for radix, c in zip(radices, sums, strict=True):
-        near = min(radix, max(1, fabric.gpus_per_node // before))  # in a node, this one among them
-        n, before = n / radix, before * radix  # the shards of this level
+        # The ranks of this level in one node, including the rank itself.
+        near = min(radix, max(1, fabric.gpus_per_node // before))
+        n, before = n / radix, before * radix  # this level's shards
         seconds = (near - 1) * fabric.inside.message(n) + (radix - near) * fabric.between.message(n)
         alone = fabric.send + (fabric.inside if near == radix else fabric.between).hop
         there.append(alone + c * seconds)
@@ -209,7 +225,7 @@ def exchange(
 
 @lru_cache
 def partial_sums(ranks: int, accumulation: int, radices: tuple[int, ...]) -> tuple[int, ...]:
-    """The partial sums that a rank sends to a peer in each level, at most."""
+    """Returns the largest number of partial sums that a rank sends to a peer, by level."""
     plan = TreePlan(ranks * accumulation, Ranks(0, ranks, radices))
     blocks = [math.prod(radices[:level]) for level in range(len(radices))]
     return tuple(
@@ -219,8 +235,11 @@ def partial_sums(ranks: int, accumulation: int, radices: tuple[int, ...]) -> tup
 
 
 def shared_seconds(setup: Setup, ranks: int, radices: Sequence[int]) -> tuple[float, float]:
-    """The slowest rank's share of the work that ranks share out, and the exchange of what comes of
-    it, in seconds: equation 6."""
+    """Returns the seconds of the tasks that are partitioned over ranks: equation 6.
+
+    Returns:
+        The tasks of the slowest rank, and the exchange of all results.
+    """
     job, fabric = setup.job, setup.fabric
     if not job.shared:
         return 0.0, 0.0
@@ -243,8 +262,10 @@ def shared_seconds(setup: Setup, ranks: int, radices: Sequence[int]) -> tuple[fl
 
 
 def scattered(results: Sequence[int], radices: Sequence[int]) -> list[tuple[int, float]]:
-    """What each rank sends to the holders of the shards in which its results lie, one after the
-    other by rank: (messages, bytes)."""
+    """Returns the (messages, bytes) that each rank sends to the holders of its results' shards.
+
+    In the vector of results, each rank's results follow those of the previous rank.
+    """
     found = []
     shard, last = sum(results) / len(results), 0.0
     for rank, size in enumerate(results):
@@ -257,7 +278,7 @@ def scattered(results: Sequence[int], radices: Sequence[int]) -> list[tuple[int,
 
 
 def _place(rank: int, radices: Sequence[int]) -> int:
-    """The place of a rank's shard among all: its digits, the first level's counting most."""
+    """Returns the index of a rank's shard: its digits, the most significant of the first level."""
     place = 0
     for radix in radices:
         rank, digit = divmod(rank, radix)
@@ -266,7 +287,7 @@ def _place(rank: int, radices: Sequence[int]) -> int:
 
 
 def _reach(ranks: int, fabric: Fabric) -> tuple[int, float]:
-    """Nodes of so many ranks, and the bandwidth at the narrowest place of a ring or tree."""
+    """Returns the number of nodes, and the bandwidth at the narrowest place of a ring or tree."""
     nodes = math.ceil(ranks / fabric.gpus_per_node)
     if nodes == 1:
         return 1, fabric.inside.bandwidth
@@ -274,8 +295,11 @@ def _reach(ranks: int, fabric: Fabric) -> tuple[int, float]:
 
 
 def ready_buckets(layers: Sequence[Layer]) -> list[tuple[float, int]]:
-    """The gradient buckets, from the last layer backwards: (share of the backward after which a
-    bucket is complete, its bytes)."""
+    """Returns the gradient buckets, from the last layer backwards.
+
+    Returns:
+        For each bucket, the share of the backward after which it is complete, and its bytes.
+    """
     total = sum(layer.backward for layer in layers)
     gradients: list[tuple[float, int]] = []
     done = 0
@@ -291,11 +315,12 @@ def ready_buckets(layers: Sequence[Layer]) -> list[tuple[float, int]]:
 def backward_end(
     backward: float, stages: Sequence[tuple[float, float]], *, overlaps: bool = True
 ) -> float:
-    """Seconds from the start of the last backward until the gradients are summed: equation 2.
+    """Returns the seconds from the start of the last backward to the summed gradients: equation 2.
 
     Args:
-        backward: seconds of computing it.
-        stages: (share of the backward after which it is sent, seconds), in order.
+        backward: the seconds of the backward alone.
+        stages: (share of the backward after which the stage is sent, seconds), in order.
+        overlaps: False adds the stages to the backward.
     """
     if not overlaps:
         return backward + sum(seconds for _, seconds in stages)
@@ -306,15 +331,19 @@ def backward_end(
 
 
 def slowest(ranks: int) -> float:
-    """The expected largest of so many standard normals (Blom, 1958): 0 for one."""
+    """Returns the expected largest of `ranks` standard normals (Blom, 1958): 0 for one."""
     return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
 
 
 def stages(
     setup: Setup, ranks: int, accumulation: int, radices: tuple[int, ...]
 ) -> list[tuple[float, float]]:
-    """What ranks tell each other beside the last backward, in order: (share of it after which that
-    is sent, seconds). Nothing for one rank."""
+    """Lists the exchanges that overlap with the last backward, in order.
+
+    Returns:
+        For each exchange, the share of the backward after which it is sent, and its seconds. Empty
+        for one rank.
+    """
     if ranks == 1:
         return []
     job, fabric = setup.job, setup.fabric
@@ -328,10 +357,13 @@ def stages(
 def step(
     setup: Setup, ranks: int, accumulation: int, radices: tuple[int, ...] | None = None
 ) -> Step:
-    """One step of `ranks` ranks with so many micro-batches each: equation 1.
+    """Computes one step of `ranks` ranks with `accumulation` micro-batches each: equation 1.
 
     Args:
-        radices: of the exchange. None: those that a run takes.
+        setup: the job, its GPUs and links.
+        ranks: the world size.
+        accumulation: the micro-batches of each rank.
+        radices: of the exchange. None: those of a run.
     """
     job, gpu, fabric = setup.job, setup.gpu, setup.fabric
     if radices is None:
@@ -351,17 +383,23 @@ def step(
 
 
 def efficiency(setup: Setup, taken: Step, accumulation: int) -> float:
-    """Images a second over those of as many GPUs, each alone with `accumulation` micro-batches."""
+    """Returns the throughput of a step as a share of that of as many independent GPUs.
+
+    Each independent GPU runs `accumulation` micro-batches a step.
+    """
     return taken.rate / (taken.ranks * step(setup, 1, accumulation).rate)
 
 
 def smallest_batch(setup: Setup, ranks: int, accumulation: int) -> int | None:
-    """The smallest global batch with which so many GPUs are at least 90% as fast, each, as one
-    alone with `accumulation` micro-batches. None: no batch is large enough."""
+    """Returns the smallest global batch with an `efficiency` of at least 90% on `ranks` GPUs.
+
+    The efficiency is relative to one GPU with `accumulation` micro-batches. Returns None if no
+    batch is large enough.
+    """
 
     def reaches(a: int) -> bool:
         return efficiency(setup, step(setup, ranks, a), accumulation) >= TARGET
 
-    # Powers of two, of which one partial sum travels.
+    # Only powers of two, for which a single partial sum is exchanged.
     found = next((2**i for i in range(16) if reaches(2**i)), None)
     return None if found is None else found * ranks * setup.job.micro_batch_size

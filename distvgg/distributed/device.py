@@ -1,4 +1,4 @@
-"""The device of this process, and the precision that it is fast at."""
+"""The device of this process, and the precision at which the device is fast."""
 
 import warnings
 from pathlib import Path
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def device_here() -> torch.device:
-    """The device that accelerate takes for one process, found without joining a group."""
+    """Returns the device that accelerate uses for one process, without joining a group."""
     from accelerate.utils import parse_flag_from_env
 
-    with warnings.catch_warnings(action="ignore"):  # of a driver that is too old
+    with warnings.catch_warnings(action="ignore"):  # torch warns if the driver is too old
         found = torch.accelerator.current_accelerator(check_available=True)
     if found is None or parse_flag_from_env("ACCELERATE_USE_CPU"):
         return torch.device("cpu")
@@ -26,7 +26,7 @@ def device_here() -> torch.device:
 
 
 def has_nvidia_hardware(root: Path = Path("/")) -> bool:
-    """Whether this machine has an NVIDIA GPU, whatever the software knows of it (Linux)."""
+    """Returns True if this machine has an NVIDIA GPU, regardless of installed software (Linux)."""
     for vendor in (root / "sys/bus/pci/devices").glob("*/vendor"):
         is_display = vendor.with_name("class").read_text().startswith("0x03")
         if is_display and vendor.read_text().strip() == "0x10de":
@@ -35,14 +35,16 @@ def has_nvidia_hardware(root: Path = Path("/")) -> bool:
 
 
 def resolve_precision(precision: str, device: torch.device, launched: str | None = None) -> str:
-    """What `auto` means on a device; anything else is checked and returned.
+    """Returns the precision that `auto` means on a device; checks and returns any other value.
 
     Args:
-        launched: what `accelerate launch --mixed_precision` said. It wins over what the device is
-            good at, but its `no` is also its default, and says nothing.
+        precision: the value in the config.
+        device: the device of this process.
+        launched: the value of `accelerate launch --mixed_precision`. fp16 and bf16 override the
+            device's own precision. `no` is ignored, because it is also the launcher's default.
 
     Raises:
-        UserError: fp16 without a GPU.
+        UserError: fp16 was requested without a CUDA GPU.
     """
     if precision == "auto" and launched in ("fp16", "bf16"):
         precision = launched
@@ -62,7 +64,7 @@ def resolve_precision(precision: str, device: torch.device, launched: str | None
 
 
 def place(model: nn.Module, accelerator: "Accelerator", config: Config) -> None:
-    """Moves a model to this process's device, in the memory order of the config."""
+    """Moves a model to this process's device, in the memory format of the config."""
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
     model.to(accelerator.device)
     model.to(memory_format=layout)

@@ -1,10 +1,12 @@
-"""The gradient of a step: summed over its micro-batches along the tree, in buckets.
+"""The gradient of a step, summed over its micro-batches along the tree, in buckets.
 
-Owns the buckets and the moment at which each is exchanged: with the rank's last micro-batch, as
-soon as backward has it, so that messages travel while backward goes on (Li et al., "PyTorch
-Distributed", VLDB 2020, section 3.2.3). Invariant: between two steps no parameter has a gradient;
-after `finish` each has that of the whole step, with the same bits on every rank. The buckets do not
-reach into the bits, since every element is summed along the same tree.
+Owns the buckets and the moment at which each bucket is exchanged. In the rank's last micro-batch, a
+bucket is exchanged as soon as backward has produced it. Messages then overlap with the rest of
+backward (Li et al., "PyTorch Distributed", VLDB 2020, section 3.2.3).
+
+Invariant: between two steps no parameter has a gradient. After `finish` each parameter has the
+gradient of the complete step, with the same bits on every rank. The buckets do not affect the bits,
+since every element is summed along the same tree.
 """
 
 from collections.abc import Iterable
@@ -18,11 +20,12 @@ from distvgg.distributed.tree_sum import ExchangeQueue, TreeSum
 
 
 class GradientReducer:
-    """Takes the gradients of each micro-batch from the parameters, and gives them back summed.
+    """Takes each micro-batch's gradients from the parameters and gives back their sum.
 
     Args:
-        parameters: in the order of the network; all must take part in every backward.
-        queue: runs the exchanges; others' may be in it.
+        parameters: in the order of the network; every backward must produce all their gradients.
+        plan: of the sum over micro-batches.
+        queue: runs the exchanges; may hold other exchanges too.
     """
 
     def __init__(self, parameters: Iterable[Tensor], plan: TreePlan, queue: ExchangeQueue) -> None:
@@ -36,7 +39,7 @@ class GradientReducer:
         self._handles: list[RemovableHandle] = []
 
     def attach(self) -> None:
-        """Takes the gradients of every backward from here on, if it does not yet."""
+        """Takes the gradients of every later backward; does nothing if already attached."""
         if self._handles:
             return
         for number, bucket in enumerate(self._buckets):
@@ -46,12 +49,12 @@ class GradientReducer:
                 self._handles.append(handle)
 
     def detach(self) -> None:
-        """Leaves gradients to others again."""
+        """Leaves the gradients of every later backward in the parameters."""
         while self._handles:
             self._handles.pop().remove()
 
     def finish(self) -> None:
-        """Ends the step: gives every parameter its gradient, summed over all micro-batches."""
+        """Ends the step: sets each parameter's gradient to its sum over all micro-batches."""
         self._queue.finish()
         for bucket, total in zip(self._buckets, self._sums, strict=True):
             for p, gradient in zip(bucket, total.total, strict=True):
@@ -59,7 +62,7 @@ class GradientReducer:
 
     def _arrived(self, number: int, _: Tensor) -> None:
         self._missing[number] -= 1
-        # In order, whichever is there first: all ranks must exchange them alike.
+        # In a fixed order, even if a later bucket is complete: it must be the same on all ranks.
         while self._missing[self._next] == 0:
             self._take(self._next)
             self._next = (self._next + 1) % len(self._buckets)

@@ -1,4 +1,4 @@
-"""Copies from device to host that are waited for only when they are read."""
+"""Copies from device to host that block only when they are read."""
 
 from typing import Any
 
@@ -7,8 +7,10 @@ from torch import Tensor
 
 
 class HostCopy:
-    """A tensor on its way to the host, which waits for it only when it reads: for what the device
-    was given before, not for what it was given since."""
+    """An asynchronous copy of a tensor to the host; only `read` blocks.
+
+    `read` waits for the work that was queued on the device before the copy, not for later work.
+    """
 
     def __init__(self, values: Tensor) -> None:
         self._values, self._copied = values, None
@@ -19,7 +21,7 @@ class HostCopy:
             self._copied.record()
 
     def read(self) -> Any:
-        """The values as Python numbers."""
+        """Returns the values as Python numbers."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._values.tolist()

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 
 def greedy_partition(costs: Sequence[float], ranks: int) -> list[int]:
-    """Which rank does each of some pieces of work: the costliest that is left goes to whoever has
-    least so far."""
+    """Returns the rank of each task.
+
+    The assignment is greedy: the costliest remaining task goes to the rank with the least load.
+    """
     load, owners = [0.0] * ranks, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         owners[i] = min(range(ranks), key=lambda rank: load[rank])

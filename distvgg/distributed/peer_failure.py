@@ -1,4 +1,4 @@
-"""The ends of a process group: in order, or by the death of another process."""
+"""Clean shutdown of the process group, and errors for peer failures."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from distvgg.errors import PeerLostError, RunError, UserError
 
-# How gloo says that the other end of a connection is gone.
+# Messages of gloo if the other end of a connection is gone.
 _BROKEN = (
     r"Connection (closed|reset) by peer|Broken pipe|[Cc]onnection refused|Socket closed"
     r"|Timed out waiting"
@@ -17,8 +17,11 @@ _BROKEN = (
 
 @contextmanager
 def clean_shutdown() -> Iterator[None]:
-    """Takes down the process group where all ranks give up alike, by a UserError or a RunError of
-    the run itself. gloo now and then aborts a process that exits with its group still up."""
+    """Destroys the process group when all ranks fail alike, by a UserError or a RunError.
+
+    A PeerLostError leaves the group as it is. gloo occasionally aborts a process that exits before
+    its group is destroyed.
+    """
     try:
         yield
     except (UserError, RunError) as error:
@@ -29,27 +32,27 @@ def clean_shutdown() -> Iterator[None]:
 
 @contextmanager
 def translate_peer_failure() -> Iterator[None]:
-    """Says in a line what a broken connection to another process means.
+    """Translates a broken connection to another process into an error of one line.
 
     Raises:
-        PeerLostError: instead of what torch.distributed raises.
+        PeerLostError: in place of the error of torch.distributed.
     """
     try:
         yield
-    except RunError:  # a RuntimeError too, whose text may quote such words
+    except RunError:  # also a RuntimeError, whose text may match `_BROKEN`
         raise
-    except RuntimeError as error:  # gloo has no type of its own for it
+    except RuntimeError as error:  # gloo has no error type for a broken connection
         text = str(error)
         if isinstance(error, dist.DistError) or re.search(_BROKEN, text):
             raise PeerLostError(
                 "lost contact with another process, which died or was killed"
-                f" ({_reason(text)}); its own lines say why. The same command goes on from the last"
-                " checkpoint"
+                f" ({_reason(text)}); its own output says why. The same command resumes from the"
+                " last checkpoint"
             ) from error
         raise
 
 
 def _reason(text: str) -> str:
-    """What gloo or NCCL says, without the places in their sources."""
+    """Returns the message of gloo or NCCL without its source locations."""
     found = re.search(_BROKEN, text)
     return found[0] if found else text.splitlines()[0][:200]

@@ -1,8 +1,8 @@
-"""The process group and accelerate's handle on it.
+"""The process group, and accelerate's handle on the group.
 
-Invariant of this package: what leaves it is the same on every rank, and the same for every number
-of processes, to the last bit. What is summed over ranks has a slot of its own for each micro-batch
-or batch, to which others add zero, or goes along the tree of `tree_sum.py`.
+Invariant: the results of this package are the same on every rank and at any world size, to the last
+bit. A sum over ranks either has a slot for each micro-batch or batch, to which other ranks add
+zero, or follows the tree of `tree_sum.py`.
 """
 
 import os
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 
 def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
-    """Joins the process group that the launcher made and returns accelerate's handle on it.
+    """Joins the launcher's process group and returns accelerate's handle on the group.
 
-    The gradient accumulation, the loader and the learning rate are ours: accelerate gets no
-    scheduler (a prepared one steps once per process), no loader, and no accumulation count.
+    distvgg implements gradient accumulation, the loader and the learning rate itself. accelerate
+    gets no scheduler (a prepared one steps once per process), no loader, and no accumulation count.
 
     Raises:
-        UserError: several processes that know nothing of each other; another kind of training; a
-            precision that the device does not have.
+        UserError: several processes were started without a process group; the distributed type is
+            not supported; the device does not have the precision.
     """
     from accelerate import Accelerator, PartialState
     from accelerate.utils import (
@@ -45,7 +45,7 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
 
     environment.clear()
     environment.refuse()
-    # Accelerator reads this variable, PartialState alone does not.
+    # Accelerator reads this variable, but PartialState does not.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu, **_store_of_this_attempt())
     launched = environment.world_size()
@@ -63,26 +63,32 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
     if state.device.type == "cpu":
         torch.set_num_threads(config.train.cpu_threads)
         keep_freed_memory()
-    # Batch shapes never change; the run must be the same when it is run again.
+    # Batch shapes never change. A repeated run must give the same results.
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     folders = run_dir and ProjectConfiguration(str(run_dir), str(run_dir / "tensorboard"))
     launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION")
     return Accelerator(
-        # Devices of different kinds must not add gradients of different precisions.
+        # From rank 0: devices of different kinds must not add gradients of different precisions.
         mixed_precision=broadcast_from_main(
             state, lambda: resolve_precision(config.train.precision, state.device, launched_with)
         ),
         project_config=folders,
-        # Said, so that accelerate does not ask the environment.
+        # Set explicitly, so that accelerate does not read the environment.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_plugin=TorchDynamoPlugin(backend="inductor" if config.train.compile else "no"),
     )
 
 
 def _store_of_this_attempt() -> dict[str, Any]:
-    """Where the workers that `--max_restarts` started again find each other. The launcher's static
-    rendezvous keeps its store (torch 2.14), in which the addresses of the dead still stand."""
+    """Returns the store for the rendezvous of workers that `--max_restarts` started again.
+
+    The launcher's static rendezvous keeps its store (torch 2.14), which still holds the addresses
+    of dead workers.
+
+    Returns:
+        Arguments for PartialState; none at the first start, or without the launcher's store.
+    """
     env = os.environ
     attempt = int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
     if not attempt or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -98,17 +104,17 @@ def _store_of_this_attempt() -> dict[str, Any]:
 def distribute(
     accelerator: "Accelerator", model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Lets accelerate wrap a model and its optimizer: mixed precision, loss scaling, compilation.
+    """Wraps a model and its optimizer for mixed precision, loss scaling and compilation.
 
-    `evaluation_mode` leaves out DistributedDataParallel alone: gradients are summed by
-    `gradients.GradientReducer`, in an order that does not depend on the ranks.
+    accelerate's `evaluation_mode` only leaves out DistributedDataParallel. Instead,
+    `gradients.GradientReducer` sums the gradients, in an order that does not depend on the ranks.
     """
     wrapped = accelerator.prepare_model(model, evaluation_mode=True)
     return wrapped, accelerator.prepare_optimizer(optimizer)
 
 
 def ranks_of(accelerator: "Accelerator") -> Ranks:
-    """This process among all, and how they exchange: within a node first."""
+    """Returns the rank, the world size and the levels of the exchange: within a node first."""
     world_size = accelerator.num_processes
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world_size > 1 else 1
     levels = levels_of(world_size, broadcast_from_main(accelerator, lambda: per_node))

@@ -1,23 +1,27 @@
-"""The plan of a step's sums: which rank adds up what, and which messages that takes.
+"""The plan of a step's sums: the additions of each rank, and the messages between ranks.
 
-Owns one fixed binary tree over n leaves, the micro-batches of a step; the levels in which ranks
-exchange partial sums along it; and the buckets of the gradient. Invariant: the order of additions
-is a function of n alone. Ranks and levels decide only where an addition is computed. Imports no
-torch, so that the model of step time can ask the same functions as the step.
+Owns the reduction tree, one fixed binary tree over n leaves, the micro-batches of a step. Also owns
+the levels in which ranks exchange partial sums along the tree, and the buckets of the gradient.
+Invariant: the order of additions is a function of n alone. Ranks and levels only decide where an
+addition is computed. Imports no torch, so that `cost_model.py` can call the same functions as the
+step.
 
 The tree over leaves [low, high) splits at the largest power of two below high - low. A node is a
-pair (low, high). A rank holds a run of leaves and adds up the largest nodes that lie whole in it
-(`cover`); only these partial sums travel. One sum travels where the leaves of a rank are a power of
-two, at most 2 log2(leaves of a rank) otherwise.
+pair (low, high). A rank holds a contiguous run of leaves and adds up the largest nodes that lie
+completely within the run (`cover`). Only these partial sums are exchanged. A rank has one partial
+sum if its number of leaves is a power of two, and at most 2 log2(leaves of a rank) otherwise.
 
-The exchange is a reduce-scatter and an all-gather, as a ring all-reduce is, and moves as many bytes
-where one sum travels: 2 (W - 1)/W of a vector for each rank (Patarasuk and Yuan, JPDC 2009). The
-ranks are the digits of a number in mixed radix, one digit a level. In a level, ranks that differ in
-that digit alone send each other shards of the vector and add along the tree; then, level by level
-back, they send each other the shards that are summed. One level is a direct exchange of all ranks,
-W - 1 messages; a node's GPUs first and the nodes after them send messages W/nodes times as large
-between nodes (hierarchical reduction); radix 2 in all levels is recursive halving (Thakur,
-Rabenseifner and Gropp, IJHPCA 2005, section 4.3).
+The exchange is a reduce-scatter and an all-gather, like a ring all-reduce. With one partial sum it
+moves as many bytes as a ring: 2 (W - 1)/W of a vector for each rank (Patarasuk and Yuan, JPDC
+2009). A rank is a number in mixed radix, with one digit a level. In a level, ranks that differ in
+that digit alone send each other shards of the vector and add along the tree. Then, from the last
+level to the first, these ranks send each other the summed shards.
+
+- One level is a direct exchange of all ranks, with W - 1 messages.
+- The GPUs of a node and then the nodes are a hierarchical reduction: messages between nodes are
+  W/nodes times as large.
+- Radix 2 in all levels is recursive halving (Thakur, Rabenseifner and Gropp, IJHPCA 2005, section
+  4.3).
 """
 
 from collections.abc import Sequence
@@ -31,20 +35,20 @@ if TYPE_CHECKING:
 
 
 MIB = 2**20
-# The first bucket is small, so that its messages are on their way early; others are large enough
-# that latency does not count. DistributedDataParallel has the same sizes.
+# The first bucket is small, so that its exchange starts early. The others are large enough that
+# latency does not count. DistributedDataParallel has the same sizes.
 FIRST_BUCKET, BUCKET = MIB, 25 * MIB
 Node = tuple[int, int]
 
 
 def split(n: int) -> int:
-    """The largest power of two below n, where a node of n > 1 leaves splits."""
+    """Returns the largest power of two below n, at which a node of n > 1 leaves splits."""
     return 1 << (n - 1).bit_length() - 1
 
 
-@lru_cache(maxsize=2**14)  # asked in every exchange
+@lru_cache(maxsize=2**14)  # called in every exchange
 def cover(n: int, leaves: range) -> tuple[Node, ...]:
-    """The largest nodes of the tree over n leaves that lie whole in a run, from left to right."""
+    """Returns the largest nodes of the tree over n leaves within a run, from left to right."""
 
     def within(low: int, high: int) -> tuple[Node, ...]:
         if leaves.stop <= low or high <= leaves.start:
@@ -58,19 +62,26 @@ def cover(n: int, leaves: range) -> tuple[Node, ...]:
 
 
 def siblings(left: Node, right: Node, n: int) -> bool:
-    """Whether two adjacent nodes are the halves of one: the left is a full power of two of leaves,
-    and the right all that follows up to the next, or to n."""
+    """Returns True if two adjacent nodes are the halves of one node.
+
+    The left half has a power of two of leaves. The right half has as many leaves, or fewer if it
+    ends at n.
+    """
     size = left[1] - left[0]
     is_power = size & (size - 1) == 0
     return is_power and left[0] % (2 * size) == 0 and right[1] == min(left[0] + 2 * size, n)
 
 
 def additions(nodes: Sequence[Node], n: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """The additions that bring adjacent nodes, from left to right, to the largest they make up.
+    """Returns the additions that merge adjacent nodes into the largest possible nodes.
+
+    Args:
+        nodes: from left to right.
+        n: the leaves of the tree.
 
     Returns:
-        In order, pairs (i, j): add number j to number i, which lies left of it. And the numbers of
-        those that remain.
+        Pairs (i, j) of indices into `nodes`, in order: add node j to node i, which lies left of j.
+        Then the indices of the nodes that remain.
     """
     pairs: list[tuple[int, int]] = []
     stack: list[tuple[Node, int]] = []
@@ -85,8 +96,11 @@ def additions(nodes: Sequence[Node], n: int) -> tuple[list[tuple[int, int]], lis
 
 
 def levels_of(world_size: int, ranks_per_node: int, largest: int = 8) -> tuple[int, ...]:
-    """The radices of the exchange: the ranks of a node, then the nodes in factors of at most
-    `largest` where they have such. One level alone where nodes are not equally full."""
+    """Returns the radices of the exchange: the ranks of a node, then factors of the nodes.
+
+    Factors are at most `largest` where the number of nodes has such factors. Where nodes are not
+    equally full, each rank counts as a node.
+    """
     if ranks_per_node < 1 or world_size % ranks_per_node:
         ranks_per_node = 1
     rest, factors = world_size // ranks_per_node, [ranks_per_node]
@@ -98,18 +112,18 @@ def levels_of(world_size: int, ranks_per_node: int, largest: int = 8) -> tuple[i
 
 
 class Placement(NamedTuple):
-    """The place of one of a rank's leaves among its partial sums."""
+    """The place of a leaf among the partial sums of its rank."""
 
     slot: int
     is_new: bool
-    """The leaf begins a partial sum in this slot; else it is added to the one that is there."""
+    """True if the leaf starts a partial sum in this slot, else it is added to the slot's sum."""
     merges: int
-    """How often the two last partial sums are added to each other then."""
+    """Number of times that the last two partial sums are then added to each other."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all, and the levels in which they exchange.
+    """The rank of this process, the world size, and the levels of the exchange.
 
     Args:
         levels: the radices of the exchange, whose product is `world_size`.
@@ -124,13 +138,13 @@ class Ranks:
         assert 0 <= self.rank < self.world_size
 
     def peers(self, level: int, rank: int) -> list[int]:
-        """The ranks that exchange with one in a level, that one among them, by their digit."""
+        """Returns the ranks that exchange with `rank` in a level, including `rank`, by digit."""
         stride, radix = prod(self.levels[:level]), self.levels[level]
         first = rank - rank // stride % radix * stride
         return [first + digit * stride for digit in range(radix)]
 
     def shard(self, vector: "Tensor", rank: int) -> "Tensor":
-        """The part of a vector that a rank holds between the two halves of an exchange."""
+        """Returns the part of a vector that a rank holds between the halves of an exchange."""
         for level, radix in enumerate(self.levels):
             vector = vector.tensor_split(radix)[self.peers(level, rank).index(rank)]
         return vector
@@ -138,7 +152,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class TreePlan:
-    """The division of n leaves among all ranks, in contiguous runs of equal length."""
+    """The partition of n leaves among all ranks, in contiguous runs of equal length."""
 
     n: int
     ranks: Ranks = Ranks()
@@ -147,14 +161,17 @@ class TreePlan:
         assert self.n % self.ranks.world_size == 0
 
     def leaves(self, first: int, ranks: int = 1) -> range:
-        """The leaves of some adjacent ranks."""
+        """Returns the leaves of `ranks` adjacent ranks, from rank `first` on."""
         each = self.n // self.ranks.world_size
         return range(first * each, (first + ranks) * each)
 
     @cached_property
     def placements(self) -> list[Placement]:
-        """For each of this rank's leaves, in order. A leaf that is the right half of a pair is
-        added to the left half at once, so that a pair takes one slot."""
+        """Placements of this rank's leaves, in order.
+
+        A leaf that is the right half of a pair is added directly to the left half, so that a pair
+        takes one slot.
+        """
         found: list[Placement] = []
         stack: list[Node] = []
         for k in self.leaves(self.ranks.rank):
@@ -171,20 +188,30 @@ class TreePlan:
 
     @property
     def slots(self) -> int:
-        """The partial sums that a rank holds at a time, at most: log2(leaves of a rank), and at
-        least 1, where these are a power of two."""
+        """Largest number of partial sums that a rank holds at a time.
+
+        For a power of two of leaves, it is log2(leaves of a rank), but at least 1.
+        """
         return 1 + max(placement.slot for placement in self.placements)
 
     def nodes(self, level: int, rank: int) -> tuple[Node, ...]:
-        """The partial sums that a rank brings into a level: those of all ranks that share its
-        higher digits."""
+        """Returns the partial sums that a rank brings into a level.
+
+        They cover the leaves of all ranks that have the same higher digits as the rank.
+        """
         ranks = prod(self.ranks.levels[:level])
         return cover(self.n, self.leaves(rank // ranks * ranks, ranks))
 
 
 def buckets(sizes: Sequence[int]) -> list[range]:
-    """Divides gradients, of these sizes in bytes in the order in which backward has them, into
-    buckets. A bucket is closed by the gradient that fills it."""
+    """Divides gradients into buckets, each closed by the gradient that fills it.
+
+    Args:
+        sizes: bytes of the gradients, in the order in which backward produces them.
+
+    Returns:
+        The indices of each bucket's gradients.
+    """
     found: list[range] = []
     first, filled = 0, 0
     for i, size in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""Matrices that ranks compute in turn and hand to each other."""
+"""Matrices whose computation is partitioned over ranks and whose values are sent to all ranks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,19 +12,19 @@ from distvgg.distributed.tree_sum import Messages, all_gather
 
 
 class PartitionedCompute:
-    """Matrices of which each is computed by one rank and wanted by all.
+    """Matrices that are each computed by one rank and needed by all ranks.
 
-    Who computes which is a function of costs and ranks alone (`partition.greedy_partition`).
-    Invariant: after `exchange` every rank holds the same bits, and what is computed for one matrix
-    does not depend on who computes it, nor on what else that rank computes.
+    The owner of a matrix is a function of costs and ranks alone (`partition.greedy_partition`).
+    Invariant: after `exchange` every rank holds the same bits. The result for a matrix depends
+    neither on its owner nor on the owner's other matrices.
 
     Args:
-        shapes: of the matrices, (rows, columns).
-        costs: of computing them, in any one unit.
-        ranks: this process among all.
+        shapes: (rows, columns) of each matrix.
+        costs: of computing each matrix, in any common unit.
+        ranks: the rank of this process and the levels of the exchange.
 
     Attributes:
-        mine: the numbers of those that this rank computes, into `self[i]`.
+        mine: the indices of the matrices that this rank computes, into `self[i]`.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class PartitionedCompute:
         self.dtype, self.device, self._ranks = dtype, device, ranks
         owners = greedy_partition(costs, ranks.world_size)
         self.mine = {i for i, owner in enumerate(owners) if owner == ranks.rank}
-        # One after the other by owner: what a rank computes is one segment.
+        # Sorted by owner, so that the results of a rank are one segment.
         order = sorted(range(len(shapes)), key=lambda i: owners[i])
         sizes = [math.prod(shapes[i]) for i in order]
         self._flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
@@ -53,7 +53,8 @@ class PartitionedCompute:
         others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
         sends = [(peer, self._common(ranks.rank, peer)) for peer in others]
         receives = [(peer, self._common(peer, ranks.rank)) for peer in others]
-        # Of many ranks few have anything in common: each step would pass over the rest.
+        # Among many ranks, few pairs have a common part. Empty parts are dropped once, not in each
+        # step.
         self._to_shards = Messages(
             *([(peer, part) for peer, part in ends if part.numel()] for ends in (sends, receives))
         )
@@ -62,14 +63,17 @@ class PartitionedCompute:
         return self._results[i]
 
     def exchange(self) -> Iterator[Messages]:
-        """Hands this rank's results to all others: first to the ranks that hold their shards, then
-        these to all. So results, and not ranks, decide how many bytes travel."""
+        """Yields the messages that bring the results of every rank to all ranks.
+
+        Results go first to the ranks that hold their shards, and from these ranks to all. The bytes
+        sent depend on the size of the results, not on the number of ranks.
+        """
         if self._ranks.world_size > 1:
             yield self._to_shards
         yield from all_gather(self._ranks, self._flat)
 
     def _common(self, owner: int, holder: int) -> Tensor:
-        """The part of one rank's results that lies in the shard of another."""
+        """Returns the part of one rank's results that lies in the shard of another rank."""
         shard = self._ranks.shard(self._flat, holder)
         start = int(shard.storage_offset())
         first, end = self._segments.get(owner, (0, 0))

@@ -1,4 +1,4 @@
-"""Losses, hits, BatchNorm statistics and stop requests of a step, summed over ranks."""
+"""Sums over ranks of a step's losses, correct counts, BatchNorm statistics and stop requests."""
 
 from typing import TYPE_CHECKING
 
@@ -17,18 +17,25 @@ BATCH_NORM_MOMENTUM = 0.1  # torch's and torchvision's default
 
 
 class StepReducer:
-    """What all ranks must know of a step: the loss and hits of each micro-batch and the wish to
-    stop, in one small all-reduce, and the statistics that BatchNorm took, summed along the tree.
-    Both hide behind backward.
+    """The reduction of a step's losses, correct counts, stop requests and BatchNorm statistics.
 
-    Invariant: after `finish` every rank holds the same bits, whichever of them ran what. BatchNorm
-    takes one update a step, with the mean over all micro-batches: a function of the step alone, and
-    so is a checkpoint at any step. The layers' own momentum is 1, which leaves in their buffers
-    what a micro-batch measured; one that changed within a step would be compiled anew for each
-    value, and not at all from the ninth on (torch 2.14).
+    One small all-reduce carries the loss and correct count of each micro-batch and the stop
+    requests. The statistics that BatchNorm measured are summed along the tree. Both overlap with
+    backward.
+
+    Invariant: after `finish` every rank holds the same bits, whichever rank ran a micro-batch.
+    BatchNorm is updated once a step, with the mean over all micro-batches. The update is a function
+    of the step alone, and so is a checkpoint at any step.
+
+    The layers' own momentum is 1, so that their buffers hold the statistics of one micro-batch. A
+    momentum that changes within a step would be recompiled for each value, and not compiled at all
+    from the ninth value on (torch 2.14).
 
     Args:
-        queue: runs the exchanges of the step; others' may be in it.
+        accelerator: the handle on the process group.
+        plan: of the sums over micro-batches.
+        layers: all BatchNorm layers of the network.
+        queue: runs the exchanges of the step; may hold other exchanges too.
     """
 
     def __init__(
@@ -44,7 +51,7 @@ class StepReducer:
         self._buffers = [
             b for m in layers for b in (m.running_mean, m.running_var) if b is not None
         ]
-        # Another rank's micro-batches are zero here, and adding zero is exact.
+        # The micro-batches of other ranks are zero here, and adding zero is exact.
         parts = [plan.n, plan.n, 1]
         self._flat = torch.zeros(sum(parts), dtype=torch.float64, device=accelerator.device)
         self._losses, self._hits, self._stop = torch.split(self._flat, parts)
@@ -56,8 +63,14 @@ class StepReducer:
 
     @torch.no_grad()
     def add(self, k: int, summed_loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Adds a micro-batch after its forward: its loss summed over samples, [m, classes] logits,
-        [m] labels, and what BatchNorm measured."""
+        """Adds a micro-batch after its forward, and the statistics that BatchNorm measured in it.
+
+        Args:
+            k: the index of the micro-batch in the step.
+            summed_loss: summed over samples.
+            logits: [m, classes].
+            labels: [m].
+        """
         self._losses[k] = summed_loss
         self._hits[k] = (logits.argmax(1) == labels).sum()
         if self._buffers:
@@ -65,7 +78,7 @@ class StepReducer:
 
     @torch.no_grad()
     def start(self, stop: bool) -> None:
-        """Begins the reduction; to be called by every rank after its last forward of a step."""
+        """Starts the reduction; every rank calls it after its last forward of a step."""
         self._stop.fill_(float(stop))
         if self._plan.ranks.world_size > 1:
             self._pending = dist.all_reduce(self._flat, async_op=True)
@@ -74,12 +87,13 @@ class StepReducer:
 
     @torch.no_grad()
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ends the reduction, updates BatchNorm's buffers, and makes ready for the next step. Not
-        before backward, which reads what the buffers were.
+        """Ends the reduction, updates BatchNorm's buffers, and resets the sums for the next step.
+
+        Must not be called before backward, which reads the old buffers.
 
         Returns:
-            float64 on the device: [G/m] losses and [G/m] hits by micro-batch, and how many ranks
-            wish to stop.
+            float64 on the device: [G/m] losses and [G/m] correct counts by micro-batch, and the
+            number of ranks with a stop request.
         """
         self._queue.finish()
         if self._pending is not None:

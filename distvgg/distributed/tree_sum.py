@@ -1,8 +1,9 @@
-"""Sums over the micro-batches of a step that do not depend on the number of ranks, to the last bit.
+"""Sums over the micro-batches of a step, with the same bits at any world size.
 
-Owns the sums of this rank's micro-batches and their exchange with other ranks, along the tree of
-`reduction_plan.py`. Knows tensors and a plan, nothing of networks. Invariant: messages are copies,
-and the additions are made here, so that no algorithm of NCCL or gloo reaches into the bits.
+Owns the sums of this rank's micro-batches and the exchange of these sums with other ranks, along
+the tree of `reduction_plan.py`. Handles tensors and a plan, and is independent of networks.
+Invariant: messages are copies, and the additions are made here, so that no algorithm of NCCL or
+gloo affects the bits.
 """
 
 from collections import deque
@@ -16,29 +17,33 @@ from torch import Tensor
 
 from distvgg.distributed.reduction_plan import Ranks, TreePlan, additions
 
-# Floats between the starts of two parts in a vector, so that each begins at a multiple of 64 bytes:
-# vectorised kernels load whole lines, as from a tensor of its own.
+# Each part starts in the vector at a multiple of this number of floats, so at a multiple of 64
+# bytes. Vectorised kernels then load full cache lines, as from a separate tensor.
 ALIGNMENT = 16
 
 
 class Messages(NamedTuple):
-    """Messages of one rank at a time, (peer, vector) each. The vectors are read and written until
-    all have arrived."""
+    """The messages of one rank in one stage, as (peer, vector).
+
+    The vectors are read and written until all messages have arrived.
+    """
 
     sends: list[tuple[int, Tensor]]
     receives: list[tuple[int, Tensor]]
 
 
 class TreeSum:
-    """A vector in parts, summed over the leaves of all ranks: `add` each of this rank's leaves, in
-    order, then run `exchange` to its end. After it every rank has the same bits in `total`, and the
-    next `add` begins the next sum.
+    """The sum of a vector in parts over the leaves of all ranks.
 
-    Memory: `plan.slots` vectors, of which `total` is one; during the exchange also what peers send,
-    less than one vector where one partial sum travels.
+    Call `add` for each of this rank's leaves, in order, then run `exchange` to its end. Every rank
+    then has the same bits in `total`. The next `add` starts the next sum.
+
+    Memory: `plan.slots` vectors, one of which is `total`. The exchange also holds the messages from
+    peers, less than one vector if one partial sum is exchanged.
 
     Args:
-        parts: tensors with the parts' shapes, strides and device; they must be dense.
+        plan: of the additions and the exchange.
+        parts: dense tensors with the shapes, strides and device of the parts.
         dtype: of the sums.
     """
 
@@ -60,12 +65,12 @@ class TreeSum:
 
     @property
     def total(self) -> list[Tensor]:
-        """The parts of the sum; views of memory that the next sum takes."""
+        """The parts of the sum, as views of memory that the next sum overwrites."""
         return self._parts[0]
 
     @property
     def complete(self) -> bool:
-        """Whether this rank has added all its leaves since the last exchange."""
+        """True if this rank has added all its leaves since the last exchange."""
         return self._added == len(self._plan.placements)
 
     @torch.no_grad()
@@ -79,7 +84,10 @@ class TreeSum:
         self._added += 1
 
     def exchange(self) -> Iterator[Messages]:
-        """Sums over ranks. What is yielded must have arrived before going on."""
+        """Sums over ranks and yields the messages of each stage.
+
+        The yielded messages must have arrived before the generator is resumed.
+        """
         assert self.complete
         self._added = 0
         n, ranks = self._plan.n, self._plan.ranks
@@ -106,14 +114,16 @@ class TreeSum:
             sums = [pieces[i] for i in remaining]
         (total,) = sums
         own = ranks.shard(self._slots[0], ranks.rank)
-        if total.data_ptr() != own.data_ptr():  # else it was added up in place
+        if total.data_ptr() != own.data_ptr():  # otherwise it was added up in place
             own.copy_(total)
         yield from all_gather(ranks, self._slots[0])
 
 
 def all_gather(ranks: Ranks, vector: Tensor) -> Iterator[Messages]:
-    """Hands every rank's shard of a vector to all others, level by level. What is yielded must
-    have arrived before going on."""
+    """Yields the messages that send each rank's shard of a vector to all others, by level.
+
+    The yielded messages must have arrived before the generator is resumed.
+    """
     stages: list[dict[int, Tensor]] = []
     for level, radix in enumerate(ranks.levels):
         peers = ranks.peers(level, ranks.rank)
@@ -128,16 +138,17 @@ class _Pending(NamedTuple):
     exchange: Iterator[Messages]
     works: list[dist.Work]
     arriving: list[tuple[Tensor, Tensor]]
-    """(where it is wanted, where it arrives) of what does not arrive where it is wanted."""
+    """(destination, receive buffer) of each message that is not received in its destination."""
 
 
 class ExchangeQueue:
-    """Exchanges of several sums under way at a time, beside computation.
+    """Concurrent exchanges of several sums, overlapped with computation.
 
-    Every rank must start the same exchanges in the same order. On a GPU all happens on a stream of
-    its own, and only that waits: an exchange is sent whole as it starts. Where the host waits, on a
-    CPU and with gloo, starting an exchange takes those before it a stage further: a fixed order on
-    every rank, in which messages of one exchange travel while the next one's sum is computed.
+    Every rank must start the same exchanges in the same order. On a GPU all exchanges run on a
+    separate stream, and only that stream waits: `start` enqueues all stages of an exchange. On a
+    CPU and with gloo the host waits: `start` first advances each earlier exchange by one stage.
+    That order is the same on every rank. The messages of one exchange then overlap with the
+    computation of the next sum.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -152,7 +163,7 @@ class ExchangeQueue:
 
     @torch.no_grad()
     def start(self, exchange: Iterator[Messages]) -> None:
-        """Begins an exchange: a generator of messages that goes on when they have arrived."""
+        """Starts an exchange, a generator of messages that is resumed when they have arrived."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with self._beside():
@@ -163,7 +174,7 @@ class ExchangeQueue:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Ends all that is under way; every `total` is then there to be read."""
+        """Ends all pending exchanges; every `total` can then be read."""
         with self._beside():
             while self._running:
                 self._advance()

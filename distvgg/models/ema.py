@@ -1,12 +1,13 @@
-"""An exponential moving average of the weights, and the network that has them.
+"""The exponential moving average (EMA) of the weights, and the network with the average weights.
 
-Owns the average and BatchNorm's statistics under it. Invariant: the average is a pure function of
-the weights after each step, the same on every rank; the statistics are one of the average and of
-the steps just taken, and so need not be kept.
+Owns the average and BatchNorm's statistics under the average. Invariant: the average is a pure
+function of the weights after each step, the same on every rank. The statistics are a pure function
+of the average and of the last steps, and so need not be kept.
 
-Averaging takes the noise of the last steps out of the weights (Polyak and Juditsky, 1992; Tarvainen
-and Valpola, 2017). What BatchNorm measured belongs to the weights that were trained, and would be
-wrong for their average (Izmailov et al., 2018, section 3.2): it is measured again.
+Averaging removes the noise of the last steps from the weights (Polyak and Juditsky, 1992; Tarvainen
+and Valpola, 2017). BatchNorm's statistics from training belong to the trained weights, and would be
+wrong for their average (Izmailov et al., 2018, section 3.2). The statistics are therefore measured
+again.
 """
 
 import copy
@@ -20,20 +21,20 @@ from distvgg.distributed.tree_sum import ExchangeQueue, TreeSum
 from distvgg.models.vgg import VGG, batch_norm_layers
 
 STATISTICS_STEPS = 8
-"""The steps just taken whose images BatchNorm's statistics are measured on."""
+"""Number of last steps on whose images BatchNorm's statistics are measured."""
 
 
 class EMA:
-    """The average of a network's weights.
+    """The exponential moving average of a network's weights.
 
     Args:
-        vgg: whose weights are averaged.
-        decay: of the average in a step; less in early ones, (1 + step) / (10 + step), so that the
-            initial weights are forgotten.
+        vgg: the network whose weights are averaged.
+        decay: of the average in a step. It is smaller in early steps, (1 + step) / (10 + step), so
+            that the initial weights are forgotten.
 
     Attributes:
-        network: has the average weights.
-        measured_at: the step for which it has BatchNorm's statistics too.
+        network: the network with the average weights.
+        measured_at: the step for which `network` also has BatchNorm's statistics, or None.
     """
 
     def __init__(self, vgg: VGG, decay: float) -> None:
@@ -44,11 +45,11 @@ class EMA:
         self._weights: list[Tensor] = list(vgg.parameters())
         self._layers = batch_norm_layers(self.network)
         for layer in self._layers:
-            layer.momentum = 1.0  # leaves in the buffers what one batch measured
+            layer.momentum = 1.0  # so that the buffers hold the statistics of one batch
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the weights after the step of this number, from 0."""
+        """Adds the weights after step `step`, counted from 0, to the average."""
         decay = min(self._decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._average, self._weights, 1 - decay)
 
@@ -56,13 +57,16 @@ class EMA:
     def measure(
         self, batches: Iterable[Tensor], plan: TreePlan, queue: ExchangeQueue, step: int
     ) -> None:
-        """Sets BatchNorm's statistics to the mean, over some steps' batches, of what it measures on
-        each with the average weights. Every rank must call it.
+        """Sets BatchNorm's statistics to their mean over the batches of some steps.
+
+        The statistics of each batch are measured with the average weights. Every rank must call
+        this method.
 
         Args:
-            batches: [m, 3, s, s] each, this rank's of one step after the other.
+            batches: [m, 3, s, s] each; the batches of this rank, one step after the other.
             plan: of the sum over the batches of a step.
-            step: after which this is.
+            queue: runs the exchanges.
+            step: the number of steps taken, which `measured_at` records.
         """
         self.measured_at = step
         if not (buffers := self._buffers()):

@@ -8,9 +8,12 @@ from distvgg.models.vgg import VGG
 
 
 def training_flops(config: ModelConfig, num_classes: int) -> int:
-    """Floating-point operations of one image's forward and backward in the convolutions and linear
-    layers, two for a multiply-add: each multiplies weights and inputs once for its output and once
-    for each gradient, but for the gradient of the images, which nobody needs."""
+    """Returns the floating-point operations of one image's forward and backward.
+
+    Counts convolutions and linear layers, with two operations for a multiply-add. A layer
+    multiplies weights and inputs once for its output and once for each gradient. The gradient of
+    the images is not computed.
+    """
     with torch.device("meta"):
         model = VGG(config, num_classes)
     multiply_adds, side = [], config.image_size

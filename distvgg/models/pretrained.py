@@ -14,14 +14,14 @@ from distvgg.runs.layout import CONFIG_FILE, WEIGHTS_FILE, run_of
 def load_model(path: str | Path) -> VGG:
     """Loads the weights of a run into its network, on the CPU and in evaluation mode.
 
-    Its input is [n, 3, image_size, image_size] float32, normalised as `preprocessing.json` of the
-    run folder says; its output is [n, classes] logits.
+    The network's input is [n, 3, image_size, image_size] float32, normalised according to
+    `preprocessing.json` of the run folder. Its output is [n, classes] logits.
 
     Args:
         path: the folder of a finished run, or one of its `checkpoints/step_*`.
 
     Raises:
-        UserError: neither of these, or damaged.
+        UserError: `path` is neither of these folders, or its files are corrupt.
     """
     path = Path(path)
     run_dir = run_of(path)

@@ -1,13 +1,16 @@
 """Convolutions on grids of a few pixels, where most taps of a 3x3 filter fall on padding.
 
-Owns what VGG's last two stages compute on a CPU at 32x32. Invariant: the results are those of
-`nn.Conv2d` up to the order of floating-point sums; only products with padding are left out. Of the
-products that the definition counts, 100 in 144 are real on a 4x4 grid and 16 in 36 on a 2x2 grid,
-and the library's kernels compute most of the others as well. Measured on two cores (Zen 4, bf16,
-512 channels, 64 images, one thread): forward and backward of a convolution take 53 ms in place of
-59 at 4x4, and 12 in place of 26 at 2x2. Used by networks with all five max-pools, whose step of
-512 images at 32x32 takes 2.36 s in place of 2.53 (VGG-16, two processes). With one pool less there
-is no 2x2 grid, and 7.85 s in place of 7.90 were not worth it; at 8x8 there is nothing to gain.
+Owns the computation of VGG's last two stages on a CPU at 32x32. Invariant: the results are those of
+`nn.Conv2d` up to the order of floating-point sums. Only products with padding are left out.
+
+Of the products in the definition, 100 in 144 are real on a 4x4 grid and 16 in 36 on a 2x2 grid. The
+library's kernels compute most of the other products as well. Measured on two cores (Zen 4, bf16,
+512 channels, 64 images, one thread): forward and backward of a convolution take 53 ms instead of 59
+at 4x4, and 12 instead of 26 at 2x2.
+
+Only networks with all five max-pools use this module. A step of 512 images at 32x32 then takes
+2.36 s instead of 2.53 (VGG-16, two processes). With one pool less there is no 2x2 grid, and a gain
+from 7.90 to 7.85 s was not worthwhile. At 8x8 there is nothing to gain.
 """
 
 from collections.abc import Iterator
@@ -18,19 +21,19 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 DENSE_SIDE = 2
-"""Grids up to this side are computed as one matrix that holds every pair of pixels."""
+"""Largest side of a grid that is computed as one matrix over all pairs of pixels."""
 TAPS_SIDE = 4
-"""Grids up to this side have their weight gradient computed tap by tap."""
+"""Largest side of a grid whose weight gradient is computed tap by tap."""
 
 
 class Conv3x3(nn.Conv2d):
-    """`nn.Conv2d` with 3x3 filters and one pixel of zero padding, which knows tiny grids."""
+    """`nn.Conv2d` with 3x3 filters and one pixel of zero padding, optimised for tiny grids."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[n, in, h, w] -> [n, out, h, w], in autocast's dtype where it is on."""
+        """Convolves [n, in, h, w] -> [n, out, h, w], in autocast's dtype if autocast is on."""
         if not x.is_cpu or max(x.shape[-2:]) > TAPS_SIDE or torch.compiler.is_compiling():
             return super().forward(x)
         assert self.bias is not None
@@ -41,8 +44,11 @@ class Conv3x3(nn.Conv2d):
 
 
 class _TinyGrid(torch.autograd.Function):
-    """The convolution and its gradients, in the dtype of its input; the gradients of weight and
-    bias in theirs: [n, i, h, w], [o, i, 3, 3], [o] -> [n, o, h, w]."""
+    """The convolution [n, i, h, w], [o, i, 3, 3], [o] -> [n, o, h, w], and its gradients.
+
+    The output and the gradient of the input have the dtype of the input. The gradients of weight
+    and bias have the dtype of the weight.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -56,7 +62,7 @@ class _TinyGrid(torch.autograd.Function):
         ctx.save_for_backward(x, matrix)
         shape = (n, len(weight), h, w)
         y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        # Into y itself: a view of something else could not be changed in place by the ReLU.
+        # Written into y itself: the ReLU could not change a view of another tensor in place.
         flat = _pixels_last(y).view(n, -1)
         torch.addmm(bias.repeat(h * w), _pixels_last(x).reshape(n, -1), matrix.T, out=flat)
         return y
@@ -77,9 +83,12 @@ class _TinyGrid(torch.autograd.Function):
 
 
 def dense_matrix(weight: Tensor, height: int, width: int) -> Tensor:
-    """A 3x3 convolution on a grid of at most 2x2 pixels as a matrix from all its pixels to all its
-    pixels: [o, i, 3, 3] -> [height * width * o, height * width * i], channels running fastest."""
-    assert max(height, width) <= DENSE_SIDE  # else there are pairs of pixels without a tap
+    """Returns a 3x3 convolution on a grid of at most 2x2 pixels as a matrix.
+
+    The matrix maps all pixels to all pixels: [o, i, 3, 3] -> [height * width * o, height * width *
+    i], with channels running fastest.
+    """
+    assert max(height, width) <= DENSE_SIDE  # larger grids have pairs of pixels without a tap
     o, i = weight.shape[:2]
     filters = _pixels_last(weight)
     blocks = weight.new_empty(height, width, o, height, width, i)
@@ -90,11 +99,17 @@ def dense_matrix(weight: Tensor, height: int, width: int) -> Tensor:
 
 
 def weight_gradient(x: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of a 3x3 convolution's filters, from its input [n, i, h, w] and its output's
-    gradient [n, o, h, w]: one matrix product a tap, over the pixels where it met the image.
+    """Returns the gradient of a 3x3 convolution's filters.
+
+    Each tap takes one matrix product, over the pixels where the tap meets the image.
+
+    Args:
+        x: the input, [n, i, h, w].
+        grad: the gradient of the output, [n, o, h, w].
+        dtype: of the result.
 
     Returns:
-        [o, i, 3, 3] of a dtype, NHWC in memory.
+        [o, i, 3, 3] of `dtype`, NHWC in memory.
     """
     _, i, h, w = x.shape
     o = grad.shape[1]
@@ -109,7 +124,7 @@ def weight_gradient(x: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _meetings(side: int) -> Iterator[tuple[int, slice, slice]]:
-    """For each tap along one axis, the outputs that it contributes to and the inputs it reads."""
+    """Yields each tap along one axis, with the outputs that it adds to and the inputs it reads."""
     for tap in range(3):
         shift = tap - 1
         first, last = max(0, -shift), max(0, min(side, side - shift))
@@ -117,5 +132,5 @@ def _meetings(side: int) -> Iterator[tuple[int, slice, slice]]:
 
 
 def _pixels_last(x: Tensor) -> Tensor:
-    """[a, b, h, w] -> [a, h, w, b]: no copy where `x` is NHWC in memory."""
+    """Returns [a, b, h, w] as the view [a, h, w, b], contiguous if `x` is NHWC in memory."""
     return x.permute(0, 2, 3, 1)

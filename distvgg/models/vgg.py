@@ -1,8 +1,9 @@
 """VGG (Simonyan and Zisserman, "Very Deep Convolutional Networks", ICLR 2015), columns A, B, D, E.
 
-Owns the layers and their initial values; knows nothing of processes, devices or training.
-Invariant: the keys of `state_dict()` are torchvision's (`features.N.*`, `classifier.N.*`), and with
-`width=1, head_width=4096, pool_size=7` so are the shapes, so that weights go both ways.
+Owns the layers and their initial values, independent of processes, devices and training.
+Invariant: the keys of `state_dict()` are torchvision's (`features.N.*`, `classifier.N.*`). With
+`width=1, head_width=4096, pool_size=7` the shapes are torchvision's too, so that either library can
+load the other's weights.
 """
 
 from functools import partial
@@ -23,7 +24,7 @@ STAGES: dict[int, tuple[tuple[int, ...], ...]] = {
 
 
 class LastPool(nn.MaxPool2d):
-    """The fifth max-pool, which below 32 pixels has a single pixel left and passes it on."""
+    """The fifth max-pool, which returns a single pixel (from images below 32 pixels) unchanged."""
 
     def __init__(self) -> None:
         super().__init__(2, 2)
@@ -33,7 +34,7 @@ class LastPool(nn.MaxPool2d):
 
 
 class VGG(nn.Module):
-    """Images [n, 3, s, s], s >= 16, normalised floats -> logits [n, num_classes]."""
+    """A VGG network: images [n, 3, s, s], s >= 16, normalised floats -> logits [n, num_classes]."""
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class VGG(nn.Module):
         def scaled(channels: int) -> int:
             return max(1, round(channels * config.width))
 
-        # Grids of 2x2 pixels, at 32x32, are left by all five max-pools only.
+        # At 32x32, only networks with all five max-pools have grids of 2x2 pixels.
         plain = config.max_pools == (1, 2, 3, 4, 5)
         convolution = Conv3x3 if plain else partial(nn.Conv2d, kernel_size=3, padding=1)
         layers: list[nn.Module] = []
@@ -53,7 +54,7 @@ class VGG(nn.Module):
                     layers.append(nn.BatchNorm2d(out))
                 layers.append(nn.ReLU(inplace=True))
                 channels = out
-            # A dropped pool keeps its place, and the layers after it their keys.
+            # A dropped pool keeps its index, so that the layers after it keep their keys.
             pool = LastPool() if number == len(STAGES[config.depth]) else nn.MaxPool2d(2, 2)
             layers.append(pool if number in config.max_pools else nn.Identity())
         self.features = nn.Sequential(*layers)
@@ -75,11 +76,11 @@ class VGG(nn.Module):
 
 
 def build_vgg(config: ModelConfig, num_classes: int, seed: int) -> VGG:
-    """A VGG with initial weights that are a pure function of `seed`.
+    """Builds a VGG whose initial weights are a pure function of `seed`.
 
-    He initialisation (He et al., 2015, equation 10) for all layers that end in a ReLU, so that the
-    signal keeps its variance through 19 layers even without BatchNorm; a small last layer, so that
-    the first loss is ln(num_classes). The caller's random state is left as it was.
+    All layers that end in a ReLU have He initialisation (He et al., 2015, equation 10), so that the
+    signal keeps its variance through 19 layers even without BatchNorm. The last layer is small, so
+    that the first loss is ln(num_classes). The caller's random state does not change.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -97,8 +98,10 @@ def build_vgg(config: ModelConfig, num_classes: int, seed: int) -> VGG:
 
 
 def _pass_on(module: nn.Module) -> None:
-    """Makes a layer hand on its input unchanged, as far as it has outputs for it: what is left of
-    them keeps its initial weights, and so does a linear layer that is not square."""
+    """Initialises a layer to the identity, as far as it has outputs for its inputs.
+
+    Extra outputs keep their initial weights. A linear layer that is not square also keeps them.
+    """
     if isinstance(module, nn.Conv2d):
         nn.init.dirac_(module.weight[: module.in_channels])
     elif isinstance(module, nn.Linear) and module.in_features == module.out_features:
@@ -106,5 +109,5 @@ def _pass_on(module: nn.Module) -> None:
 
 
 def batch_norm_layers(model: nn.Module) -> list[nn.BatchNorm2d]:
-    """All BatchNorm layers of a model, in order."""
+    """Returns all BatchNorm layers of a model, in order."""
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]

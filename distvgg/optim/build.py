@@ -18,8 +18,10 @@ def build_optimizer(
     ranks: Ranks | None = None,
     queue: ExchangeQueue | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer over the groups of `parameter_groups`; Muon shares out its work among ranks
-    (None: this process is alone)."""
+    """Builds the optimizer over the groups of `parameter_groups`.
+
+    Muon partitions its work over `ranks` (None: a single process).
+    """
     groups = parameter_groups(model, config)
     if config.name == "muon":
         queue = queue or ExchangeQueue(next(model.parameters()).device)
@@ -31,15 +33,18 @@ def build_optimizer(
     )
     if config.momentum:
         for p in model.parameters():
-            # torch would take uninitialised memory here if the first step is skipped (fp16).
+            # torch would use uninitialised memory if the first step is skipped (fp16).
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return sgd
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Matrices and filters, which decay; biases and BatchNorm's weights, which do unless
-    `decay_norm_and_bias` is off. Muon has all matrices and filters but the last, and comes first.
-    `lr_ratio` of a group is that of its learning rate to `config.lr`."""
+    """Returns the parameter groups of the optimizer.
+
+    One group holds matrices and filters, which decay. Another holds biases and BatchNorm's weights,
+    which decay unless `decay_norm_and_bias` is off. Muon's group comes first and holds all matrices
+    and filters except the last. `lr_ratio` is the ratio of a group's learning rate to `config.lr`.
+    """
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     vector_decay = config.weight_decay if config.decay_norm_and_bias else 0.0
@@ -63,7 +68,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def muon_dtype(precision: str) -> torch.dtype:
-    """What Muon computes and sends in: rounded where everything else is."""
+    """Returns the dtype in which Muon computes and sends: bf16 unless the precision is `no`."""
     return torch.get_default_dtype() if precision == "no" else torch.bfloat16
 
 
@@ -74,7 +79,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def skip_step_if(optimizer: torch.optim.Optimizer, flag: Tensor) -> None:
-    """Lets the next step change nothing if a scalar on the device is 1, without asking the device:
-    the protocol between torch.amp.GradScaler and fused optimizers."""
-    bare: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper holds it
+    """Makes the next step change nothing if `flag`, a scalar on the device, is 1.
+
+    The host does not wait for the device. torch.amp.GradScaler and fused optimizers use the same
+    protocol.
+    """
+    bare: Any = getattr(optimizer, "optimizer", optimizer)  # removes accelerate's wrapper
     bare.found_inf, bare.grad_scale = flag, None

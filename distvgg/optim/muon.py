@@ -1,12 +1,13 @@
-"""Muon: momentum whose update is orthogonalised, for filters and hidden matrices; SGD for the rest.
+"""Muon: orthogonalised momentum for filters and hidden matrices, SGD for the rest.
 
 Owns the Newton-Schulz iteration and the step that uses it. Invariant: a step is a pure function of
-(weights, gradients, momenta, learning rates), whichever rank computed which of its parts, and
-changes nothing at all where `found_inf` is 1.
+(weights, gradients, momenta, learning rates), whichever rank computed which part. A step changes
+nothing if `found_inf` is 1.
 
 Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024
-(kellerjordan.github.io/posts/muon). A momentum M = U S V^T is replaced by U V^T, nearly: all
-directions of a layer learn at one rate, where SGD learns the few that have large singular values.
+(kellerjordan.github.io/posts/muon). A momentum M = U S V^T is replaced by approximately U V^T. All
+directions of a layer then learn at one rate. SGD learns the few directions that have large singular
+values.
 """
 
 import math
@@ -21,29 +22,30 @@ from distvgg.distributed.reduction_plan import Ranks
 from distvgg.distributed.shared_results import PartitionedCompute
 from distvgg.distributed.tree_sum import ExchangeQueue
 
-# Of the quintic a x + b x^3 + c x^5, chosen there for its slope at zero: singular values end within
-# 0.7 to 1.2 rather than at one.
+# Coefficients of the quintic a x + b x^3 + c x^5, chosen in the source for its slope at zero.
+# Singular values end within 0.7 to 1.2 rather than at one.
 A, B, C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: `steps` of the quintic Newton-Schulz iteration
-    x <- (a + b G + c G^2) x with G = x x^T, from x of norm one.
+    """Returns approximately the nearest semi-orthogonal matrix.
 
-    All its iterates are x times a polynomial in the first G, so that only the smaller of the two
-    sides is iterated on: for 512 filters of 512 channels 48 ms on a CPU core, in place of 229 by
-    the definition, and closer to what exact arithmetic gives.
+    Runs `steps` of the quintic Newton-Schulz iteration x <- (a + b G + c G^2) x with G = x x^T,
+    from x of norm one. All iterates are x times a polynomial in the first G, so that only a square
+    matrix of the smaller side is iterated. For 512 filters of 512 channels this takes 48 ms on a
+    CPU core, instead of 229 ms by the definition. The result is closer to that of exact arithmetic.
 
     Args:
-        matrix: [rows, columns]; bf16 is enough for the two products that it enters, what lies
-            between is computed in fp32.
-        steps: 3 leave singular values below a tenth of the largest short of one, 5 few.
+        matrix: [rows, columns]. bf16 is enough for the two products with the matrix. Computations
+            between these products are in fp32.
+        steps: with 3, singular values below 0.1 of the largest do not reach one; with 5, few do
+            not.
 
     Returns:
         [rows, columns] of the same dtype.
     """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    # The Frobenius norm bounds the spectral norm, which must not be more than one.
+    # The Frobenius norm bounds the spectral norm, which must not exceed one.
     x = x / (x.norm() + 1e-7)
     gram = x @ x.T
     gram = gram.to(torch.promote_types(gram.dtype, torch.float32))
@@ -60,28 +62,29 @@ def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
 
 
 def orthogonalise_flops(rows: int, columns: int, steps: int) -> int:
-    """Floating-point operations of `orthogonalise`, two for a multiply-add."""
+    """Returns the floating-point operations of `orthogonalise`, two for a multiply-add."""
     small, large = sorted((rows, columns))
     return 2 * small**2 * (2 * large + (4 * steps - 3) * small)
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `orthogonalised=True` hold filters [out, in, h, w] and matrices [out, in], which
-    take Muon's step. Before it they are brought to norm sqrt(out), so that their learning rate is
-    relative to their size: right where BatchNorm makes their size meaningless, and in place of
-    weight decay. Other groups take SGD's step.
+    """Muon's step for groups with `orthogonalised=True`, and SGD's step for other groups.
 
-    Each layer's update is orthogonalised by one rank and handed to all.
+    Orthogonalised groups hold filters [out, in, h, w] and matrices [out, in]. A step first scales
+    them to norm sqrt(out), so that the learning rate is relative to the size of the weights. This
+    is valid where BatchNorm makes that size meaningless, and it replaces weight decay.
+
+    The update of each layer is orthogonalised by one rank and sent to all ranks.
 
     Args:
-        groups: with `lr`, `momentum`, `nesterov`, `weight_decay`, `orthogonalised` each.
+        groups: each with `lr`, `momentum`, `nesterov`, `weight_decay`, `orthogonalised`.
         newton_schulz_steps: of the iteration.
-        dtype: that updates are orthogonalised in, and travel in.
-        ranks: this process among all.
-        queue: runs their exchange.
+        dtype: in which updates are orthogonalised and sent.
+        ranks: the rank of this process and the levels of the exchange.
+        queue: runs the exchange of updates.
     """
 
-    # As fused optimizers: GradScaler hands over `found_inf` and does not wait for the device.
+    # As in fused optimizers: GradScaler sets `found_inf` and does not wait for the device.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -107,7 +110,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Takes a step; all parameters must have gradients, and those be unscaled."""
+        """Takes a step; all parameters must have gradients, which must be unscaled."""
         assert closure is None
         assert self.grad_scale is None
         device = self._updates.device
@@ -133,12 +136,12 @@ class Muon(torch.optim.Optimizer):
             weights.mul_(scale).add_(self._updates[i].view_as(weights), alpha=-group["lr"])
 
     def rehearse(self) -> None:
-        """Does this rank's share of the orthogonalising, for nothing: to be timed."""
+        """Runs the orthogonalisations of this rank and discards the results, for timing."""
         for i in self._updates.mine:
             orthogonalise(torch.randn_like(self._updates[i]), self._newton_schulz_steps)
 
     def _momentum(self, p: Tensor, group: dict[str, Any], failed: Tensor) -> Tensor:
-        """Adds a gradient to its momentum, unless it failed, and returns what to go by."""
+        """Adds a gradient to its momentum, unless the step failed, and returns the direction."""
         assert p.grad is not None
         buffer, factor = self.state[p]["momentum_buffer"], group["momentum"]
         new = torch.add(p.grad, buffer, alpha=factor)
@@ -163,6 +166,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[out, in, h, w] -> [out, h, w, in], whose order within a filter does not matter here: no copy
-    where `x` is NHWC in memory. A matrix stays as it is."""
+    """Returns filters [out, in, h, w] as [out, h, w, in]; a matrix is returned unchanged.
+
+    The order within a filter does not matter here. Flattening makes no copy if `x` is NHWC in
+    memory.
+    """
     return x.permute(0, 2, 3, 1) if x.ndim == 4 else x

@@ -1,7 +1,7 @@
 """The learning rate as a pure function of the step.
 
-It is computed, not advanced, so that no scheduler has a state to save or is stepped once per
-process.
+The learning rate is computed, not advanced. No scheduler has a state to save, or is stepped once
+per process.
 """
 
 import math
@@ -10,10 +10,10 @@ from distvgg.config import OptimConfig
 
 
 def lr_at(step: int, config: OptimConfig, steps: int, warmup_steps: int) -> float:
-    """The learning rate of the step with this number (from 0) in a run of `steps`.
+    """Returns the learning rate of a step, counted from 0, in a run of `steps`.
 
-    Linear warm-up over `warmup_steps`, whose last step has the peak; then cosine decay
-    (Loshchilov and Hutter, 2017, equation 5), linear decay, or none, towards 0 at `steps`.
+    A linear warm-up over `warmup_steps` reaches the peak at its last step. Cosine decay (Loshchilov
+    and Hutter, 2017, equation 5) or linear decay towards 0 at `steps` follows, or a constant rate.
     """
     if step < warmup_steps:
         return config.lr * (step + 1) / warmup_steps

@@ -1,7 +1,6 @@
-"""Which classes a network takes for which: the confusion matrix of a run, kept and put in words.
+"""The confusion matrix of a run: its file, its statistics and its text form.
 
-Invariant: integer counts alone; whatever is told of them is computed when it is asked for. Imports
-no torch.
+Invariant: only integer counts are stored; statistics are computed on request. Imports no torch.
 """
 
 import json
@@ -22,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often each class was taken for which.
+    """The confusion matrix of one split.
 
     Attributes:
-        counts: [classes][classes], images by their true class (row) and the predicted (column).
-        superclass_of: [classes], the superclass of each class; None where there are none.
+        counts: [classes][classes], images by true class (row) and predicted class (column).
+        superclass_of: [classes], the superclass of each class; None if there are no superclasses.
     """
 
     split: SplitName
@@ -53,7 +52,7 @@ class Confusion:
 
 
 def by_superclass(confusion: Confusion) -> Confusion | None:
-    """The same images by their superclasses; None where there are none."""
+    """Returns the confusion matrix of the superclasses, or None if there are no superclasses."""
     if confusion.superclass_of is None:
         return None
     n = len(confusion.superclass_names)
@@ -63,8 +62,10 @@ def by_superclass(confusion: Confusion) -> Confusion | None:
 
 
 def worst_pairs(confusion: Confusion, n: int = 10) -> list[tuple[str, str, int]]:
-    """The mistakes that are made most often: (true class, predicted class, images), at most `n`, of
-    equals the first by the order of classes. A pair that never occurs is none."""
+    """Returns the most frequent errors, at most `n`, as (true class, predicted class, images).
+
+    Ties are in the order of the classes. Pairs that never occur are omitted.
+    """
     counts, names = np.array(confusion.counts), confusion.class_names
     np.fill_diagonal(counts, 0)
     worst = np.argsort(-counts, axis=None, kind="stable")[:n]
@@ -73,8 +74,10 @@ def worst_pairs(confusion: Confusion, n: int = 10) -> list[tuple[str, str, int]]
 
 
 def class_accuracy(confusion: Confusion) -> dict[str, float]:
-    """The share of each class's images that are recognised, the worst class first; classes without
-    an image are left out."""
+    """Returns the share of correct predictions for each class, the worst class first.
+
+    Classes without an image are omitted.
+    """
     counts = np.array(confusion.counts)
     images = counts.sum(1)
     share = {
@@ -86,7 +89,7 @@ def class_accuracy(confusion: Confusion) -> dict[str, float]:
 
 
 def describe_pairs(confusion: Confusion, what: str, n: int = 10) -> str:
-    """The worst pairs for a reader, in two columns, the worst on the left from top to bottom."""
+    """Formats the worst pairs in two columns, the worst first, left column before right."""
     pairs = {f"{true} as {predicted}": k for true, predicted, k in worst_pairs(confusion, n)}
     if not pairs:
         return f"no {what} was taken for another"
@@ -98,15 +101,15 @@ def describe_pairs(confusion: Confusion, what: str, n: int = 10) -> str:
 
 
 def save_confusion(confusion: Confusion, run_dir: Path) -> None:
-    """Writes `confusion.json`, whole or not at all."""
+    """Writes `confusion.json` atomically."""
     atomic_write(run_dir / CONFUSION_FILE, json.dumps(asdict(confusion)).encode() + b"\n")
 
 
 def read_confusion(run_dir: Path) -> Confusion | None:
-    """The confusion matrix in a run folder, None where there is none.
+    """Returns the confusion matrix of a run folder, or None if there is no such file.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is corrupt.
     """
-    remedy = f"distvgg evaluate {run_dir} prints what it told"
+    remedy = f"distvgg evaluate {run_dir} prints the same numbers"
     return read_json(run_dir / CONFUSION_FILE, Confusion, remedy)

@@ -1,4 +1,4 @@
-"""Files that are on disk completely or not at all, and the reading of JSON files."""
+"""Atomic file writes, free disk space, and reading of JSON files."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def free_space(folder: Path) -> int:
-    """The bytes that are free where a folder is or would be made. Leaves nothing there.
+    """Returns the free bytes where a folder exists or would be created. Leaves no file there.
 
     Raises:
         OSError: nothing can be written there.
@@ -29,13 +29,15 @@ def free_space(folder: Path) -> int:
 
 
 def read_json(path: Path, kind: type[T], remedy: str) -> T | None:
-    """What a JSON file of a run folder holds, None where there is none.
+    """Returns the content of a JSON file of a run folder, or None if there is no such file.
 
     Args:
-        remedy: what follows when the file is deleted.
+        path: the file.
+        kind: the type that the content is validated against.
+        remedy: the end of the error message, about what happens once the file is deleted.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is corrupt.
     """
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes())
@@ -46,14 +48,17 @@ def read_json(path: Path, kind: type[T], remedy: str) -> T | None:
 
 
 def atomic_write(path: Path, content: bytes, *, writer: str = "") -> None:
-    """Writes a file so that it has the old content or the new, whatever happens meanwhile.
+    """Writes a file so that it has either the old or the new content, whatever happens.
 
     Args:
-        writer: tells apart those that may write the file at the same time. Files in a run folder
-            have one writer, whose next attempt then takes away what a kill left of the last.
+        path: the file.
+        content: the new content.
+        writer: distinguishes writers that may write the file at the same time. A file in a run
+            folder has one writer, whose next attempt removes the temporary file that a kill left.
 
     Raises:
-        OSError: as of a full disk; the old content stands, and nothing is left beside it.
+        OSError: the write failed, e.g. on a full disk. The old content stays, and no temporary
+            file is left.
     """
     aside = path.with_name(f".{path.name}.{writer}tmp")
     try:
@@ -67,7 +72,7 @@ def atomic_write(path: Path, content: bytes, *, writer: str = "") -> None:
 
 
 def write_fsync(path: Path, content: bytes) -> None:
-    """Writes a file and waits until the disk has it."""
+    """Writes a file and waits until the content is on the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -75,7 +80,10 @@ def write_fsync(path: Path, content: bytes) -> None:
 
 
 def fsync_dir(folder: Path) -> None:
-    """Waits until the disk has the names in a folder: a rename alone may be lost with the power."""
+    """Waits until the names in a folder are on the disk.
+
+    Without this wait, a power failure may undo a rename.
+    """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
 """Ownership of a run folder: its config, its lock, and the markers of a stop.
 
-Invariant: a folder belongs to one config, and to one living run at a time. A kill at any instant
-leaves a folder that the same command can take up.
+Invariant: a folder belongs to one config, and to one living run at a time. After a kill at any
+instant, the same command can resume in the folder.
 """
 
 import fcntl
@@ -15,17 +15,20 @@ from distvgg.errors import RunError, UserError
 from distvgg.runs.files import atomic_write
 from distvgg.runs.layout import CONFIG_FILE, FAILURE_FILE, LOCK_FILE, LOGS, REQUEUE_FILE, STOP_FILE
 
-AUTO = "train.precision"  # the one field whose value a run resolves
-# What may lie in a folder that is not a run's yet: a start that was cut off, a user in a hurry.
+AUTO = "train.precision"  # the only field whose value a run resolves
+# Files that may exist before the config of a run: left by an interrupted launch, or created early
+# by the user.
 _BEFORE_CONFIG = {LOCK_FILE, LOGS, STOP_FILE, REQUEUE_FILE, f".{CONFIG_FILE}.tmp"}
 
 
 def check_same_config(run_dir: Path, config: Config) -> Config:
-    """The config to run in a folder: the given one where the folder is new, else the folder's own,
-    which may differ only in that `precision: auto` has been resolved there.
+    """Returns the config to run in a folder, and checks that it belongs to the folder.
+
+    A new folder takes the given config. Otherwise the folder's own config is returned, which may
+    differ from the given one only by a resolved `precision: auto`.
 
     Raises:
-        UserError: the folder was made with another config; the message names the keys that differ.
+        UserError: the folder was made with another config. The message names the different keys.
     """
     path = run_dir / CONFIG_FILE
     if not path.exists():
@@ -44,11 +47,11 @@ def check_same_config(run_dir: Path, config: Config) -> Config:
 
 
 def check_is_run_dir(run_dir: Path) -> None:
-    """Checks that a folder is a run's, or empty.
+    """Checks that a folder is a run folder or empty.
 
     Raises:
-        UserError: it holds something else.
-        OSError: it cannot be read.
+        UserError: the folder holds unknown files.
+        OSError: the folder cannot be read.
     """
     strangers = {p.name for p in run_dir.iterdir()} - _BEFORE_CONFIG
     if strangers and not (run_dir / CONFIG_FILE).exists():
@@ -59,15 +62,15 @@ def check_is_run_dir(run_dir: Path) -> None:
 
 
 def claim_run_dir(run_dir: Path, config: Config) -> int:
-    """Makes a folder a config's own and this process's alone; for the main process.
+    """Assigns a folder to a config and locks the folder for this process. For the main process.
 
     Returns:
-        The lock, a file descriptor: the folder is taken until it is closed, at the latest by the
-        kernel when the process dies.
+        The lock, a file descriptor. The folder is locked until the descriptor is closed, at the
+        latest by the kernel when the process dies.
 
     Raises:
-        UserError: the folder holds something else than a run, cannot be written, or another run
-            is at work in it.
+        UserError: the folder is not a run folder, has another config, cannot be written, or is in
+            use by another run.
     """
     path = run_dir / CONFIG_FILE
     try:
@@ -76,7 +79,8 @@ def claim_run_dir(run_dir: Path, config: Config) -> int:
         lock = _locked(run_dir)
         if not path.exists():
             atomic_write(path, config.to_yaml().encode())
-        check_same_config(run_dir, config)  # of two that found it new, one came first
+        # Two launches may have found the folder new, and the other may have written its config.
+        check_same_config(run_dir, config)
         (run_dir / REQUEUE_FILE).unlink(missing_ok=True)
         (run_dir / FAILURE_FILE).unlink(missing_ok=True)
     except OSError as error:
@@ -87,19 +91,21 @@ def claim_run_dir(run_dir: Path, config: Config) -> int:
 
 
 def mark_stopped(run_dir: Path, *, requeue: bool) -> None:
-    """Marks a run that stopped early as one to be started again, then consumes the stop file.
+    """Writes the requeue marker if `requeue`, then deletes the stop file.
+
+    The marker means that the run stopped early and is to be launched again.
 
     Raises:
-        RunError: the marker cannot be written.
+        RunError: the run folder cannot be written.
     """
     try:
         if requeue:
-            atomic_write(run_dir / REQUEUE_FILE, b"stopped early: the same command goes on\n")
+            atomic_write(run_dir / REQUEUE_FILE, b"stopped early: the same command resumes\n")
         (run_dir / STOP_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise RunError(
-            f"{run_dir / REQUEUE_FILE} cannot be written ({error.strerror}): the run stopped early,"
-            " and the same command goes on"
+            f"run folder {run_dir} cannot be written ({error.strerror}): make room; the same"
+            " command resumes from the last checkpoint"
         ) from error
 
 
@@ -114,7 +120,7 @@ def _locked(run_dir: Path) -> int:
             f"run folder {run_dir} is in use by {holder}: wait for it, stop it, or choose another"
             " --run-dir"
         ) from error
-    with suppress(OSError):  # a courtesy, which a full disk may refuse
+    with suppress(OSError):  # the holder's name is optional; a full disk may reject it
         os.truncate(lock, 0)
         os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
     return lock

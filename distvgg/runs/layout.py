@@ -1,4 +1,4 @@
-"""The names of the files of a run folder."""
+"""Names of the files of a run folder."""
 
 import re
 from pathlib import Path
@@ -18,13 +18,18 @@ LOGS = "logs"
 
 
 def run_of(path: Path) -> Path:
-    """The run folder that a path means: the path itself, or for one of its checkpoints the folder
-    above `checkpoints/`."""
+    """Returns the run folder that a path refers to.
+
+    For a checkpoint this is the folder above `checkpoints/`, otherwise the path itself.
+    """
     return path.parent.parent if path.parent.name == CHECKPOINTS and _is_checkpoint(path) else path
 
 
 def checkpoint_dirs(folder: Path) -> list[Path]:
-    """The checkpoints in `checkpoints/`, oldest first; not those that a kill left unfinished."""
+    """Lists the checkpoints in `checkpoints/`, oldest first.
+
+    Checkpoints that a kill left unfinished are omitted.
+    """
     return sorted(filter(_is_checkpoint, folder.glob("step_*")))
 
 

@@ -1,8 +1,11 @@
-"""metrics.jsonl: one JSON object a line, each row once and none missing, over any number of kills.
+"""The file metrics.jsonl: one JSON object a line, each row exactly once.
 
-Invariant: the file is a prefix of what the run would have written uninterrupted. A checkpoint notes
-how long it was (`Mark`), and resuming cuts it there. A row that a full disk refuses waits in memory
-for the next one; no checkpoint is written meanwhile, since it would count on that row.
+Invariant: over any number of kills, the file is a prefix of what an uninterrupted run would have
+written. A checkpoint records the length of the file (`Mark`), and a resume truncates the file to
+that length.
+
+A row that a full disk rejects waits in memory and is written with the next row. No checkpoint is
+written meanwhile, because the checkpoint would rely on that row.
 """
 
 import hashlib
@@ -19,17 +22,20 @@ from distvgg.metrics import Row
 
 
 class Mark(BaseModel, frozen=True, extra="forbid"):
-    """A length of the file in bytes, and the SHA-256 of that much."""
+    """A length of the file in bytes, and the SHA-256 of the file up to that length."""
 
     bytes: int = 0
     sha256: str = hashlib.sha256().hexdigest()
 
 
 class MetricsFile:
-    """The file of one run, cut to what its checkpoint knows. For the main process.
+    """The file of one run, truncated to the length that its checkpoint records.
+
+    For the main process.
 
     Args:
-        say: takes a line for the user when rows have to wait, and when they no longer do.
+        mark: the recorded length.
+        say: prints a line for the user when rows have to wait, and when all rows are written.
     """
 
     def __init__(self, path: Path, mark: Mark, say: Callable[[str], None]) -> None:
@@ -40,10 +46,13 @@ class MetricsFile:
         self._on_disk = self._length = mark.bytes
         self._digest = hashlib.sha256(path.read_bytes())
         self._waiting: list[bytes] = []
-        self._writing = threading.Lock()  # a checkpoint flushes from a thread of its own
+        self._writing = threading.Lock()  # a checkpoint flushes from its own thread
 
     def append(self, row: Row) -> None:
-        """Writes a row, with those that had to wait. JSON knows no nan and no infinity: null."""
+        """Writes a row, after the rows that had to wait.
+
+        NaN and infinity are written as null, because JSON has neither.
+        """
         finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
         line = json.dumps(finite, allow_nan=False).encode() + b"\n"
         self._digest.update(line)
@@ -61,14 +70,14 @@ class MetricsFile:
                     self._say(f"{self._path}: all rows are written")
 
     def mark(self) -> Mark:
-        """The end of the file, waiting rows included."""
+        """Returns the end of the file, waiting rows included."""
         return Mark(bytes=self._length, sha256=self._digest.hexdigest())
 
     def flush(self) -> None:
-        """Returns when every row is on the disk.
+        """Flushes the file, and returns when every row is on the disk.
 
         Raises:
-            OSError: the disk does not take them.
+            OSError: the disk rejects the rows.
         """
         with self._writing:
             self._write()
@@ -80,17 +89,17 @@ class MetricsFile:
     def _write(self) -> None:
         content, written = b"".join(self._waiting), 0
         try:
-            while written < len(content):  # a disk that fills up takes a part first
+            while written < len(content):  # an almost full disk accepts a part first
                 written += os.pwrite(self._file, content[written:], self._on_disk + written)
         except OSError:
-            os.ftruncate(self._file, self._on_disk)  # no half row for a reader
+            os.ftruncate(self._file, self._on_disk)  # readers must not see a partial row
             raise
         self._on_disk += written
         self._waiting.clear()
 
 
 def holds(path: Path, mark: Mark) -> bool:
-    """Whether a file begins with what a mark says."""
+    """Returns True if the beginning of a file matches a mark."""
     try:
         with path.open("rb") as file:
             head = file.read(mark.bytes)

@@ -1,7 +1,7 @@
-"""What using a run's weights needs beside them: normalisation constants, sizes, class names.
+"""Data needed to use a run's weights: normalisation constants, sizes, class names.
 
-Kept as `preprocessing.json` in the run folder, and as metadata of each `model.safetensors`. Imports
-no torch.
+Stored as `preprocessing.json` in the run folder, and as metadata of each `model.safetensors`.
+Imports no torch.
 """
 
 import json
@@ -21,18 +21,18 @@ METADATA_KEY = "preprocessing"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an image file to network input, and from an output's index to a name.
+    """Constants that turn an image into network input, and an output's index into a class name.
 
-    An RGB image of `stored_size` becomes `(pixel / 255 - mean) / std`, and is then resized to
-    `image_size` squared (bilinear, antialiased) where that differs.
+    An RGB image of `stored_size` becomes `(pixel / 255 - mean) / std`. The result is then resized
+    to `image_size` squared (bilinear, antialiased) if `stored_size` differs.
 
     Attributes:
         mean, std: per channel (red, green, blue), in 0..1.
-        stored_size: height and width in pixels to which the data set's images were cropped or
+        stored_size: height and width in pixels to which the dataset's images were cropped or
             resized before training.
-        image_size: side in pixels of the network's input.
-        class_names: by output index.
-        superclass_of: [classes], index into `superclass_names`; None where there are none.
+        image_size: side of the network's input in pixels.
+        class_names: names by output index.
+        superclass_of: [classes], index into `superclass_names`; None if there are no superclasses.
     """
 
     mean: tuple[float, float, float]
@@ -45,7 +45,7 @@ class Preprocessing:
 
     @staticmethod
     def of(dataset: "Dataset", image_size: int) -> "Preprocessing":
-        """Collects the constants of a data set."""
+        """Collects the constants of a dataset."""
         height, width = dataset.train.images.shape[1:3]
         superclasses = dataset.superclass_of
         return Preprocessing(
@@ -59,26 +59,29 @@ class Preprocessing:
         )
 
     def metadata(self) -> dict[str, str]:
-        """The same for the header of a safetensors file. One entry: safetensors writes several in
-        an order that changes from process to process, and with it the bytes of the file."""
+        """Returns the same data for the header of a safetensors file, as one entry.
+
+        safetensors writes several entries in an order that changes from process to process. The
+        bytes of the file would change with that order.
+        """
         return {METADATA_KEY: json.dumps(asdict(self))}
 
 
 def save_preprocessing(preprocessing: Preprocessing, run_dir: Path) -> None:
-    """Writes `preprocessing.json`, whole or not at all.
+    """Writes `preprocessing.json` atomically.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     content = json.dumps(asdict(preprocessing), indent=2).encode() + b"\n"
     atomic_write(run_dir / PREPROCESSING_FILE, content)
 
 
 def read_preprocessing(run_dir: Path) -> Preprocessing | None:
-    """Reads `preprocessing.json`; None for a run of version 0.1, which has none.
+    """Reads `preprocessing.json`; returns None for a run of version 0.1, which lacks the file.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is corrupt.
     """
     remedy = "the same training command writes it again, if the run is not finished"
     return read_json(run_dir / PREPROCESSING_FILE, Preprocessing, remedy)

@@ -1,5 +1,7 @@
-"""What numbers were measured on and by: hardware, versions, commit. Imports no torch until asked
-for a device."""
+"""Provenance of measured numbers: hardware, versions, commit.
+
+Only the functions that take a device import torch.
+"""
 
 import os
 import platform
@@ -16,7 +18,7 @@ PACKAGES = ("distvgg", "torch", "torchvision", "accelerate", "datasets", "numpy"
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that numbers depend on."""
+    """Returns the versions of Python and of the packages that numbers depend on."""
     return {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES}
 
 
@@ -28,7 +30,7 @@ def _version(package: str) -> str:
 
 
 def hardware(device: "torch.device") -> str:
-    """A device in words."""
+    """Describes a device as text."""
     import torch
 
     if device.type == "cuda":
@@ -38,8 +40,10 @@ def hardware(device: "torch.device") -> str:
 
 
 def machine(device: "torch.device") -> dict[str, str]:
-    """The kind of device, with the instruction set that kernels are chosen for, and versions: what
-    the rounding of a run depends on beside its config."""
+    """Returns the device and the versions that rounding depends on, in addition to the config.
+
+    For a CPU, the device includes the instruction set that kernels are chosen for.
+    """
     import torch
 
     if device.type == "cuda":
@@ -51,8 +55,11 @@ def machine(device: "torch.device") -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of a checkout that the package runs from, `-dirty` where the package differs from
-    it; None for an installed package."""
+    """Returns the commit of the checkout that the package runs from.
+
+    The suffix `-dirty` means that the package differs from the commit. None for an installed
+    package.
+    """
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -62,7 +69,8 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", __file__)  # not some other project's checkout around us
+        # Fails if the checkout around an installed package is another project's.
+        git("ls-files", "--error-unmatch", __file__)
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,7 +1,7 @@
-"""What a finished run leaves: its weights, and its final numbers with their provenance.
+"""Output of a finished run: its weights, and its final numbers with their provenance.
 
-Invariant: `result.json` is written last and whole, so that it exists exactly when the run is done.
-Reading one imports no torch.
+Invariant: `result.json` is written last and atomically, so that the file exists exactly when the
+run is done. Reading a result imports no torch.
 """
 
 import json
@@ -26,10 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """Final numbers; `val` and `test` hold the metrics' bare names, `test` is None where it was
-    not read: `eval.test` is off, or the data has no test split. `best` is the step of the
-    checkpoint with the highest validation top-1; `starts` has (step, processes) of each start that
-    the numbers came of."""
+    """Final numbers of a run.
+
+    Attributes:
+        val: metrics by name, without the prefix of the split.
+        best: step and top-1 of the checkpoint with the highest validation top-1.
+        test: as `val`; None if test was not read, because `eval.test` is off or the data has no
+            test split.
+        starts: (step, world size) of each launch that contributed to the numbers.
+    """
 
     seed: int
     steps: int
@@ -54,7 +59,7 @@ class Result:
             raise ValueError("a metric that every run has is missing")
 
     def text(self) -> str:
-        """The result for a reader: throughput, accuracies, where the curves are."""
+        """Formats the result as text: throughput, accuracies, and locations of the curves."""
         speed = f" at {self.images_per_sec:,.0f} images/s" if self.images_per_sec else ""
         lines = [f"done: {self.steps:,} steps, {self.epochs:.2f} epochs{speed}"]
         for split, row in (("val", self.val), ("test", self.test)):
@@ -102,22 +107,22 @@ class Result:
 
 
 def read_result(run_dir: Path) -> Result | None:
-    """The result of a finished run, None for one that is not.
+    """Returns the result of a finished run, or None if the run is not finished.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is corrupt.
     """
-    remedy = "the same command goes on from the last checkpoint"
+    remedy = "the same command resumes from the last checkpoint"
     return read_json(run_dir / RESULT_FILE, Result, remedy)
 
 
 def save_result(result: Result, run_dir: Path) -> None:
-    """Writes `result.json`, whole or not at all."""
+    """Writes `result.json` atomically."""
     atomic_write(run_dir / RESULT_FILE, json.dumps(asdict(result), indent=2).encode() + b"\n")
 
 
 def save_weights(model: Mapping[str, "Tensor"], metadata: Mapping[str, str], run_dir: Path) -> None:
-    """Writes `model.safetensors`, keys and layout as torchvision's VGG has them."""
+    """Writes `model.safetensors` with the keys and layout of torchvision's VGG."""
     from safetensors.torch import save
 
     tensors = {k: v.cpu().contiguous() for k, v in model.items()}

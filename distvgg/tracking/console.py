@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
-# Seconds between two lines of training progress where there is no terminal.
+# Seconds between two lines of training progress if there is no terminal.
 CALM = 30.0
 
 
 class Console(GeneralTracker):
-    """A progress bar on a terminal; in a log file a line for each evaluation and, no more often
-    than every 30 s, one for training."""
+    """A progress bar on a terminal, or lines in a log file.
+
+    A log file gets one line for each evaluation, and at most one line for training every 30 s.
+    """
 
     name = "console"
     requires_logging_directory = False
@@ -28,8 +30,8 @@ class Console(GeneralTracker):
         super().__init__()
         self._steps = steps
         self._before = done
-        self._done = 0  # since then
-        self._started = 0.0  # when the first step was done: what came before tells no speed
+        self._done = 0  # steps of this launch
+        self._started = 0.0  # end of the first step, from which the speed is measured
         self._last_line = -CALM
         self._bar: tqdm[Any] | None = None
 
@@ -46,7 +48,7 @@ class Console(GeneralTracker):
             self._bar.update()
 
     def say(self, line: str) -> None:
-        with suppress(OSError):  # a log file on a full disk, a terminal that is gone
+        with suppress(OSError):  # a log file on a full disk, or a closed terminal
             if self._bar is not None:
                 self._bar.write(line)
             else:

@@ -1,8 +1,11 @@
-"""Where rows go: metrics.jsonl always, a terminal or log, W&B and TensorBoard through accelerate.
+"""Destinations of rows: metrics.jsonl, the terminal or log, W&B and TensorBoard.
 
-Every destination is one of accelerate's trackers, ours included. Invariant: `metrics.jsonl` is
-written first, flushed row by row, by the main process only; no destination asks a question, and
-W&B, the one that lives elsewhere, cannot end a run or hold it up for long.
+Every destination, distvgg's own included, is a tracker of accelerate. Rows always go to
+`metrics.jsonl` and to the terminal or log.
+
+Invariant: `metrics.jsonl` is written first, flushed row by row, by the main process only. No
+destination prompts the user. W&B, the only remote destination, cannot end a run or delay a run for
+long.
 """
 
 from pathlib import Path
@@ -23,12 +26,12 @@ if TYPE_CHECKING:
 
 
 class Tracking:
-    """All destinations of a run. Silent on every process but the main one.
+    """All destinations of a run. Does nothing on processes other than the main process.
 
     Args:
-        steps: of the whole run.
+        steps: total steps of the run.
         done: steps that are done already.
-        mark: the end of metrics.jsonl then.
+        mark: the end of metrics.jsonl after `done` steps.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Tracking:
             wandb = WandB(config, run_dir, mode, why, self.say, self._file.rows)
             accelerator.log_with.append(wandb)
         flat = {k: v if v is not None else "none" for k, v in config.flat().items()}
-        # What TensorBoard has of steps after the checkpoint is hidden: they come again.
+        # Hide TensorBoard's rows of steps after the checkpoint, because those steps run again.
         purge = {"tensorboard": {"purge_step": done + 1}}
         accelerator.init_trackers(config.track.project, flat, purge)
         self._trackers = accelerator.trackers
@@ -65,41 +68,41 @@ class Tracking:
             self.curves.extend(wandb.curves())
 
     def log(self, row: metrics.Row) -> None:
-        """Hands a row, with its `step`, to every destination."""
+        """Passes a row, with its `step`, to every destination."""
         for tracker in list(self._trackers):
             try:
                 tracker.log(row, step=int(row[metrics.STEP]))
-            except OSError as error:  # TensorBoard's, as of a full disk; the others take it all
+            except OSError as error:  # TensorBoard only, e.g. on a full disk
                 self._trackers.remove(tracker)
                 self.say(f"{tracker.name}: {error.strerror}; rows still go to {METRICS_FILE}")
 
     def mark(self) -> Mark:
-        """The end of metrics.jsonl. For the main process."""
+        """Returns the end of metrics.jsonl. For the main process."""
         assert self._file is not None
         return self._file.mark()
 
     def flush(self) -> None:
-        """Brings metrics.jsonl to the disk. For the main process, from any thread.
+        """Flushes metrics.jsonl to the disk. For the main process, from any thread.
 
         Raises:
-            OSError: the disk does not take it.
+            OSError: the disk rejects the rows.
         """
         assert self._file is not None
         self._file.flush()
 
     def step_done(self) -> None:
-        """Moves the progress bar."""
+        """Advances the progress bar by one step."""
         if self._console:
             self._console.advance()
 
     def say(self, line: str) -> None:
-        """Prints a line without tearing the progress bar; on the main process only."""
+        """Prints a line without breaking the progress bar, on the main process only."""
         if self._console:
             self._console.say(line)
 
 
 class JsonLines(GeneralTracker):
-    """metrics.jsonl as one of accelerate's trackers."""
+    """The file metrics.jsonl as a tracker of accelerate."""
 
     name = "jsonl"
     requires_logging_directory = False
@@ -120,10 +123,10 @@ class JsonLines(GeneralTracker):
 
 
 def require_tensorboard() -> str:
-    """Its name as a tracker of accelerate's.
+    """Returns the name of accelerate's TensorBoard tracker.
 
     Raises:
-        UserError: it is not installed.
+        UserError: TensorBoard is not installed.
     """
     try:
         import tensorboard  # noqa: F401

@@ -1,7 +1,7 @@
-"""Which W&B run a run folder continues, and how many of its rows that run has.
+"""The W&B run that a run folder continues, and the number of rows that the W&B run has.
 
-Invariant: item i of a W&B run's history is row i of metrics.jsonl. So a number is all that a
-restart has to know; where nobody can tell it, the folder goes on as a new W&B run, with every row.
+Invariant: item i of a W&B run's history is row i of metrics.jsonl. A restart therefore needs only
+the number of rows. If that number is unknown, the folder continues as a new W&B run with every row.
 """
 
 import json
@@ -19,23 +19,28 @@ READER_SECONDS = 60
 
 
 class Ledger:
-    """The W&B id of a run folder, and what the server had when it was last known.
+    """The W&B id of a run folder, and the last known number of rows on the server.
 
-    A session is one process's time with W&B. Online, the server says how many rows it has. Offline,
-    they are counted: those that it had at the end of the last online session, and those in the
-    fragments since (`wandb/offline-run-*-ID/run-ID.wandb`), which `wandb sync` appends in order.
-    A fragment that a kill left empty or torn is set aside, and its rows are written again: `wandb
-    sync` of such a one leaves out all after it, says nothing, and uploads it anew every time.
-    Nobody can say what it took of an online session that was killed: an offline session after one
-    begins a new W&B run, and the server keeps the old one, cut short. Such a run is all that is
-    ever doubled, but for a torn fragment that was uploaded before its restart; no row is dropped.
+    A session is the time that one process uses W&B. Online, the server reports its number of rows.
+    Offline, the ledger adds two numbers: the rows on the server at the end of the last online
+    session, and the rows in the fragments since. Fragments are the files
+    `wandb/offline-run-*-ID/run-ID.wandb`, which `wandb sync` appends in order.
+
+    A fragment that a kill left empty or torn is renamed, and its rows are written again. For such
+    a fragment, `wandb sync` silently omits everything after it and uploads it again every time.
+
+    If an online session was killed, the number of rows that the server received is unknown. The
+    next offline session then starts a new W&B run, and the server keeps the old run, truncated.
+
+    No row is dropped. Rows are duplicated only by such a new W&B run, and by a torn fragment that
+    was uploaded before the restart.
     """
 
     def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
         self._folder = run_dir / "wandb"
         self._say = say
         self.id = secrets.token_hex(4)
-        # Rows on the server; None since an online session began, until it ends well.
+        # Rows on the server; None from the start of an online session until its clean end.
         self._uploaded: int | None = 0
         path = self._folder / LEDGER_FILE
         try:
@@ -46,12 +51,15 @@ class Ledger:
             self._new_run(f"{path} is damaged: {error}")
 
     def before_online(self) -> None:
-        """The id is on disk before a server hears of it."""
+        """Writes the id to disk before a server receives the id."""
         self._write()
 
     def online(self) -> None:
-        """An online session began. It sends what the server lacks, so that fragments that were not
-        uploaded must not be any more."""
+        """Records that an online session began, and renames the fragments.
+
+        The session sends the rows that the server lacks. Fragments that were not uploaded must
+        therefore not be uploaded later.
+        """
         self._uploaded = None
         self._write()
         for fragment in self._fragments():
@@ -62,10 +70,11 @@ class Ledger:
         self._write()
 
     def offline(self) -> int:
-        """An offline session begins.
+        """Records that an offline session begins.
 
         Returns:
-            How many rows the server and the fragments have together: the next fragment's first row.
+            The number of rows on the server and in the fragments, which is the index of the next
+            fragment's first row.
         """
         if self._uploaded is None:
             self._new_run(f"what the server has of {self.id} is not known")
@@ -78,11 +87,15 @@ class Ledger:
         return have
 
     def _rows_in_fragments(self) -> int:
-        """Sets aside the first that is empty or torn, and all after it: rows have no gap."""
+        """Counts the rows in the fragments, and renames fragments so that rows have no gap.
+
+        The first fragment that is empty or torn is renamed, and all after it. Fragments that were
+        uploaded keep their names.
+        """
         total, whole = 0, True
         for fragment in self._fragments():
             rows = rows_in(fragment)
-            uploaded = fragment.with_suffix(".wandb.synced").exists()  # the client's mark
+            uploaded = fragment.with_suffix(".wandb.synced").exists()  # written by the W&B client
             whole = whole and bool(rows)
             if whole or uploaded:
                 total += rows or 0
@@ -104,10 +117,10 @@ class Ledger:
 
 
 def _parse(content: bytes) -> tuple[str, int | None]:
-    """The id and the number of rows uploaded.
+    """Returns the id and the number of uploaded rows.
 
     Raises:
-        ValueError: if a ledger does not look like this.
+        ValueError: the content is not a ledger.
     """
     values: Any = json.loads(content)
     id, uploaded = (values.get(k) for k in ("id", "uploaded")) if type(values) is dict else ("", 0)
@@ -119,12 +132,14 @@ def _parse(content: bytes) -> tuple[str, int | None]:
 
 
 def rows_in(fragment: Path) -> int | None:
-    """Counts a fragment's rows by the client's own reader; None where its last record is torn.
-    0.7 s, and 0.1 s for every thousand rows."""
+    """Returns a fragment's number of rows, or None if the last record is torn.
+
+    Uses the W&B client's own reader, which takes 0.7 s plus 0.1 s for every thousand rows.
+    """
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(fragment)]
     done = subprocess.run(
         command,
-        cwd=fragment.parent.parent.parent,  # it logs into a folder wandb/ there
+        cwd=fragment.parent.parent.parent,  # the reader logs into wandb/ of its cwd
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=True,
@@ -137,5 +152,5 @@ def rows_in(fragment: Path) -> int | None:
 
 
 def _set_aside(fragment: Path) -> None:
-    """Takes the ending from a fragment by which `wandb sync` knows it."""
+    """Replaces the suffix by which `wandb sync` recognises a fragment."""
     fragment.rename(fragment.with_suffix(".superseded"))

@@ -1,8 +1,8 @@
-"""Weights & Biases, the one destination that lives elsewhere.
+"""Weights & Biases, the only remote destination of rows.
 
-Invariants: it asks no question, never holds up a step, and neither ends a run nor holds up its
-start or end for long. Each row of metrics.jsonl becomes one item of the W&B run's history, over any
-number of restarts.
+Invariants: W&B never prompts the user and never delays a step. W&B does not end a run, and does not
+delay the start or end of a run for long. Each row of metrics.jsonl becomes one item of the W&B
+run's history, over any number of restarts.
 """
 
 import atexit
@@ -26,29 +26,31 @@ from distvgg.errors import UserError
 from distvgg.reachability import behind_proxy, connects
 from distvgg.tracking.wandb_ledger import Ledger
 
-# W&B's settings where the environment has no others. Its own defaults wait 90 s for a server at
-# the start and for ever at the end; and its greeting costs a request, 5 s where nobody answers.
+# W&B's settings, unless the environment sets them. W&B's own defaults wait 90 s for a server at
+# the start and forever at the end. W&B's greeting costs a request, 5 s if no server answers.
 WANDB_DEFAULTS = {
     "WANDB_INIT_TIMEOUT": "20",
     "WANDB_FINISH_TIMEOUT": "20",
     "WANDB_FINISH_TIMEOUT_RAISES": "true",
     "WANDB_CONSOLE": "off",
     "WANDB_SILENT": "true",
-    # Offline rows reach the disk that often (15 s else). Not a stable name: one that W&B does not
-    # know changes nothing.
+    # Seconds until offline rows reach the disk (W&B's default is 15). The name is not stable, but
+    # W&B ignores a name that it does not know.
     "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "5",
 }
-# What the queue gets at the end of a run, beyond W&B's own time to upload.
+# Seconds for the queue at the end of a run, in addition to W&B's own time to upload.
 QUEUE_SECONDS = 5.0
 
 
 class WandB(WandBTracker):
-    """A W&B run that nobody has to wait for: offline where the server is not reached, given up
-    where W&B itself fails, with a line that says so.
+    """A W&B run that never blocks the training.
 
-    The client blocks while its process does not read (after some 500 rows), so what is asked of it
-    waits in a queue, for a thread of its own. The queue has no limit: a row costs less than 1 kB.
-    Whatever does not arrive, the next start sends: see `Ledger` for how it knows.
+    The W&B run is offline if the server is unreachable, and is abandoned if W&B itself fails. Both
+    cases print one line.
+
+    The client blocks while its process does not read (after some 500 rows). Calls of the client
+    therefore wait in a queue for a separate thread. The queue has no limit: a row takes less than
+    1 kB. The next launch sends the rows that did not arrive; `Ledger` determines their number.
     """
 
     def __init__(
@@ -60,9 +62,12 @@ class WandB(WandBTracker):
         say: Callable[[str], None],
         written: list[metrics.Row],
     ) -> None:
-        """`written`: the rows of metrics.jsonl so far. `log` gets those after them, in order."""
+        """Initialises the tracker; `written` holds the rows of metrics.jsonl so far.
+
+        `log` receives the rows after `written`, in order.
+        """
         name = config.track.name or run_dir.name
-        # Offline, `resume` makes `wandb sync` append to what the server has, steps included.
+        # Offline, `resume` makes `wandb sync` append to the server's rows, steps included.
         super().__init__(config.track.project, name=name, dir=str(run_dir), resume="allow")
         self._mode = mode
         self._why_offline = why
@@ -70,8 +75,8 @@ class WandB(WandBTracker):
         self._written = written
         self._run_dir = run_dir
         self._ledger = Ledger(run_dir, say)
-        self._skip = 0  # of the rows to come, those that W&B has already
-        self._rows = 0  # that W&B has, or was handed
+        self._skip = 0  # number of coming rows that W&B already has
+        self._rows = 0  # number of rows that W&B has or was sent
         self._queue: SimpleQueue[Callable[[], Any]] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="distvgg-wandb", daemon=True)
         self._failing = threading.Lock()
@@ -84,12 +89,12 @@ class WandB(WandBTracker):
             self._give_up(error)
             return
         self._rows, self._skip = have, max(0, have - len(self._written))
-        # W&B drops rows whose own step goes back, as it does after a resume: `step` is a value.
+        # W&B drops rows whose W&B step decreases, as after a resume, so `step` is sent as a value.
         self._later(self.run.define_metric, "*", step_metric=metrics.STEP)
-        for row in self._written[have:]:  # what a kill lost on the way
+        for row in self._written[have:]:  # rows that a kill lost before W&B received them
             self._send(row)
         self._thread.start()
-        atexit.register(self._end, 1)  # a crash; W&B's own waits for ever where that hangs
+        atexit.register(self._end, 1)  # for a crash; W&B's own handler waits forever if W&B hangs
         if self.run.offline:
             view = f"wandb leet {shlex.quote(self.run.settings.sync_dir)}"
             upload = upload_command(self._run_dir)
@@ -98,7 +103,7 @@ class WandB(WandBTracker):
             self._say(f"W&B: {self.run.url}")
 
     def curves(self) -> list[str]:
-        """Where the curves are, if anywhere: an address, or the command that puts them there."""
+        """Lists the address of the curves or the command to upload them; empty if W&B failed."""
         if self._failed:
             return []
         return [upload_command(self._run_dir) if self.run.offline else self.run.url]
@@ -113,8 +118,11 @@ class WandB(WandBTracker):
             self._send(values)
 
     def finish(self) -> None:
-        """Waits for what is queued and for the upload, `WANDB_FINISH_TIMEOUT` and a little more (0:
-        for ever). A run that was stopped early ends like any other; its next start goes on."""
+        """Waits for the queue and the upload.
+
+        The limit is `WANDB_FINISH_TIMEOUT` plus `QUEUE_SECONDS`; a timeout of 0 waits forever. A
+        run that was stopped early ends like any other, and its next launch continues the W&B run.
+        """
         self._end(0)
 
     def _end(self, exit_code: int) -> None:
@@ -128,7 +136,7 @@ class WandB(WandBTracker):
             self._give_up(TimeoutError(f"no answer in {limit + QUEUE_SECONDS:.0f} s"))
 
     def _start_online_or_offline(self) -> int:
-        """Returns how many rows the W&B run has."""
+        """Starts the W&B run and returns the W&B run's number of rows."""
         import wandb
 
         if self._mode == "online":
@@ -138,7 +146,7 @@ class WandB(WandBTracker):
                 super().start()
             except wandb.errors.Error as error:
                 self._why_offline = _one_line(error)
-                wandb.teardown()  # its process refuses a second run of the same id
+                wandb.teardown()  # W&B's process refuses a second run with the same id
             else:
                 self._ledger.online()
                 return int(self.run.starting_step)
@@ -152,7 +160,7 @@ class WandB(WandBTracker):
         self._later(self.run.log, row)
 
     def _later(self, do: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Asks something of W&B, unless that failed before."""
+        """Queues a call to W&B, unless W&B failed before."""
         if not self._failed:
             self._queue.put(partial(do, *args, **kwargs))
 
@@ -175,7 +183,8 @@ class WandB(WandBTracker):
 
     def _give_up(self, error: Exception) -> None:
         with self._failing:
-            if self._failed:  # the end of its process makes what waits for that fail as well
+            # The end of W&B's process makes calls that wait for the process fail as well.
+            if self._failed:
                 return
             self._failed = True
         self._say(f"W&B: failed ({_one_line(error)}); rows still go to metrics.jsonl")
@@ -183,21 +192,27 @@ class WandB(WandBTracker):
 
 
 def upload_command(run_dir: Path) -> str:
-    """What uploads the offline sessions of a run: every fragment, in order."""
+    """Returns the command that uploads every offline fragment of a run, in order."""
     return f"wandb sync {shlex.quote(str(run_dir / 'wandb'))}"
 
 
 def wandb_mode() -> tuple[str, str]:
-    """online, offline or disabled, and why if offline: as W&B is set, else online where there is a
-    key and a server that can be reached. Never asks: W&B's own default waits for ever at a prompt
-    on a terminal."""
+    """Returns "online", "offline" or "disabled", and the reason for "offline".
+
+    A mode set to offline or disabled in W&B's settings is used. Otherwise the mode is online if
+    there is an API key and the server is reachable, and offline if not. Never prompts: W&B's own
+    default waits forever at a prompt on a terminal.
+
+    Raises:
+        UserError: a setting of W&B is invalid.
+    """
     for name, value in WANDB_DEFAULTS.items():
         os.environ.setdefault(name, value)
     import wandb
     from wandb.sdk import wandb_setup
 
     try:
-        # wandb.setup() would start W&B's process as well, and hang where that does not start.
+        # wandb.setup() would also start W&B's process, and hang if the process does not start.
         settings = wandb_setup.singleton().settings
         if settings.mode == "disabled":
             return "disabled", ""
@@ -205,12 +220,12 @@ def wandb_mode() -> tuple[str, str]:
             return "offline", "as set"
         if not wandb.login(prompt=False, verify=False):
             return "offline", "no API key, see wandb login"
-    except wandb.errors.AuthenticationError as error:  # a key of the wrong form
+    except wandb.errors.AuthenticationError as error:  # a malformed key
         return "offline", _one_line(error)
     except ValidationError as error:
         setting, message = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
         raise UserError(
-            f"W&B's setting {setting}: {message}; mend WANDB_{str(setting).upper()}, or"
+            f"W&B's setting {setting}: {message}; fix WANDB_{str(setting).upper()}, or"
             " --track.wandb false"
         ) from error
     why = _unreachable(wandb_setup.singleton().settings)
@@ -218,8 +233,10 @@ def wandb_mode() -> tuple[str, str]:
 
 
 def _unreachable(settings: Any) -> str:
-    """Why W&B's server cannot be reached, "" where it may be. Its client would find out for itself,
-    but in WANDB_INIT_TIMEOUT, at each start."""
+    """Returns why W&B's server is unreachable, or "" if the server may be reachable.
+
+    W&B's client would detect this by itself, but only after WANDB_INIT_TIMEOUT at each launch.
+    """
     url = urlsplit(settings.base_url)
     if settings.http_proxy or settings.https_proxy or behind_proxy(url):
         return ""
@@ -228,7 +245,7 @@ def _unreachable(settings: Any) -> str:
 
 
 def _wandb_failures() -> tuple[type[Exception], ...]:
-    """What comes of a server or of W&B's own process that does not answer, or died."""
+    """Returns the exceptions raised if a server or W&B's process died or does not answer."""
     from wandb.errors import Error
     from wandb.sdk.lib.asyncio_manager import AlreadyJoinedError, RunCancelledError
     from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
@@ -238,7 +255,7 @@ def _wandb_failures() -> tuple[type[Exception], ...]:
 
 
 def _end_wandb() -> None:
-    """Ends W&B's process, for which the interpreter's exit would wait for ever if it hangs."""
+    """Kills W&B's process, which would block the interpreter's exit forever if it hangs."""
     import psutil
     import wandb
 
@@ -246,7 +263,8 @@ def _end_wandb() -> None:
         with contextlib.suppress(psutil.Error):
             if child.name() == "wandb-core":
                 child.kill()
-    # Now, because at exit it prints a traceback. SystemExit: it hands on its process's exit code.
+    # Not at exit, where teardown prints a traceback. Teardown raises SystemExit with the exit code
+    # of W&B's process.
     with contextlib.suppress(*_wandb_failures(), SystemExit):
         wandb.teardown()
 

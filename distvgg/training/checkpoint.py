@@ -1,11 +1,12 @@
-"""CheckpointManager: written aside in the background, verified, then renamed; read only if sound.
+"""Checkpoints, which a thread writes to a temporary directory, verifies and then renames.
 
-    checkpoints/step_00001234/model.safetensors   the network, as torchvision's keys have it
-                              state.safetensors   the optimizer's tensors and running sums
-                              manifest.json       progress; sizes and SHA-256, its own too
+    checkpoints/step_00001234/model.safetensors   the network, with torchvision's keys
+                              state.safetensors   optimizer tensors and running sums
+                              manifest.json       progress; sizes and SHA-256, its own included
 
-Invariant: a folder of that name appears whole and verified. Nothing in it is ever unpickled. It
-holds nothing of any one rank, so that any number of processes can go on from it.
+Invariant: a directory with such a name is complete and was verified before its rename. A checkpoint
+is read only if it is valid, and nothing in a checkpoint is ever unpickled. A checkpoint holds
+nothing specific to one rank, so that any number of processes can resume from it.
 """
 
 import hashlib
@@ -32,12 +33,18 @@ Tensors = Mapping[str, Tensor]
 
 
 class CorruptCheckpointError(Exception):
-    """A checkpoint that is not what was written; the message says how."""
+    """Error for a corrupt checkpoint; the message says what is wrong."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read and verified: two files' bytes, and the progress noted with them."""
+    """A checkpoint that was read and verified.
+
+    Attributes:
+        name: of its directory.
+        model, state: content of `model.safetensors` and `state.safetensors`.
+        progress: JSON values saved with both files.
+    """
 
     name: str
     model: bytes
@@ -46,15 +53,15 @@ class Checkpoint:
 
 
 class CheckpointManager:
-    """The checkpoints of one run. For the main process.
+    """The checkpoints of one run; only the main process has a manager.
 
     Args:
         folder: `checkpoints/` of the run.
-        keep: how many of the newest to keep, beside the best.
+        keep: number of newest checkpoints to keep, besides the best one.
         metadata: for the header of `model.safetensors`.
 
     Attributes:
-        saved: the step of the newest that is known to be sound.
+        saved: step of the newest checkpoint that is known to be valid.
     """
 
     def __init__(self, folder: Path, keep: int, metadata: Mapping[str, str] | None = None) -> None:
@@ -65,16 +72,17 @@ class CheckpointManager:
         self._failures: SimpleQueue[str] = SimpleQueue()
         self._best: int | None = None
         self.saved = 0
-        for leftover in folder.glob(".step_*"):  # of a kill
+        for leftover in folder.glob(".step_*"):  # left by a kill
             shutil.rmtree(leftover, ignore_errors=True)
 
     def newest(
         self, refuse: Callable[[Checkpoint], str | None], say: Callable[[str], None]
     ) -> Checkpoint | None:
-        """The newest sound checkpoint, None if there is none; each damaged one gets a line.
+        """Returns the newest valid checkpoint that is not refused, or None.
 
         Args:
-            refuse: the reason why a sound one does not fit the rest of the folder, or None.
+            refuse: returns why a valid checkpoint does not fit the rest of the run folder, or None.
+            say: called with one line for each checkpoint that is corrupt or refused.
         """
         for path in reversed(checkpoint_dirs(self._folder)):
             try:
@@ -97,12 +105,17 @@ class CheckpointManager:
         best: int | None,
         flush: Callable[[], None],
     ) -> None:
-        """Copies to host memory and returns; a thread writes. Waits for an earlier save first.
+        """Copies tensors to host memory and returns; a thread writes the checkpoint.
+
+        Waits first until an earlier save has ended.
 
         Args:
+            step: names the checkpoint.
+            model: tensors of `model.safetensors`.
+            state: tensors of `state.safetensors`.
             progress: JSON values.
-            best: the step whose checkpoint is to be kept however old it gets.
-            flush: brings to disk what `progress` counts on; called before the manifest is written.
+            best: step whose checkpoint is kept however old it gets.
+            flush: writes to disk what `progress` relies on; called before the manifest is written.
         """
         self.wait()
         parts = {WEIGHTS_FILE: model, STATE_FILE: state}
@@ -113,7 +126,7 @@ class CheckpointManager:
             copied.record()
 
         def work() -> None:
-            why: str | None = "see the traceback"  # of what nobody foresaw
+            why: str | None = "see the traceback"  # for an unforeseen exception
             try:
                 if copied is not None:
                     copied.synchronize()
@@ -131,22 +144,25 @@ class CheckpointManager:
             except OSError as error:
                 self._failures.put(f"old checkpoints cannot be deleted: {error.strerror}")
 
-        # Not a daemon: the interpreter waits for it at exit.
+        # Not a daemon: the interpreter waits for this thread at exit.
         self._thread = threading.Thread(target=work, name="checkpoint")
         self._thread.start()
 
     def failure(self) -> str | None:
-        """The next thing that went wrong in the background and was not told yet, if any."""
+        """Returns the next background failure that was not returned before, or None."""
         return None if self._failures.empty() else self._failures.get()
 
     def wait(self) -> None:
-        """Returns when nothing is being written."""
+        """Waits until no checkpoint is being written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def _to_host(self, file: str, tensors: Tensors) -> dict[str, Tensor]:
-        """Copies into host buffers made once; pinned, so that a GPU does not wait."""
+        """Copies tensors into host buffers, which are allocated once.
+
+        Buffers of CUDA tensors are pinned, so that the GPU does not wait.
+        """
         for key, tensor in tensors.items():
             if (file, key) not in self._host:
                 self._host[file, key] = torch.empty(
@@ -175,7 +191,7 @@ class CheckpointManager:
             fsync_dir(aside)
             _evict_page_cache(aside)
             read(aside)
-            self._remove(final)  # refused, or of a future that this run has not seen
+            self._remove(final)  # refused before, or left by a launch that was further
             aside.rename(final)
             fsync_dir(self._folder)
         except (OSError, CorruptCheckpointError):
@@ -183,10 +199,10 @@ class CheckpointManager:
             raise
 
     def _prune(self, step: int, best: int | None) -> None:
-        """Deletes what is older than the newest `keep`, but for the best that there is.
+        """Deletes checkpoints older than the newest `keep`, except the best one on disk.
 
-        What lies ahead was refused, perhaps for a reason that goes away: it stays until the run
-        gets there.
+        Checkpoints ahead of `step` were refused, perhaps for a temporary reason. They stay until
+        the run reaches their step.
         """
         steps = [int(p.name.removeprefix("step_")) for p in checkpoint_dirs(self._folder)]
         if best in steps:
@@ -198,7 +214,7 @@ class CheckpointManager:
                 self._remove(self._folder / _name(other))
 
     def _remove(self, path: Path) -> None:
-        """Deletes a folder under another name, so that a kill leaves no half of it to be read."""
+        """Renames a directory, then deletes it, so that a kill leaves no readable part of it."""
         if path.exists():
             aside = path.with_name(f".{path.name.strip('.')}.old")
             shutil.rmtree(aside, ignore_errors=True)
@@ -207,10 +223,10 @@ class CheckpointManager:
 
 
 def read(path: Path) -> Checkpoint:
-    """Reads and verifies one checkpoint's folder.
+    """Reads and verifies one checkpoint directory.
 
     Raises:
-        CorruptCheckpointError: something in it is missing, cut short or altered.
+        CorruptCheckpointError: a file is missing, truncated or altered, or the format is another.
     """
     manifest = _read_file(path / MANIFEST_FILE)
     try:
@@ -238,8 +254,10 @@ def read(path: Path) -> Checkpoint:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
 ) -> dict[str, Tensor]:
-    """An optimizer's tensors by parameter name: `momentum_buffer.features.0.weight`. Its
-    hyperparameters are the config's, and not kept."""
+    """Returns an optimizer's tensors by parameter: `momentum_buffer.features.0.weight`.
+
+    Hyperparameters come from the config and are not saved.
+    """
     return {
         f"{key}.{names[parameter]}": value
         for parameter, state in optimizer.state.items()
@@ -251,19 +269,22 @@ def optimizer_tensors(
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Tensors
 ) -> None:
-    """Puts back what `optimizer_tensors` gave."""
+    """Restores the tensors that `optimizer_tensors` returned."""
     parameters = {name: parameter for parameter, name in names.items()}
     for full, value in tensors.items():
         key, _, name = full.partition(".")
         parameter = parameters[name]
         if value.shape == parameter.shape:
-            # Strides as the parameter has them: fused kernels walk both alike.
+            # Use the parameter's strides: fused kernels traverse both in the same order.
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         optimizer.state[parameter][key] = value.to(parameter.device)
 
 
 def _manifest(body: dict[str, Any]) -> bytes:
-    """The one way to write a manifest, with its own SHA-256: any other byte is damage."""
+    """Returns the only valid encoding of a manifest, which includes its own SHA-256.
+
+    Any other bytes are corrupt.
+    """
     digest = _sha256(json.dumps(body, sort_keys=True).encode())
     return json.dumps({"body": body, "sha256": digest}, sort_keys=True, indent=1).encode() + b"\n"
 
@@ -278,7 +299,7 @@ def _read_file(path: Path) -> bytes:
 
 
 def _evict_page_cache(folder: Path) -> None:
-    """Lets the reading that verifies come from the disk, not from the kernel's copy (Linux)."""
+    """Evicts files from the page cache, so that verification reads from the disk (Linux)."""
     if not hasattr(os, "posix_fadvise"):
         return
     for path in folder.iterdir():

@@ -1,8 +1,8 @@
-"""Exact evaluation: every image once, for any number of processes.
+"""Exact evaluation: every image is counted once, at any world size.
 
-Invariant: numbers are integer counts and float64 sums by batch, reduced once and added in the order
-of the batches, so that the result is the same to the last bit for any number of processes, given
-the same weights. The count is asserted against the dataset's size.
+Invariant: given the same weights, the result is the same to the last bit at any world size. It
+consists of integer counts and float64 sums for each batch. Both are reduced once and added in the
+order of the batches. The number of images is asserted against the size of the split.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,18 +23,19 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-# Bins of equal width over the confidence of predictions (as many as in Guo et al., 2017, table 1).
+# Equal-width bins over the confidence of predictions, as many as in Guo et al. (2017), table 1.
 CALIBRATION_BINS = 15
-# The columns of what is summed by batch: three sums, then the hits and the confidence of each bin.
+# Columns of the sums of a batch: three sums, then correct predictions and confidence of each bin.
 _LOSS, _TOP5, _TTA, _HITS, _CONFIDENCE = 0, 1, 2, 3, 3 + CALIBRATION_BINS
 COLUMNS = 3 + 2 * CALIBRATION_BINS
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation finds.
+    """Metrics and confusion matrix of a model.
 
-    `row` has the metrics by their bare names; `confusion` is [classes, classes] int64, images by
-    their true class (row) and the predicted one (column).
+    Attributes:
+        row: metrics by their bare names.
+        confusion: [classes, classes] int64, images by true class (row) and predicted one (column).
     """
 
     row: metrics.Row
@@ -54,20 +55,25 @@ def evaluate(
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
     between: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Loss, accuracies, calibration error and confusion of a model over all batches of a loader.
+    """Computes loss, accuracies, calibration error and confusion matrix over all batches.
 
-    Every rank must call it; the model is the bare module, not its DDP wrapper, and is left in the
-    mode that it was in. What is reduced over ranks is [batches * 33 + num_classes**2] float64, in
-    which counts are exact: 90 kB for 100 classes and 20 batches.
+    A collective operation: every rank must call it. The model keeps its mode. One reduction over
+    ranks adds [batches * 33 + num_classes**2] float64, in which counts are exact. It takes 85 kB
+    for 100 classes and 20 batches.
 
     Args:
-        superclass_of: [num_classes] int64, the superclass of each class; None leaves that metric
-            out.
-        flip: also measure `tta_top1`, by the mean logits of each image and its mirror.
-        between: called before each batch, equally often on every rank; may raise to leave.
+        model: the bare module, not its DDP wrapper.
+        loader: the batches.
+        num_classes: number of the model's outputs.
+        superclass_of: [num_classes] int64, the superclass of each class; None omits that metric.
+        flip: also measure `tta_top1`, by the mean logits of each image and its mirror image.
+        rank: of this process.
+        world_size: number of processes that evaluate.
+        sum_over_ranks: returns the sum of a tensor over all ranks.
+        between: called before each batch, equally often on every rank; may raise to abort.
     """
     device = next(model.parameters()).device
-    # One row a batch: each rank fills its own, the others' stay zero, and adding zero is exact.
+    # One row for each batch. The rows of other ranks' batches stay zero, and adding zero is exact.
     rows = torch.zeros(len(loader), COLUMNS, dtype=torch.float64, device=device)
     confusion = torch.zeros(num_classes**2, dtype=torch.float64, device=device)
     batches = loader.batches(rank, world_size)
@@ -75,7 +81,7 @@ def evaluate(
         for _ in range(-(-len(loader) // world_size)):
             between()
             if (batch := next(batches, None)) is None:
-                break  # the last round, in which this rank has none
+                break  # the last round has no batch for this rank
             i, images, labels = batch
             logits = logits_of(model, images)
             best = logits.topk(min(5, num_classes), dim=1).indices
@@ -98,7 +104,7 @@ def evaluate(
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode, and back into the mode that it was in."""
+    """Puts a model into evaluation mode, and restores its previous mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -108,23 +114,23 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """[n, 3, side, side] -> [n, classes], in float32 at least."""
+    """Computes logits: [n, 3, side, side] -> [n, classes], in float32 or float64."""
     logits: Tensor = model(images)
     return logits.to(torch.promote_types(torch.float32, images.dtype))
 
 
 def calibration_sums(logits: Tensor, hits: Tensor) -> Tensor:
-    """What the calibration error is computed from: the hits and the summed confidence of each bin.
+    """Counts correct predictions and sums confidence in each bin, for the calibration error.
 
     The confidence is the probability of the predicted class. Bin `b` of `M` holds the predictions
     whose confidence is in `(b/M, (b+1)/M]`.
 
     Args:
         logits: [n, classes] float.
-        hits: [n] bool, whether the most likely class is the true one.
+        hits: [n] bool, True where the most likely class is the true one.
 
     Returns:
-        [2 * CALIBRATION_BINS] float64: hits, then confidence.
+        [2 * CALIBRATION_BINS] float64: correct predictions of each bin, then confidences.
     """
     confidence = logits.double().softmax(1).amax(1)
     edges = torch.linspace(0, 1, CALIBRATION_BINS + 1, dtype=torch.float64, device=logits.device)
@@ -137,12 +143,12 @@ def calibration_sums(logits: Tensor, hits: Tensor) -> Tensor:
 def _row(
     sums: np.ndarray, confusion: np.ndarray, superclass_of: np.ndarray | None, flip: bool
 ) -> metrics.Row:
-    """The metrics that sums and counts come to. A prediction's superclass is that of its most
-    likely class.
+    """Computes the metrics from sums and counts.
 
-    The expected calibration error (Guo et al., "On Calibration of Modern Neural Networks", 2017,
-    equation 3) weighs each bin's gap between accuracy and mean confidence by its share of images;
-    the number of images in a bin cancels out.
+    The predicted superclass is the superclass of the most likely class. The expected calibration
+    error is equation 3 of Guo et al., "On Calibration of Modern Neural Networks", 2017. It weights
+    each bin's gap between accuracy and mean confidence by the bin's share of images. The number of
+    images in a bin cancels out.
     """
     count = int(confusion.sum())
     gaps = np.abs(sums[_HITS:_CONFIDENCE] - sums[_CONFIDENCE:])
@@ -168,7 +174,7 @@ def evaluate_over_ranks(
     flip: bool,
     between: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """`evaluate`, its batches shared out among all processes."""
+    """Runs `evaluate` with the batches partitioned over all processes."""
     return evaluate(
         model,
         loader,

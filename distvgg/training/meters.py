@@ -1,7 +1,7 @@
-"""Sums of losses and hits on the device, and a clock that leaves pauses out.
+"""Sums of losses and correct predictions on the device, and a clock that excludes pauses.
 
-Invariant: metrics are sums and counts, reduced over ranks once and divided once. Reading is the
-only host synchronisation, at the interval of the rows.
+Invariant: metrics are sums and counts, reduced over ranks once and divided once. Reading the sums
+is the only host synchronisation, at the interval of the rows.
 """
 
 import time
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 class TrainMeter:
     """Loss and accuracy over the samples since the last reading, the same on every rank.
 
-    `sums` is [3] float64 (loss, hits, count): a mean of thousands of losses keeps its digits.
+    Attributes:
+        sums: [3] float64 (loss, correct, count). In float64, a mean of thousands of losses keeps
+            its digits.
     """
 
     def __init__(self, device: "torch.device") -> None:
@@ -36,25 +38,27 @@ class TrainMeter:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def add(self, summed_loss: "Tensor", hits: "Tensor", count: int) -> None:
-        """Adds one step over all ranks."""
+        """Adds the sums of one step over all ranks."""
         self.sums[0].add_(summed_loss)  # `+=` would also copy the element onto itself
         self.sums[1].add_(hits)
         self.sums[2].add_(count)
 
     def read(self) -> Row:
-        """The means since the last reading."""
+        """Returns the means since the last reading, and resets the sums."""
         loss, hits, count = self.sums.tolist()  # a host sync
         self.sums.zero_()
         return {TRAIN_LOSS: loss / count, TRAIN_TOP1: hits / count}
 
 
 class Clock:
-    """Wall time of training steps. The first step (allocation, compilation) and whatever runs
-    under `paused` (evaluation) do not count.
+    """Wall time of training steps.
+
+    The first step (allocation, compilation) and what runs under `paused` (evaluation) do not count.
 
     Args:
+        images_per_step: the global batch size.
         flops_per_image: of forward and backward.
-        steps, seconds: the totals of earlier starts of the run.
+        steps, seconds: totals of earlier launches of the run.
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class Clock:
         self._waited, self._total_seconds = 0.0, seconds
 
     def step_done(self) -> None:
-        """Counts a step."""
+        """Counts a step; the first one only starts the clock."""
         if self._started is None:
             self._started, self._waited = time.perf_counter(), 0.0
         else:
@@ -90,7 +94,7 @@ class Clock:
             self._started += time.perf_counter() - before
 
     def read(self) -> Row:
-        """Throughput since the last reading; empty before the second step."""
+        """Returns the throughput since the last reading; empty before the second step."""
         if not self._steps or self._started is None:
             return {}
         now = time.perf_counter()
@@ -107,11 +111,11 @@ class Clock:
         }
 
     def totals(self) -> tuple[int, float]:
-        """Steps and seconds over all readings."""
+        """Returns the steps and seconds of all readings."""
         return self._total_steps, self._total_seconds
 
     def images_per_sec(self) -> float | None:
-        """Over all readings; None before the first."""
+        """Returns the throughput over all readings; None before the first."""
         if not self._total_steps:
             return None
         return self._total_steps * self._images_per_step / self._total_seconds

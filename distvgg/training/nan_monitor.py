@@ -1,7 +1,9 @@
-"""What the host learns of each step without making a device wait: is it finite, shall the run stop.
+"""Asynchronous monitoring of steps: non-finite values and stop requests.
 
-Invariant: every rank reads the same values after the same step, so that all stop together, or fail
-together, with the same step and micro-batch.
+The host reads the results of each step without making the device wait.
+
+Invariant: every rank reads the same values after the same step. All ranks therefore stop together,
+or fail together with the same step and micro-batch.
 """
 
 import math
@@ -15,15 +17,17 @@ from distvgg.distributed.host_copy import HostCopy
 from distvgg.errors import RunError
 
 # fp16 skips steps whose scaled gradients overflow, and halves the scale each time. After this many
-# in a row the scale is 2^-9 of one: it is not the scale.
+# skipped steps in a row the scale is 2^-9, so the scale is not the cause.
 MAX_SKIPPED_STEPS = 25
 
 
 class NonFiniteError(RunError):
-    """A step whose loss or gradient is nan or infinite.
+    """Error for a step whose loss or gradient is NaN or infinite.
 
     Attributes:
-        step: which, counted from 0. micro_batch: `k` of the loss, None for a gradient.
+        step: counted from 0.
+        micro_batch: index `k` of the micro-batch whose loss it is; None for a gradient.
+        value: the loss, or the norm of the gradient.
     """
 
     def __init__(self, step: int, micro_batch: int | None, value: float) -> None:
@@ -37,12 +41,12 @@ class _Record(NamedTuple):
 
 
 class StepMonitor:
-    """The steps' outcomes, read `lag` steps later.
+    """Results of the steps, read `lag` steps later.
 
     Args:
-        lag: 1 for a GPU, which is then never waited for by more than what it is computing anyway.
-        fp16: gradients may overflow, which skips a step and is counted in `skipped`.
-        skipped, skipped_in_a_row: of earlier starts of the run.
+        lag: 1 for a GPU: the host then waits only for the step before the one just queued.
+        fp16: True if gradients may overflow; such a step is skipped and counted in `skipped`.
+        skipped, skipped_in_a_row: counts of earlier launches of the run.
     """
 
     def __init__(
@@ -55,12 +59,12 @@ class StepMonitor:
         self.grad_norm = math.nan
 
     def push(self, step: int, losses: Tensor, grad_norm: Tensor, stop: Tensor) -> None:
-        """Hands over a step's outcome as it is on the device: [G/m] losses, scalars."""
+        """Queues a step's results, which are still on the device: [G/m] losses and two scalars."""
         values = torch.cat([losses, grad_norm.reshape(1).to(losses), stop.reshape(1)])
         self._records.append(_Record(step, HostCopy(values)))
 
     def poll(self) -> None:
-        """Reads what is old enough.
+        """Reads the results that are at least `lag` steps old.
 
         Raises:
             NonFiniteError: a step has failed.
@@ -69,7 +73,7 @@ class StepMonitor:
             self._read(self._records.popleft())
 
     def drain(self) -> None:
-        """Reads all, waiting for the device: before anything is written down.
+        """Reads all results and waits for the device; called before anything is written.
 
         Raises:
             NonFiniteError: a step has failed.

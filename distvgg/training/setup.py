@@ -99,7 +99,7 @@ def build(config: Config, folder: Path) -> Run:
     state.starts.append((state.step, world_size))
     notes = _note_machine(state, accelerator, config, resumed=found is not None)
     if requested == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16"):
-        notes.append(f"precision {config.train.precision}, as the launcher was told")
+        notes.append(f"precision {config.train.precision}, as given to the launcher")
 
     vgg, ema, device = trainable.vgg, trainable.ema, accelerator.device
     torch.autograd.set_detect_anomaly(config.train.detect_anomaly)

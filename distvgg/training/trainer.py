@@ -194,7 +194,7 @@ def stop_early(run: Run, tracking: Tracking) -> str:
             tracking.say(failure)
         mark_stopped(run.folder, requeue=True)
     run.accelerator.end_training()
-    return f"{at}, with a checkpoint: the same command goes on from there"
+    return f"{at}, with a checkpoint: the same command resumes from it"
 
 
 def finish(run: Run, tracking: Tracking) -> Result:
@@ -242,7 +242,7 @@ def finish(run: Run, tracking: Tracking) -> Result:
         except OSError as error:
             raise RunError(
                 f"the result cannot be written to {run.folder} ({error.strerror}): make room, and"
-                " the same command goes on from the last checkpoint"
+                " the same command resumes from the last checkpoint"
             ) from error
     run.accelerator.end_training()
     return result

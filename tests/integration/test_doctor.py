@@ -111,7 +111,7 @@ def test_what_train_would_refuse_is_to_fix_and_says_how(tmp_path: Path) -> None:
         "data": "gone is not a folder: give one that holds Parquet files",
         "cache": "(Not a directory): set DISTVGG_CACHE to a writable folder",
         "run folder": "(Not a directory): choose another with --run-dir",
-        "W&B": "mend WANDB_INIT_TIMEOUT, or --track.wandb false",
+        "W&B": "fix WANDB_INIT_TIMEOUT, or --track.wandb false",
     }.items():
         assert remedy in to_fix.pop(name)
     assert not to_fix

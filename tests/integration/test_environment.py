@@ -160,10 +160,11 @@ def test_another_machine_is_said_in_a_line() -> None:
     assert not environment.notes([here, here], None, 1)
     assert not environment.notes([here, here], here, None)
     (line,) = environment.notes([here | {"distvgg": "0.2"}], {}, 1)
-    assert line.endswith("the run goes on with distvgg 0.2 (was 0.1)")
+    assert line.endswith("the run continues with distvgg 0.2 (was 0.1)")
     (line,) = environment.notes([here], here | {"device": "B", "torch": "2.13"}, 1)
     assert line == (
-        "bits may differ from here on: the run goes on with device A (was B), torch 2.14 (was 2.13)"
+        "bits may differ from here on: the run continues with device A (was B), torch 2.14"
+        " (was 2.13)"
     )
     (line,) = environment.notes([here, here | {"device": "B"}], here, 1)
     assert line.endswith("which computes what: A, B")

@@ -126,7 +126,7 @@ def test_a_flip_may_still_be_a_switch(tmp_path: Path, written: str, read: str) -
 
 def test_mixing_a_single_image_is_refused() -> None:
     alone = {"train.micro_batch_size": "1", "model.batch_norm": "false"}
-    with pytest.raises(UserError, match="none to be mixed with"):
+    with pytest.raises(UserError, match="mixup and cutmix need train.micro_batch_size >= 2"):
         load("quickstart", alone | {"augment.mixup_alpha": "1"})
 
 
@@ -166,12 +166,12 @@ def test_batches_that_do_not_divide_name_what_would() -> None:
 
 
 def test_batchnorm_over_a_single_image_is_refused() -> None:
-    assert "micro_batch_size 1" in message("fast", train__micro_batch_size="1")
+    assert "needs train.micro_batch_size >= 2" in message("fast", train__micro_batch_size="1")
     assert load("quickstart", {"train.micro_batch_size": "1", "model.batch_norm": "false"})
 
 
 def test_muon_without_batchnorm_is_refused() -> None:
-    assert "take sgd or adamw" in message("fast", model__batch_norm="false")
+    assert "use sgd or adamw" in message("fast", model__batch_norm="false")
     assert load("fast", {"model.batch_norm": "false", "optim.name": "sgd"})
 
 
@@ -182,12 +182,14 @@ def test_muon_without_batchnorm_is_refused() -> None:
         ("- a\n- b", "must be a mapping"),
         ("train: {epochs: 1, epocs: 2}", "did you mean train.epochs?"),
         (b"\xff\xfe\x00", "is not valid YAML"),
+        ("train: 3", "train must be"),
     ],
 )
 def test_broken_recipes_are_one_line(tmp_path: Path, content: str | bytes, reason: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert reason in message(str(path))
+    assert reason in message(str(path), train__epochs="1")
 
 
 def test_missing_recipes_name_those_there_are() -> None:

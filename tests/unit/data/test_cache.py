@@ -119,6 +119,14 @@ def test_a_build_that_still_runs_elsewhere_is_left_alone(parquet: str, cold: Pat
     assert (cold / "other.building").exists()
 
 
+def test_a_constant_channel_is_normalised_to_zero() -> None:
+    for value in (0, 3, 100, 201):
+        images = np.full((5, 32, 32, 3), value, dtype=np.uint8)
+        mean, std = cache.channel_moments(images)
+        assert mean == pytest.approx([value / 255] * 3)
+        assert std == [1, 1, 1]
+
+
 @pytest.mark.parametrize("file", ["train_images.npy", "test_labels.npy", "meta.json"])
 def test_a_truncated_entry_is_built_again(file: str, parquet: str, cold: Path) -> None:
     load_dataset(custom(parquet))

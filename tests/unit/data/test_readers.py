@@ -181,7 +181,7 @@ BAD: dict[str, tuple[Callable[[Path], str], str]] = {
         first_image(png(noise(1, 0)[0])[:900]),
         "(train split): image 0 (a.png) cannot be decoded: ",
     ),
-    "not an image": (first_image(b"<html>"), "(a.png) cannot be decoded: not an image; mend or"),
+    "not an image": (first_image(b"<html>"), "(a.png) cannot be decoded: not an image; fix or"),
     "null image": (
         train_only(made_rows(img=[*made_rows(19)["img"], None])),
         "image 19 cannot be decoded: there is none",
@@ -191,15 +191,15 @@ BAD: dict[str, tuple[Callable[[Path], str], str]] = {
         lambda folder: write_parquet(
             folder, made_rows(), made_rows(img=made_rows(20, 0, 28)["img"])
         ),
-        "(test split): image 0 is 28x28 pixels, expected 32x32: mend it, or bring all to one size"
+        "(test split): image 0 is 28x28 pixels, expected 32x32: fix it, or bring all to one size"
         " with --data.resize 32",
     ),
     "named label too high": (labelled(0, 10, names=TEN), "image 1 has label 10, out of range 0 to"),
     "named label negative": (labelled(-1, names=TEN), "image 0 has label -1, out of range 0 to 9"),
     "bare label too high": (labelled(0, 20), "image 1 has label 20, out of range 0 to 19"),
     "bare label negative": (labelled(-1, 0), "image 0 has label -1, out of range 0 to 19"),
-    "null label": (labelled(0, 1, None), "(train split): image 2 has no label: mend or drop"),
-    "null named label": (labelled(0, None, names=TEN), "image 1 has no label: mend or drop"),
+    "null label": (labelled(0, 1, None), "(train split): image 2 has no label: fix or drop"),
+    "null named label": (labelled(0, None, names=TEN), "image 1 has no label: fix or drop"),
     "text label": (labelled("cat", "dog"), "column label is of type string: number the"),
     "class of the test split only": (
         lambda folder: write_parquet(folder, made_rows(), made_rows(1, label=[10])),
@@ -267,7 +267,7 @@ def test_no_network_is_one_quick_line_with_three_ways_out(cold: Path, tmp_path: 
         [sys.executable, "-c", code], env=os.environ | offline, capture_output=True, text=True
     )
     assert time.perf_counter() - start < 30  # the hub client retries for minutes
-    assert done.stderr.startswith("no data set uoft-cs/cifar100: ")
+    assert done.stderr.startswith("dataset not found: uoft-cs/cifar100 is no local folder")
     assert done.stderr.count("\n") == 1
     for way_out in ("--data.path FOLDER", "HF_HOME", "--data.name synthetic"):
         assert way_out in done.stderr
