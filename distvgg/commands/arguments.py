@@ -1,25 +1,196 @@
-"""Resolution of command-line words to recipe, config and run folder. Imports no torch."""
+"""Command lines: options from the typed schema, parsed by argparse. Imports no torch.
 
+Values stay text here. They are merged over the recipe and validated by pydantic in one place
+(`config.load`), so that a recipe and a command line give the same message for the same mistake.
+"""
+
+import argparse
+import difflib
 import hashlib
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from distvgg.config import Config, load, recipe_names
 from distvgg.errors import UserError
 
+Model = TypeVar("Model", bound=BaseModel)
+RUN_USAGE = "RECIPE [--run-dir DIR] [--section.field VALUE ...]"
+RECIPE_HELP = "name of a packaged recipe, or path of a YAML file, such as the config.yaml of a run"
+_NAMES = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT", NoneType: "none"}
 
-def resolve(words: list[str]) -> tuple[str, Config, Path]:
+
+class Parser(argparse.ArgumentParser):
+    """The parser of one command: errors are user errors, and names may have hyphens."""
+
+    def __init__(self, command: str, description: str, usage: str | None = None) -> None:
+        super().__init__(
+            prog=f"distvgg {command}",
+            usage=usage and f"distvgg {command} {usage}",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises a user error instead of printing the usage.
+
+        Raises:
+            UserError: always.
+        """
+        if found := re.fullmatch(r"argument (--\S+): expected one argument", message):
+            name = found[1].split("/")[0]
+            raise UserError(f"{name} needs a value: {name} VALUE")
+        if found := re.fullmatch(r"the following arguments are required: (.+)", message):
+            raise UserError(f"missing {found[1]}: see {self.prog} --help")
+        raise UserError(message.removeprefix("argument "))
+
+    def add_config_options(self, config: Config) -> None:
+        """Adds an option for each config field, with the values of a config as defaults shown."""
+        for name, value in config:
+            if isinstance(value, BaseModel):
+                title = (type(value).__doc__ or "").split("\n")[0]
+                group = self.add_argument_group(name, title.replace("%", "%%"))
+                add_model_options(group, value, f"{name}.")
+        add_model_options(self, config)
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parses the words after the command's name. Options that are not given have no attribute.
+
+        Raises:
+            UserError: an unknown option, or an option without a value.
+        """
+        words = [_canonical(word) for word in words]
+        for word in words:
+            name = word.partition("=")[0]
+            if name.startswith("--") and name not in self._option_string_actions:
+                self._refuse(name.removeprefix("--"))
+        return self.parse_intermixed_args(words)
+
+    def _refuse(self, name: str) -> NoReturn:
+        known = [n.removeprefix("--") for n in self._option_string_actions if n.startswith("--")]
+        fields = [n for n in known if "." in n]
+        if fields and "." in name:
+            load("debug", {name: ""})  # raises, with the nearest field
+        options = [n for n in known if "." not in n and n != "help"]
+        near = difflib.get_close_matches(name, options, n=1)
+        raise UserError(
+            f"no option --{name}{f', did you mean --{near[0]}?' if near else ''}: give one of"
+            f" {', '.join(options)}{', or --section.field VALUE' if fields else ''}"
+        )
+
+
+def add_model_options(group: Any, values: BaseModel, prefix: str = "") -> None:
+    """Adds an option for each field of a model that is no model itself.
+
+    Args:
+        group: a parser or a group of it.
+        values: the defaults that the help shows.
+        prefix: before each name.
+    """
+    for name, field in type(values).model_fields.items():
+        value = getattr(values, name)
+        if isinstance(value, BaseModel):
+            continue
+        text = " ".join((field.description or "").split()).replace("%", "%%")
+        is_switch = field.annotation is bool
+        group.add_argument(
+            f"--{prefix}{name}",
+            metavar=_metavar(field.annotation),
+            help=f"{text} (default: {_text(value)})",
+            default=argparse.SUPPRESS,
+            **({"nargs": "?", "const": "true"} if is_switch else {}),
+        )
+
+
+def validated(model: type[Model], values: dict[str, str]) -> Model:
+    """Returns a model made of the text of its options.
+
+    Raises:
+        UserError: a value out of range.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if not first["loc"]:
+            raise UserError(first["msg"].removeprefix("Value error, ")) from error
+        wanted = re.sub(r"^\w+ should", "must", first["msg"])
+        raise UserError(f"--{first['loc'][0]} {wanted} (got {first['input']!r})") from error
+
+
+def train_parser(config: Config) -> Parser:
+    """Returns the parser of `distvgg train`, which other commands share."""
+    parser = Parser(
+        "train",
+        """Trains a recipe, or resumes its run.
+
+The same command again resumes an interrupted run, to the same curve, and shows the result of a
+finished run. SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C or a file STOP in the run folder stop a run after
+the step, with a checkpoint.""",
+        usage=RUN_USAGE,
+    )
+    add_run_options(parser, config)
+    return parser
+
+
+def add_run_options(parser: Parser, config: Config) -> None:
+    """Adds the options that say which run is meant: recipe, run folder, config fields."""
+    parser.add_argument("recipe", nargs="*", metavar="RECIPE", help=RECIPE_HELP)
+    parser.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help="folder of the run (default: in runs/, named after the recipe and its values)",
+    )
+    parser.add_config_options(config)
+
+
+def overrides(options: argparse.Namespace) -> dict[str, str]:
+    """Returns the config fields among parsed options, as text by dotted name."""
+    plain = {name for name, value in Config() if not isinstance(value, BaseModel)}
+    return {name: v for name, v in vars(options).items() if "." in name or name in plain}
+
+
+def resolve(words: Sequence[str]) -> tuple[str, Config, Path]:
     """Returns the recipe, config and run folder of a `train` command line.
 
     Raises:
         UserError: no recipe, an unknown key, a value out of range.
     """
-    positional, options = split_options(words)
-    run_dir = options.pop("run_dir", None)
-    recipe = one_recipe(positional)
-    config = load(recipe, options)
-    return recipe, config, Path(run_dir) if run_dir else default_run_dir(recipe, config)
+    options = train_parser(Config()).parse(words)
+    recipe = one_recipe(options.recipe)
+    config = load(recipe, overrides(options))
+    return recipe, config, Path(options.run_dir or default_run_dir(recipe, config))
+
+
+def one_recipe(recipes: Sequence[str]) -> str:
+    """Returns the recipe of a command line.
+
+    Raises:
+        UserError: no recipe, or more than one.
+    """
+    if len(recipes) != 1:
+        raise UserError(
+            f"give one recipe, not {' '.join(recipes) or 'none'}: one of"
+            f" {', '.join(recipe_names())}, or the path of a YAML file"
+        )
+    return recipes[0]
+
+
+def asks_for_help(words: Sequence[str]) -> bool:
+    """Returns True if `-h` or `--help` is among the words."""
+    return not {"-h", "--help"}.isdisjoint(words)
+
+
+def config_to_show(words: Sequence[str]) -> Config:
+    """Returns the config whose values a help shows: that of the recipe, if one is given."""
+    recipes = [word for word in words[:1] if not word.startswith("-")]
+    return load(recipes[0]) if recipes else Config()
 
 
 def default_run_dir(recipe: str, config: Config) -> Path:
@@ -48,39 +219,31 @@ def _yaml_of_0_1(config: Config) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def one_recipe(positional: list[str]) -> str:
-    """Returns the recipe among positional words.
-
-    Raises:
-        UserError: no recipe, or more than one.
-    """
-    if len(positional) != 1:
-        raise UserError(
-            f"give one recipe, not {' '.join(positional) or 'none'}: one of"
-            f" {', '.join(recipe_names())}, or the path of a YAML file"
-        )
-    return positional[0]
+def _canonical(word: str) -> str:
+    """Returns a word with the name of an option spelled as the parser has it."""
+    if not word.startswith("--") or word == "--":
+        return word
+    name, equals, value = word.removeprefix("--").partition("=")
+    name = name.replace("-", "_")
+    return f"--{'run-dir' if name == 'run_dir' else name}{equals}{value}"
 
 
-def split_options(words: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Splits words into positionals and options, `--name VALUE` or `--name=VALUE`.
+def _metavar(annotation: Any) -> str:
+    """Returns what the help shows for a value of a type."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "{" + ",".join(map(str, arguments)) + "}"
+    if origin in (Union, UnionType):
+        return "|".join(map(_metavar, arguments))
+    if origin is tuple:
+        return "A,B,..."
+    return _NAMES.get(annotation, "VALUE")
 
-    Hyphens in a name count as underscores.
 
-    Raises:
-        UserError: an option has no value.
-    """
-    positional: list[str] = []
-    options: dict[str, str] = {}
-    rest = iter(words)
-    for word in rest:
-        if word in ("-h", "--help"):
-            options["help"] = ""
-        elif not word.startswith("--"):
-            positional.append(word)
-        else:
-            name, given, value = word.removeprefix("--").partition("=")
-            if not given and (value := next(rest, "--")).startswith("--"):
-                raise UserError(f"--{name} needs a value: --{name} VALUE")
-            options[name.replace("-", "_")] = value
-    return positional, options
+def _text(value: Any) -> str:
+    """Returns a value as it is typed."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return "none" if value in (None, "") else str(value)

@@ -1,10 +1,8 @@
 """The options of `distvgg bench`, and the GPUs and links that they select. Imports no torch."""
 
-import re
-from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from distvgg.config import FrozenModel
 from distvgg.distributed.cost_model import Fabric, Gpu, Job, Link
@@ -46,25 +44,6 @@ class BenchOptions(FrozenModel):
     None."""
     max_gpus: int = Field(1024, ge=1, le=1 << 20)
     """Largest number of GPUs in the tables."""
-
-
-def read_options(words: Mapping[str, str]) -> BenchOptions:
-    """Returns the options from their text on the command line.
-
-    Raises:
-        UserError: an unknown option, or a value out of range.
-    """
-    for name in words:
-        if name not in BenchOptions.model_fields:
-            raise UserError(
-                f"no option --{name}: give one of {', '.join(BenchOptions.model_fields)}"
-            )
-    try:
-        return BenchOptions.model_validate(words)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        wanted = re.sub(r"^\w+ should", "must", first["msg"])
-        raise UserError(f"--{first['loc'][0]} {wanted} (got {first['input']!r})") from error
 
 
 def interconnect(options: BenchOptions) -> Fabric:

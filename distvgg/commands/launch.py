@@ -16,14 +16,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
+from pydantic import model_validator
 
-from distvgg.commands.arguments import resolve
-from distvgg.config import TrainConfig
+from distvgg.commands.arguments import (
+    Parser,
+    add_model_options,
+    asks_for_help,
+    resolve,
+    validated,
+)
+from distvgg.config import FrozenModel, TrainConfig
 from distvgg.errors import UserError
 from distvgg.runs.layout import REQUEUE_FILE
 
@@ -37,8 +42,7 @@ NOWHERE = "192.0.2.1"  # RFC 5737; used only to look up the default route
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(FrozenModel):
     """The part of a run on one node."""
 
     nodes: int = 1
@@ -62,17 +66,24 @@ class Node:
     max_restarts: int = 0
     """Maximum number of restarts of all workers after one died."""
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _several_nodes_need_a_head(self) -> "Node":
         if self.nodes > 1 and not (self.head and self.port):
-            raise UserError("--nodes needs --head and --port")
+            raise ValueError("--nodes needs --head and --port")
+        return self
 
 
 def main(words: list[str]) -> int:
     """Runs the workers of this node to their end and returns the exit code."""
     end = words.index("--") if "--" in words else len(words)
-    node = tyro.cli(Node, prog="distvgg launch", args=words[:end], description=__doc__)
-    train = words[end + 1 :]
+    parser = Parser("launch", __doc__ or "")
+    add_model_options(parser, Node())
+    if asks_for_help(words[:end]):
+        print(parser.format_help().rstrip())
+        return 0
+    train, node = words[end + 1 :], Node()
     try:
+        node = validated(Node, vars(parser.parse(words[:end])))
         _, config, run_dir = resolve(train)
     except UserError as error:
         return complain(node, error, everywhere=True)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 import distvgg
 from distvgg.commands.arguments import default_run_dir
@@ -65,7 +66,7 @@ def test_usage(args: list[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["trian"], "no command 'trian': give one of train, evaluate, compare, config"),
+        (["trian"], "no command 'trian': give one of train, evaluate, compare, curves"),
         (["train"], "give one recipe, not none: one of best, debug, fast, quickstart"),
         (["train", "fast", "more"], "give one recipe, not fast more"),
         (["train", "quikstart"], "did you mean quickstart?"),
@@ -77,18 +78,20 @@ def test_usage(args: list[str]) -> None:
         (["train", "quickstart", "--train.precision", "fp16"], "fp16 needs a CUDA GPU"),
         (["train", "quickstart", "--data.val_size", "10000"], "data.val_size 10000 leaves nothing"),
         (["doctor", "fast", "--train.epoch", "3"], "did you mean train.epochs?"),
+        (["train", "fast", "--rundir", "x"], "no option --rundir, did you mean --run-dir?"),
+        (["train", "fast", "--seed"], "--seed needs a value: --seed VALUE"),
         (["doctor", "--prepare"], "give one recipe, not none"),
         (["bench", "quikstart"], "did you mean quickstart?"),
-        (["bench", "--gpus", "8"], "no option --gpus: give one of gpu, peak_share"),
+        (["bench", "--gpus", "8"], "no option --gpus, did you mean --gpu?: give one of json, gpu"),
         (["bench", "--gpu", "v100"], "--gpu must be 'h100' or 'a100'"),
         (["bench", "--images_per_sec", "0"], "--images_per_sec must be greater than 0"),
         (["bench", "--images_per_sec", "1000", "--fixed_ms", "600"], "fixed_ms 600 must be less"),
-        (["evaluate"], "give one run folder"),
+        (["evaluate"], "missing RUN_DIR"),
         (["evaluate", "/nowhere"], "is not the folder of a finished run"),
-        (["evaluate", "x", "--split", "all"], "--split test|val|train"),
-        (["compare"], "give run folders: distvgg compare RUN_DIR... [--out FILE]"),
-        (["compare", "x", "--sort", "test"], "give run folders"),
-        (["compare", "x", "--out="], "give run folders"),
+        (["evaluate", "x", "--split", "all"], "--split: invalid choice: 'all'"),
+        (["compare"], "missing RUN_DIR"),
+        (["compare", "x", "--sort", "test"], "no option --sort: give one of out"),
+        (["compare", "x", "--out"], "--out needs a value"),
         (["compare", "/nowhere"], "run folder /nowhere does not exist"),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else " ".join(value[:3]),
@@ -197,3 +200,19 @@ def test_a_run_folder_named_by_version_0_1_is_found(
     assert default_run_dir("quickstart", config) == Path("runs/quickstart-102fc94c")
     new.mkdir()
     assert default_run_dir("quickstart", config) == new
+
+
+@pytest.mark.parametrize("command", ["train", "config", "doctor", "sweep", "bench", "launch"])
+def test_every_command_explains_its_options(command: str) -> None:
+    done = run([command, "--help"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: distvgg {command}")
+
+
+def test_a_switch_takes_no_value_or_one_and_names_may_have_hyphens() -> None:
+    words = ["--train.compile", "--track.wandb=false", "--train.global-batch-size", "512"]
+    done = run(["config", "debug", *words, "--seed", "3"])
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load(done.stdout)
+    assert (config["train"]["compile"], config["track"]["wandb"]) == (True, False)
+    assert (config["train"]["global_batch_size"], config["seed"]) == (512, 3)

@@ -8,11 +8,9 @@ import json
 import math
 import os
 import re
-import runpy
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from safetensors.torch import save_file
 
 import distvgg
 from distvgg.commands.evaluate import evaluate_run
+from distvgg.commands.tables import tables
 from distvgg.config import load
 from distvgg.data.cache import load_dataset
 from distvgg.data.dataset import train_val_indices
@@ -31,7 +30,7 @@ from distvgg.errors import UserError
 from distvgg.models.flops import training_flops
 from distvgg.models.vgg import build_vgg
 from distvgg.runs.confusion import read_confusion
-from processes import CPU, ROOT, rows, run
+from processes import CPU, rows, run
 
 # Kept from the recipe: flip, checkpoints, rows. Less is trained, and of test all is measured.
 LESS = ("--train.epochs", "1", "--model.width", "0.02")
@@ -183,18 +182,9 @@ def test_a_run_that_is_not_to_read_test_does_not_and_cannot_be_made_to(tmp_path:
     assert confusion.split == "val"
     hits = sum(row[i] for i, row in enumerate(confusion.counts))
     assert hits / 100 == rows(folder)[-1]["val/top1"]
-    assert "eval.test false, so that nobody can choose by test" in refused(folder)
+    assert "eval.test false, which keeps test out of model selection" in refused(folder)
     again = run(["train", str(folder / "config.yaml"), "--run-dir", str(folder)])
     assert "  test  not read" in again.stdout
-
-
-SCRIPT = str(ROOT / "docs" / "results_tables.py")
-
-
-@pytest.fixture(scope="module")
-def tables() -> Callable[[list[Path]], str]:
-    made: Callable[[list[Path]], str] = runpy.run_path(SCRIPT)["tables"]
-    return made
 
 
 def cells(text: str) -> dict[str, list[str]]:
@@ -204,9 +194,7 @@ def cells(text: str) -> dict[str, list[str]]:
 
 
 def test_the_tables_of_one_run(finished: list[Path]) -> None:
-    done = subprocess.run(
-        [sys.executable, SCRIPT, str(finished[0])], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run(["tables", str(finished[0])])
     assert done.returncode == 0, done.stderr
     found = cells(done.stdout)
     result = json.loads((finished[0] / "result.json").read_text())
@@ -224,9 +212,7 @@ def test_the_tables_of_one_run(finished: list[Path]) -> None:
     assert sum(re.fullmatch(r"class_\d\d as class_\d\d", name) is not None for name in found) == 10
 
 
-def test_the_tables_of_several_seeds(
-    finished: list[Path], tables: Callable[[list[Path]], str]
-) -> None:
+def test_the_tables_of_several_seeds(finished: list[Path]) -> None:
     found = cells(tables(finished))
     results = [json.loads((f / "result.json").read_text()) for f in finished]
     top5 = [100 * r["test"]["top5"] for r in results]
@@ -238,17 +224,27 @@ def test_the_tables_of_several_seeds(
     assert "taken for another in test, 4,000 images of 2 run(s)" in found
 
 
-def test_what_the_tables_refuse(
-    finished: list[Path], tables: Callable[[list[Path]], str], tmp_path: Path
-) -> None:
-    with pytest.raises(SystemExit, match="no run here"):
+def test_what_the_tables_refuse(finished: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run here"):
         tables([finished[0], tmp_path])
-    with pytest.raises(SystemExit, match="a seed is there twice"):
+    with pytest.raises(UserError, match="a seed is there twice"):
         tables([finished[0], finished[0]])
     other = tmp_path / "other"
     other.mkdir()
     for name in ("config.yaml", "result.json"):
         text = (finished[0] / name).read_text()
         (other / name).write_text(text.replace("lr: 0.05", "lr: 0.06"))
-    with pytest.raises(SystemExit, match="differ in more than their seed"):
+    with pytest.raises(UserError, match="differ in more than their seed"):
         tables([finished[0], other])
+
+
+def test_curves_are_drawn_into_one_picture(finished: list[Path], tmp_path: Path) -> None:
+    picture = tmp_path / "curves.svg"
+    done = run(["curves", *map(str, finished), "--out", str(picture)])
+    assert done.returncode == 0, done.stderr
+    text = picture.read_text()
+    assert text.count("</svg>") == 1
+    assert "seed0 val/loss" in text
+    done = run(["curves", str(tmp_path), "--out", str(picture)])
+    assert done.returncode == 2
+    assert "has no metrics.jsonl" in done.stderr

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-import launch
 from distvgg.config import load
 from processes import CPU, ROOT, rows, run, tiny
+from processes import at_a_terminal as run_at_a_terminal
 from wandb_client import client, login, own, read_offline
 from wandb_server import ENTITY, KEY, ReceivedRun, WandbServer, serving
 
@@ -133,7 +133,7 @@ def at_a_terminal(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """A run of a user who has no key, at a terminal, where W&B could ask for one."""
     folder = tmp_path_factory.mktemp("terminal") / "a run"
     started = time.monotonic()
-    shown = launch.at_a_terminal(command(folder))
+    shown = run_at_a_terminal(command(folder))
     complete(folder)
     return Outcome(folder, shown, time.monotonic() - started)
 

@@ -126,7 +126,7 @@ def test_a_flip_may_still_be_a_switch(tmp_path: Path, written: str, read: str) -
 
 def test_mixing_a_single_image_is_refused() -> None:
     alone = {"train.micro_batch_size": "1", "model.batch_norm": "false"}
-    with pytest.raises(UserError, match="mixup and cutmix need train.micro_batch_size >= 2"):
+    with pytest.raises(UserError, match=r"mixup and cutmix need train\.micro_batch_size >= 2"):
         load("quickstart", alone | {"augment.mixup_alpha": "1"})
 
 

@@ -1,10 +1,5 @@
-"""Prints the final numbers of finished runs as Markdown, from their folders alone. Several folders
-must hold runs whose configs differ in nothing but the seed.
+"""`distvgg tables`: the final numbers of finished runs as Markdown, from their folders alone."""
 
-python docs/results_tables.py RUN_DIR...
-"""
-
-import argparse
 import math
 import statistics
 from collections.abc import Sequence
@@ -17,6 +12,7 @@ import numpy as np
 from distvgg import metrics
 from distvgg.commands.compare import grouped, read
 from distvgg.config import Config, load
+from distvgg.errors import UserError
 from distvgg.models.flops import training_flops
 from distvgg.runs.confusion import Confusion, class_accuracy, read_confusion, worst_pairs
 from distvgg.runs.layout import CONFIG_FILE
@@ -34,16 +30,20 @@ N_PAIRS = N_CLASSES = 10
 
 
 def tables(run_dirs: Sequence[Path]) -> str:
-    """All tables of one run, or of one config over its seeds."""
+    """Returns all tables of one run, or of one config over its seeds.
+
+    Raises:
+        UserError: a run is not finished, or runs differ in more than their seed.
+    """
     entries = [read(path, path.name) for path in run_dirs]
     for path, entry in zip(run_dirs, entries, strict=True):
         if entry.result is None:
-            raise SystemExit(f"{path}: {entry.state}")
+            raise UserError(f"{path}: {entry.state}")
     results = [e.result for e in entries if e.result is not None]
     if len(grouped(entries)) > 1:
-        raise SystemExit("these runs differ in more than their seed: see distvgg compare")
+        raise UserError("these runs differ in more than their seed: see distvgg compare")
     if len({r.seed for r in results}) < len(results):
-        raise SystemExit("a seed is there twice, and is no second sample: give each once")
+        raise UserError("a seed is there twice, and is no second sample: give each once")
     config = load(str(run_dirs[0] / CONFIG_FILE))
     found = [c for path in run_dirs if (c := read_confusion(path)) is not None]
     parts = [accuracies(split, results) for split in ("val", "test")]
@@ -143,9 +143,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown, its first column words and the others numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dirs", nargs="+", type=Path)
-    print(tables(parser.parse_args().run_dirs))
