@@ -7,11 +7,11 @@ releases the lock of a dead process, and the next build removes temporary direct
 locked. All processes of a node share the mapped pages.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 from distvgg.config import DataConfig
 from distvgg.data.dataset import Dataset, Split
 from distvgg.errors import UserError
+from distvgg.file_lock import lock
 
 # Part of every fingerprint. Increase it when a code change alters the decoded arrays.
 FORMAT = 2
@@ -45,9 +46,9 @@ def load_dataset(config: DataConfig, entry: Path | None = None) -> Dataset:
     try:
         # Also checked before locking, because a cache that another user fills may be read-only.
         if not is_complete(entry):
-            with _locked(entry.with_suffix(".lock"), fcntl.LOCK_EX):
+            with _locked(entry.with_suffix(".lock")) as exclusive:
                 if not is_complete(entry):
-                    _build(config, entry)
+                    _build(config, entry, exclusive=exclusive)
     except OSError as error:
         raise UserError(
             f"cannot write the data cache {entry.parent} ({error.strerror or error}): make room"
@@ -120,13 +121,16 @@ def _fingerprint(config: DataConfig) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _build(config: DataConfig, entry: Path) -> None:
+def _build(config: DataConfig, entry: Path, *, exclusive: bool) -> None:
     """Decodes into a temporary directory, flushes the files, and renames the directory to `entry`.
 
     The caller must hold the entry's lock.
     """
     aside = entry.with_suffix(".building")
-    _remove_stale_builds(entry.parent)
+    if exclusive:
+        _remove_stale_builds(entry.parent)
+    else:
+        aside = entry.with_suffix(f".{socket.gethostname()}-{os.getpid()}.building")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
@@ -144,6 +148,8 @@ def _build(config: DataConfig, entry: Path) -> None:
         for file in aside.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
+        if not exclusive and is_complete(entry):
+            return  # another process was faster
         shutil.rmtree(entry, ignore_errors=True)  # rejected by is_complete
         aside.rename(entry)
     finally:
@@ -156,8 +162,9 @@ def _remove_stale_builds(cache: Path) -> None:
     A running build holds its lock, so its directory is kept.
     """
     for aside in cache.glob("*.building"):
-        with suppress(OSError), _locked(aside.with_suffix(".lock"), fcntl.LOCK_EX | fcntl.LOCK_NB):
-            shutil.rmtree(aside)
+        with suppress(OSError), _locked(aside.with_suffix(".lock"), wait=False) as exclusive:
+            if exclusive:
+                shutil.rmtree(aside)
 
 
 def is_complete(entry: Path) -> bool:
@@ -194,14 +201,8 @@ def open_entry(entry: Path) -> Dataset:
 
 
 @contextmanager
-def _locked(path: Path, how: int) -> Iterator[None]:
-    """Holds a file lock, which the kernel releases if the process dies.
-
-    Args:
-        path: The lock file, created if it is missing.
-        how: The flags of `flock`.
-    """
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds a lock file, which is created if it is missing; yields False if locks do not work."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
-        fcntl.flock(handle, how)
-        yield
+        yield lock(handle.fileno(), wait=wait)

@@ -4,12 +4,12 @@ Invariant: a folder belongs to one config, and to one living run at a time. Afte
 instant, the same command can resume in the folder.
 """
 
-import fcntl
 import os
 import socket
 from contextlib import suppress
 from pathlib import Path
 
+from distvgg import file_lock
 from distvgg.config import Config, load
 from distvgg.errors import RunError, UserError
 from distvgg.runs.files import atomic_write
@@ -112,7 +112,12 @@ def mark_stopped(run_dir: Path, *, requeue: bool) -> None:
 def _locked(run_dir: Path) -> int:
     lock = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not file_lock.lock(lock, wait=False):
+            print(
+                f"note: the file system of {run_dir} has no file locks, so that two launches in"
+                " one run folder are not detected",
+                flush=True,
+            )
     except BlockingIOError as error:
         holder = os.read(lock, 1000).decode(errors="replace") or "another process"
         os.close(lock)

@@ -2,7 +2,6 @@
 the build that the test chooses.
 """
 
-import fcntl
 import os
 import shutil
 import subprocess
@@ -79,10 +78,10 @@ def test_two_processes_on_a_cold_cache_decode_once(
     log = tmp_path / "builds"
     before = f"""
 build = cache._build
-def logged(*args):
+def logged(*args, **kwargs):
     with open({str(log)!r}, "a") as file:
         file.write("built\\n")
-    build(*args)
+    build(*args, **kwargs)
 cache._build = logged
 """
     processes = [child(parquet, cold, before=before) for _ in range(2)]
@@ -114,7 +113,7 @@ def test_a_killed_build_is_never_read_and_does_not_stay(
 def test_a_build_that_still_runs_elsewhere_is_left_alone(parquet: str, cold: Path) -> None:
     cold.mkdir()
     (cold / "other.building").mkdir()
-    with cache._locked(cold / "other.lock", fcntl.LOCK_EX):
+    with cache._locked(cold / "other.lock"):
         load_dataset(custom(parquet))
     assert (cold / "other.building").exists()
 
@@ -157,6 +156,19 @@ def test_a_whole_entry_is_read_without_writing(
     load_dataset(custom(parquet))
     monkeypatch.setattr(cache, "_locked", None)
     load_dataset(custom(parquet))
+
+
+def test_without_file_locks_two_builds_at_once_leave_one_entry(parquet: str, cold: Path) -> None:
+    before = "cache.lock = lambda *_, **__: False"
+    processes = [child(parquet, cold, before=before) for _ in range(2)]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [p.returncode for p in processes] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0] != ""
+    assert sorted(p.suffix for p in cold.iterdir()) == ["", ".lock"]
 
 
 def test_an_unwritable_cache_is_one_clear_line(

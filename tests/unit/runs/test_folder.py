@@ -1,5 +1,7 @@
 """Whose a run folder is, who may write to it, and how files come into it."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -88,3 +90,14 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path) -> None:
         atomic_write(path, bytes(2000))
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_file_locks_a_run_starts_and_says_what_is_not_detected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    os.close(claim_run_dir(tmp_path / "run", Config()))
+    assert "has no file locks" in capsys.readouterr().out
