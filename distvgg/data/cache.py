@@ -124,7 +124,10 @@ def _fingerprint(config: DataConfig) -> str:
 def _build(config: DataConfig, entry: Path, *, exclusive: bool) -> None:
     """Decodes into a temporary directory, flushes the files, and renames the directory to `entry`.
 
-    The caller must hold the entry's lock.
+    Args:
+        config: of the dataset.
+        entry: the directory to make.
+        exclusive: the entry's lock is held. Else another process may build the same entry.
     """
     aside = entry.with_suffix(".building")
     if exclusive:
