@@ -60,6 +60,11 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
             f"accelerate starts {state.distributed_type.value} here, which distvgg does not have:"
             " launch with --config_file accelerate_config.yaml"
         )
+    if state.device.type == "mps":
+        raise UserError(
+            "Apple's GPU (mps) lacks the float64 sums that exact metrics need: set"
+            " ACCELERATE_USE_CPU=true"
+        )
     if state.device.type == "cpu":
         torch.set_num_threads(config.train.cpu_threads)
         keep_freed_memory()
