@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 ROOT = Path(__file__).resolve().parents[2]
+ACCELERATE_CONFIG = ROOT / "accelerate_config.yaml"
 NOWHERE = "192.0.2.1"  # RFC 5737; used only to look up the default route
 # Signals that end the launcher and are forwarded to the workers, which then save. The launcher's
 # default list lacks the last two, which would kill the launcher and with it the workers.
@@ -84,6 +85,8 @@ def main(words: list[str]) -> int:
     train, node = words[end + 1 :], Node()
     try:
         node = validated(Node, vars(parser.parse(words[:end])))
+        if not ACCELERATE_CONFIG.exists():
+            raise UserError(f"{ACCELERATE_CONFIG} does not exist: distvgg launch needs a checkout")
         _, config, run_dir = resolve(train)
     except UserError as error:
         return complain(node, error, everywhere=True)
@@ -257,7 +260,7 @@ def interface_of(address: str) -> str | None:
 def launch(node: Node, processes: int, train: list[str], run_dir: Path) -> int:
     """Runs `accelerate launch` in this process and returns the exit code."""
     words = [
-        *("--config_file", str(ROOT / "accelerate_config.yaml")),
+        *("--config_file", str(ACCELERATE_CONFIG)),
         *("--num_processes", str(node.nodes * processes)),
         *("--main_process_port", str(node.port)),
         *("--max_restarts", str(node.max_restarts)),
