@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from distvgg.commands.text_tables import markdown_table
 from distvgg.runs.provenance import commit, hardware, versions
 
 Samples = dict[str, list[float]]
+table = markdown_table
 
 
 def in_turns(cases: Mapping[str, Callable[[], float]], rounds: int) -> Samples:
@@ -43,20 +45,6 @@ def ratio(samples: Samples, of: str, to: str) -> float:
     """The median over rounds of one case's value divided by another's in the same round."""
     pairs = zip(samples[of], samples[to], strict=True)
     return round(statistics.median(a / b for a, b in pairs), 3)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = cells
-        padded = [first.ljust(widths[0])]
-        padded += [c.rjust(w) for c, w in zip(others, widths[1:], strict=True)]
-        return f"| {' | '.join(padded)} |"
-
-    rule = line(["-" * widths[0]] + ["-" * (w - 1) + ":" for w in widths[1:]])
-    return "\n".join([line(header), rule, *map(line, rows)])
 
 
 def report(device: torch.device, **findings: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from distvgg import environment
 from distvgg.commands.bench_options import BenchOptions, gpu_spec, interconnect
+from distvgg.commands.text_tables import plain_table
 from distvgg.config import Config
 from distvgg.distributed.cost_model import (
     TARGET,
@@ -81,13 +82,14 @@ def bench(config: Config, recipe: str, options: BenchOptions, *, as_json: bool) 
         f" gradients, {job.flops / 1e9:.2f} GFLOP an image, micro-batches of {m}\n"
         + "\n".join(origins(setup, options, source, alone)),
         f"Strong scaling: the global batch of {batch.global_batch_size:,} shared by more GPUs\n"
-        + aligned([header, *(cells(setup, s, alone) for s in strong)]),
+        + plain_table([header, *(cells(setup, s, alone) for s in strong)], "right"),
         f"Weak scaling: {alone} micro-batch(es) of {m} on each GPU\n"
-        + aligned(
+        + plain_table(
             [
                 [*header, f"batch for {TARGET:.0%}"],
                 *([*cells(setup, s, alone), batch_words(setup, s.ranks, alone)] for s in weak),
-            ]
+            ],
+            "right",
         ),
         "batch: images a step, over all GPUs. exposed: ms of communication that backward does not"
         " hide.\nwait: ms for the slowest GPU. eff.: images/s over those of as many single GPUs."
@@ -385,9 +387,3 @@ def findings(
         "versions": versions(),
         "commit": commit(),
     }
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Returns rows as text, with right-aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)

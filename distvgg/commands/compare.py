@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from distvgg import metrics
+from distvgg.commands.text_tables import plain_table
 from distvgg.config import Config, load
 from distvgg.data.plan import BatchPlan
 from distvgg.errors import UserError
@@ -238,9 +239,9 @@ def table(entries: Sequence[Entry]) -> str:
     groups = grouped(entries)
     runs = [e for g in groups for e in g.entries] + [e for e in entries if not e.config]
     keys = [k for k in differ if k != SEED]
-    parts = [_aligned(_run_rows(runs, [*keys, *([SEED] if SEED in differ else [])]))]
+    parts = [plain_table(_run_rows(runs, [*keys, *([SEED] if SEED in differ else [])]))]
     if any(g.seeds > 1 for g in groups):
-        parts.append(_aligned(_group_rows(groups, keys)))
+        parts.append(plain_table(_group_rows(groups, keys)))
     if notes := _notes(groups, keys):
         parts.append("\n".join(notes))
     return "\n\n".join(parts)
@@ -322,9 +323,3 @@ def _percent(fraction: float) -> str:
 def _typed(value: Any) -> str:
     """Returns a config value as it is typed on the command line."""
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join(lines)

@@ -11,6 +11,7 @@ import numpy as np
 
 from distvgg import metrics
 from distvgg.commands.compare import grouped, read
+from distvgg.commands.text_tables import markdown_table
 from distvgg.config import Config, load
 from distvgg.errors import UserError
 from distvgg.models.flops import training_flops
@@ -78,7 +79,7 @@ def accuracies(split: str, results: Sequence[Result]) -> str:
     notes = "±: binomial standard error over images, sqrt(p (1 - p) / n)."
     if several:
         notes += " Standard deviation: of the sample of seeds; standard error: of their mean."
-    return f"{table(header, body)}\n\n{notes}"
+    return f"{markdown_table(header, body)}\n\n{notes}"
 
 
 def spread(values: Sequence[float], several: bool) -> list[str]:
@@ -112,7 +113,7 @@ def cost(config: Config, results: Sequence[Result], confusions: Sequence[Confusi
         body.append(["of those that recipe `tutorial` takes", f"{spent / tutorial_flops():.4f}"])
     hardware = ", ".join(sorted({f"{r.num_processes} x {r.hardware}" for r in results}))
     body.append(["processes and hardware", f"{hardware}; {results[0].precision}"])
-    return table(["cost of a run", ""], body)
+    return markdown_table(["cost of a run", ""], body)
 
 
 def tutorial_flops() -> float:
@@ -131,15 +132,9 @@ def confusions(same: Sequence[Confusion]) -> list[str]:
     classes = [(name, f"{100 * share:.1f}%") for name, share in class_accuracy(total).items()]
     worst, best = classes[:N_CLASSES], classes[::-1][:N_CLASSES]
     return [
-        table([f"taken for another in {title}", "images"], pairs),
-        table(
+        markdown_table([f"taken for another in {title}", "images"], pairs),
+        markdown_table(
             ["worst class", "recognised", "best class", "recognised"],
             [[*w, *b] for w, b in zip(worst, best, strict=True)],
         ),
     ]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, its first column words and the others numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

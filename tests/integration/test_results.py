@@ -189,8 +189,8 @@ def test_a_run_that_is_not_to_read_test_does_not_and_cannot_be_made_to(tmp_path:
 
 def cells(text: str) -> dict[str, list[str]]:
     """The rows of all tables by their first cell, the last of equals."""
-    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return {first: rest for first, *rest in lines}
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    return {first.strip(): [cell.strip() for cell in rest] for first, *rest in lines}
 
 
 def test_the_tables_of_one_run(finished: list[Path]) -> None:
