@@ -4,6 +4,7 @@ Invariant: nothing heavy is imported before it is needed, and a user error is on
 process and exit code 2.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -54,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command of the command line and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["launch"]:
-        return _launch(words[1:])
+        of_train = words[words.index("--") + 1 :] if "--" in words else []
+        if not asks_for_help(of_train):
+            from distvgg.commands import launch
+
+            return launch.main(words[1:])
+        words = ["train", *of_train]
     environment.clear()  # before a command loads torch
     if words[:1] == ["--version"]:
         print(f"distvgg {__version__}")
@@ -159,7 +165,7 @@ during runs.""",
     )
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path, help="folders of runs")
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="also write the table to this file"
+        "--out", metavar="FILE", type=_file, help="also write the table to this file"
     )
     if asks_for_help(words):
         return parser.format_help().rstrip()
@@ -176,7 +182,7 @@ def curves(words: list[str]) -> str:
     parser.add_argument(
         "--out",
         metavar="FILE",
-        type=Path,
+        type=_file,
         default=Path("curves.svg"),
         help="file to write; its ending says the format (default: curves.svg)",
     )
@@ -300,10 +306,7 @@ described in distvgg/distributed/cost_model.py.""",
     )
     parser.add_argument("--json", action="store_true", help="print the curves as JSON")
     add_model_options(parser, BenchOptions())
-    shown = load("fast")
-    if asks_for_help(words) and words[:1] and not words[0].startswith("-"):
-        shown = load(words[0])
-    parser.add_config_options(shown)
+    parser.add_config_options(config_to_show([*words, "fast"]))
     if asks_for_help(words):
         return parser.format_help().rstrip()
     options = parser.parse(words)
@@ -319,15 +322,11 @@ described in distvgg/distributed/cost_model.py.""",
     )
 
 
-def _launch(words: list[str]) -> int:
-    """Runs `distvgg launch`, which starts this program again and leaves the environment to it."""
-    of_train = words[words.index("--") + 1 :] if "--" in words else []
-    if asks_for_help(of_train):
-        print(train(of_train))
-        return 0
-    from distvgg.commands import launch
-
-    return launch.main(words)
+def _file(text: str) -> Path:
+    """Reads the name of a file to write."""
+    if not Path(text).name:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a file to write")
+    return Path(text)
 
 
 def _complain(error: Exception, *, at_once: bool = False) -> None:

@@ -39,9 +39,19 @@ class FrozenModel(BaseModel):
 # A command line passes text, which pydantic converts to numbers but not to Literal integers.
 _integer = BeforeValidator(lambda v: int(v) if isinstance(v, str) and v.strip().isdigit() else v)
 Depth = Annotated[Literal[11, 13, 16, 19], _integer]
-_list = BeforeValidator(
-    lambda v: () if v is None else v.strip("[]").split(",") if isinstance(v, str) else v
-)
+
+
+def _split(value: Any) -> Any:
+    """Splits the text of a list, with or without brackets."""
+    if not isinstance(value, str):
+        return () if value is None else value
+    text = value.strip()
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1].strip()
+    return text.split(",") if text else ()
+
+
+_list = BeforeValidator(_split)
 Stages = Annotated[
     tuple[Annotated[Literal[1, 2, 3, 4, 5], _integer], ...],
     _list,
@@ -120,7 +130,7 @@ class ModelConfig(FrozenModel):
 
 # Fields that were removed: the values that equal the current behaviour (None: any value), and the
 # reason for the removal.
-_TRAIN_FIELDS_OF_0_1: dict[str, tuple[tuple[Any, ...] | None, str]] = {
+TRAIN_FIELDS_OF_0_1: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "gradient_compression": (
         ("no", False),
         "rounded gradients made the curve depend on the number of processes, and gave no speed",
@@ -162,10 +172,10 @@ class TrainConfig(FrozenModel):
         """Drops removed fields whose value equals the current behaviour."""
         if not isinstance(values, dict):
             return values
-        for name, (off, why) in _TRAIN_FIELDS_OF_0_1.items():
+        for name, (off, why) in TRAIN_FIELDS_OF_0_1.items():
             if name in values and off is not None and values[name] not in off:
                 raise ValueError(f"train.{name} is gone: {why}; drop it")
-        return {k: v for k, v in values.items() if k not in _TRAIN_FIELDS_OF_0_1}
+        return {k: v for k, v in values.items() if k not in TRAIN_FIELDS_OF_0_1}
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "TrainConfig":
@@ -400,11 +410,13 @@ def _merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
             value = None
         *sections, field = dotted.split(".")
         inner = values
-        for section in sections:
+        for depth, section in enumerate(sections):
             if inner.get(section) is None:
                 inner[section] = {}
             inner = inner[section]
             if not isinstance(inner, dict):
+                if depth:  # a field, which has no fields: an unknown key
+                    values[dotted] = value
                 break
         else:
             inner[field] = value

@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from distvgg.config import Config, load, recipe_names
+from distvgg.config import TRAIN_FIELDS_OF_0_1, Config, load, recipe_names
 from distvgg.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -58,6 +58,9 @@ class Parser(argparse.ArgumentParser):
                 group = self.add_argument_group(name, title.replace("%", "%%"))
                 add_model_options(group, value, f"{name}.")
         add_model_options(self, config)
+        for name in TRAIN_FIELDS_OF_0_1:
+            hidden = argparse.SUPPRESS
+            self.add_argument(f"--train.{name}", help=hidden, default=hidden)
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """Parses the words after the command's name. Options that are not given have no attribute.
@@ -65,12 +68,24 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: an unknown option, or an option without a value.
         """
-        words = [_canonical(word) for word in words]
+        words = self._with_values([_canonical(word) for word in words])
         for word in words:
             name = word.partition("=")[0]
             if name.startswith("--") and name not in self._option_string_actions:
                 self._refuse(name.removeprefix("--"))
         return self.parse_intermixed_args(words)
+
+    def _with_values(self, words: Sequence[str]) -> list[str]:
+        """Joins options and values that begin with a hyphen, which argparse takes for options."""
+        joined: list[str] = []
+        for word in words:
+            before = self._option_string_actions.get(joined[-1]) if joined else None
+            is_value = word.startswith("-") and not word.startswith("--") and len(word) > 2
+            if is_value and before is not None and before.nargs is None:
+                joined[-1] = f"{joined[-1]}={word}"
+            else:
+                joined.append(word)
+        return joined
 
     def _refuse(self, name: str) -> NoReturn:
         known = [n.removeprefix("--") for n in self._option_string_actions if n.startswith("--")]
@@ -114,8 +129,10 @@ def validated(model: type[Model], values: dict[str, str]) -> Model:
     Raises:
         UserError: a value out of range.
     """
+    none = ("none", "null")
+    typed = {name: None if text.lower() in none else text for name, text in values.items()}
     try:
-        return model.model_validate(values)
+        return model.model_validate(typed)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if not first["loc"]:
@@ -189,8 +206,10 @@ def asks_for_help(words: Sequence[str]) -> bool:
 
 def config_to_show(words: Sequence[str]) -> Config:
     """Returns the config whose values a help shows: that of the recipe, if one is given."""
-    recipes = [word for word in words[:1] if not word.startswith("-")]
-    return load(recipes[0]) if recipes else Config()
+    for word in words:
+        if word in recipe_names() or word.endswith((".yaml", ".yml")):
+            return load(word)
+    return Config()
 
 
 def default_run_dir(recipe: str, config: Config) -> Path:

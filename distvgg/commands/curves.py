@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distvgg.errors import UserError
+from distvgg.metrics import STEP
 from distvgg.runs.layout import METRICS_FILE
 
 PANELS = {
@@ -14,6 +15,19 @@ PANELS = {
     "learning rate": ("train/lr",),
     "images/s": ("perf/images_per_sec",),
 }
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the complete rows of a metrics file; a run may be writing it."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and STEP in row:
+            rows.append(row)
+    return rows
 
 
 def draw(run_dirs: Sequence[Path], out: Path) -> str:
@@ -36,12 +50,13 @@ def draw(run_dirs: Sequence[Path], out: Path) -> str:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    if not out.suffix:
+        raise UserError(f"cannot write {out}: give a name with an ending, such as .svg or .png")
     if missing := [str(path) for path in run_dirs if not (path / METRICS_FILE).exists()]:
         raise UserError(f"{missing[0]} has no {METRICS_FILE}: give folders of runs")
     figure, axes = plt.subplots(1, len(PANELS), figsize=(15, 3.6), layout="constrained")
     for run_dir in run_dirs:
-        lines = (run_dir / METRICS_FILE).read_text().splitlines(keepends=True)
-        table = [json.loads(line) for line in lines if line.endswith("\n")]
+        table = _rows(run_dir / METRICS_FILE)
         for axis, (title, names) in zip(axes, PANELS.items(), strict=True):
             axis.set(title=title, xlabel="step")
             axis.grid(alpha=0.3)
@@ -52,7 +67,8 @@ def draw(run_dirs: Sequence[Path], out: Path) -> str:
                 style: dict[str, Any] = {"marker": "o"} if len(points) < 5 else {}
                 axis.plot(*zip(*points, strict=True), label=label, **style)
             axis.set_ylim(bottom=0)
-            axis.legend(fontsize=8)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=8)
     try:
         figure.savefig(out)
     except (OSError, ValueError) as error:

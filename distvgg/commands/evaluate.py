@@ -1,6 +1,7 @@
 """`distvgg evaluate`: evaluation of the weights of a run."""
 
 from pathlib import Path
+from typing import get_args
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -50,6 +51,8 @@ def evaluate_run(path: Path, split: SplitName) -> str:
 @clean_shutdown()
 @translate_peer_failure()
 def _measure(path: Path, split: SplitName) -> tuple[Evaluation, Confusion]:
+    if split not in get_args(SplitName):
+        raise UserError(f"split {split!r}: expected one of {', '.join(get_args(SplitName))}")
     run_dir = run_of(path)
     if not (run_dir / CONFIG_FILE).exists() or not (path / WEIGHTS_FILE).exists():
         raise UserError(
@@ -71,7 +74,7 @@ def _measure(path: Path, split: SplitName) -> tuple[Evaluation, Confusion]:
     try:
         content = (path / WEIGHTS_FILE).read_bytes() if path == run_dir else read(path).model
         model.load_state_dict(safetensors.torch.load(content))
-    except (SafetensorError, RuntimeError, CorruptCheckpointError) as error:
+    except (SafetensorError, RuntimeError, OSError, CorruptCheckpointError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path / WEIGHTS_FILE} cannot be loaded: {reason}") from error
     place(model, accelerator, config)

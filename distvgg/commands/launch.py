@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from distvgg.commands.arguments import (
     Parser,
@@ -46,25 +46,25 @@ SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 class Node(FrozenModel):
     """The part of a run on one node."""
 
-    nodes: int = 1
+    nodes: int = Field(1, ge=1)
     """Number of nodes."""
-    rank: int = 0
+    rank: int = Field(0, ge=0)
     """Rank of this node. 0: the head, where all nodes meet."""
     head: str = ""
     """Host name of the head, which every node can resolve."""
-    port: int = 0
+    port: int = Field(0, ge=0, le=65535)
     """A port that is free on the head. 0: any free port, for one node only."""
     id: str = "distvgg"
     """Identifier of this run. It separates runs whose nodes meet at the same port."""
     peer: str = ""
     """Any node except the head. The head finds its own address on the route to this node."""
-    processes: int = 0
+    processes: int = Field(0, ge=0)
     """Processes on this node. 0: one per GPU, as far as they divide the micro-batches of a step."""
-    granted: int = 0
+    granted: int = Field(0, ge=0)
     """GPUs that a scheduler granted on this node."""
     uniform: bool = False
     """Every node runs as many processes as this one."""
-    max_restarts: int = 0
+    max_restarts: int = Field(0, ge=0)
     """Maximum number of restarts of all workers after one died."""
 
     @model_validator(mode="after")

@@ -60,11 +60,16 @@ def parse(recipe: str, options: dict[str, str], sweeps: Sequence[str]) -> Sweep:
     axes: dict[str, tuple[str, ...]] = {}
     for sweep in sweeps:
         name, given, text = sweep.partition("=")
+        name = name.replace("-", "_")
         if not given or not text:
             raise UserError(f"--sweep {sweep}: expected FIELD=VALUE,VALUE,...")
         if name in axes or name in options:
             raise UserError(f"--sweep {sweep}: {name} is given twice")
         axes[name] = _values(name, text)
+        if len(set(axes[name])) < len(axes[name]):
+            raise UserError(f"--sweep {sweep}: a value is given twice")
+    if any("\n" in text for text in (*options.values(), *sweeps)):
+        raise UserError("a value of a sweep has a line break, which a job array cannot pass on")
     found = Sweep(recipe, tuple(f"--{k}={v}" for k, v in options.items()), axes)
     for number in range(len(found)):
         values = dict(word[2:].split("=", 1) for word in found.words(number)[1:])
@@ -123,6 +128,8 @@ def words_of_task(sweep: Sweep, task: int, tasks: int, folder: Path) -> list[str
     Raises:
         UserError: more tasks than combinations, or all tasks would train the same run.
     """
+    if task < 0 or tasks < 1:
+        raise UserError(f"task {task} of {tasks}: expected --task >= 0 and --tasks >= 1")
     words, n = sweep.words(task if task < len(sweep) else 0), len(sweep)
     if not sweep.axes:
         seeded = any(word.startswith("--seed=") for word in sweep.options)

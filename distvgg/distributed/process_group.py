@@ -36,6 +36,7 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
             not supported; the device does not have the precision.
     """
     from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState
     from accelerate.utils import (
         GradientAccumulationPlugin,
         ProjectConfiguration,
@@ -72,6 +73,7 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     folders = run_dir and ProjectConfiguration(str(run_dir), str(run_dir / "tensorboard"))
+    AcceleratorState._reset_state()  # of an earlier run in this process (accelerate 1.15)
     launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION")
     return Accelerator(
         # From rank 0: devices of different kinds must not add gradients of different precisions.

@@ -36,7 +36,7 @@ def load_model(path: str | Path) -> VGG:
         *_, last = (name for name in weights if name.startswith("classifier."))
         model = VGG(config.model, num_classes=len(weights[last]))
         model.load_state_dict(weights)
-    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
+    except (SafetensorError, RuntimeError, ValueError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path / WEIGHTS_FILE} cannot be loaded: {reason}") from error
     return model.eval()

@@ -41,7 +41,7 @@ def read_json(path: Path, kind: type[T], remedy: str) -> T | None:
     """
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise UserError(f"{path} is damaged: delete it, and {remedy}") from error

@@ -31,7 +31,7 @@ def check_same_config(run_dir: Path, config: Config) -> Config:
         UserError: the folder was made with another config. The message names the different keys.
     """
     path = run_dir / CONFIG_FILE
-    if not path.exists():
+    if not os.path.exists(path):  # False also for a name that no file can have
         return config
     kept = load(str(path))
     theirs, ours = kept.flat(), config.flat()

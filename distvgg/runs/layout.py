@@ -18,11 +18,11 @@ LOGS = "logs"
 
 
 def run_of(path: Path) -> Path:
-    """Returns the run folder that a path refers to.
-
-    For a checkpoint this is the folder above `checkpoints/`, otherwise the path itself.
-    """
-    return path.parent.parent if path.parent.name == CHECKPOINTS and _is_checkpoint(path) else path
+    """Returns the run folder of a path: the path itself or, for a checkpoint, the run's folder."""
+    absolute = path.absolute()
+    if (path / CONFIG_FILE).exists() or absolute.parent.name != CHECKPOINTS:
+        return path
+    return absolute.parent.parent if _is_checkpoint(absolute) else path
 
 
 def checkpoint_dirs(folder: Path) -> list[Path]:

@@ -283,7 +283,7 @@ def _restore(
 def _digest(dataset: Dataset) -> str:
     """Returns the SHA-256 of labels, class names, and per-channel mean and standard deviation.
 
-    Cheap, and sensitive to almost any change of the pixels.
+    Cheap, and sensitive to almost any change of the training pixels; of test, to its labels.
     """
     digest = hashlib.sha256(repr((dataset.mean, dataset.std, dataset.class_names)).encode())
     for split in (dataset.train, dataset.test):

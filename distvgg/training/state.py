@@ -1,12 +1,12 @@
 """The parts and the state of a run.
 
 Invariant: `TrainState` and the tensors of a checkpoint are the complete state of a run; everything
-else is derived from config and data. It is the same on every rank after every step.
+else is derived from config and data. What a step changes is the same on every rank after it; what a
+clock measures and where files end is the main process's.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,10 +30,6 @@ from distvgg.training.checkpoint import CheckpointManager, optimizer_tensors
 from distvgg.training.meters import Clock
 from distvgg.training.step import StepParts
 
-if TYPE_CHECKING:
-    pass
-
-
 METER = "meter.sums"
 TRAINED = "trained."  # prefix of the trained weights where the saved network is the EMA
 
@@ -52,6 +48,7 @@ class TrainState(BaseModel, extra="forbid"):
     best_step: int | None = None
     """Step of the validation with the highest top-1 so far; the earliest of several."""
     best_top1: float = 0.0
+    """Its top-1."""
     skipped: int = 0
     """Steps that fp16 skipped."""
     skipped_in_a_row: int = 0
@@ -151,14 +148,18 @@ def checkpoint_tensors(run: Run, vgg: VGG) -> tuple[dict[str, Tensor], dict[str,
         weights where `vgg` has their average.
     """
     seen = run.state.step * run.plan.micro_batches
-    model = {
+
+    def tensors_of(network: VGG) -> dict[str, Tensor]:
         # BatchNorm counts the micro-batches of one rank; a checkpoint has the count of all ranks.
-        name: torch.full_like(value, seen) if name.endswith("num_batches_tracked") else value
-        for name, value in vgg.state_dict().items()
-    }
+        return {
+            name: torch.full_like(value, seen) if name.endswith("num_batches_tracked") else value
+            for name, value in network.state_dict().items()
+        }
+
+    model = tensors_of(vgg)
     rest = optimizer_tensors(run.optimizer, parameter_names(run.vgg)) | {METER: run.meter.sums}
     if run.ema is not None:
-        rest |= {f"{TRAINED}{name}": value for name, value in run.vgg.state_dict().items()}
+        rest |= {f"{TRAINED}{name}": value for name, value in tensors_of(run.vgg).items()}
     return model, rest
 
 

@@ -40,7 +40,7 @@ class StepParts:
     Attributes:
         model: the network with mixed precision and compilation.
         ema: the moving average of its weights, or None.
-        failed: [] float32 on the device, 1 from the first non-finite step on.
+        failed: [] float32 on the device, 1 from the first non-finite step on; unused in fp16.
     """
 
     config: Config
@@ -59,8 +59,9 @@ class StepParts:
 def train_step(parts: StepParts, step: int, micro_batches: Sequence[MicroBatch], lr: float) -> None:
     """Takes one optimizer step.
 
-    A step whose loss or gradient is not finite changes no weight, nor does any later step. In fp16,
-    which skips such steps, a later step may. `parts.monitor` reports it to the host.
+    A step whose loss or gradient is not finite changes no weight, nor does any later step, and
+    `parts.monitor` reports it to the host. In fp16 the loss scaler skips a step whose gradient is
+    not finite, and the run continues.
 
     Args:
         parts: what the step changes: weights, optimizer state, EMA, sums.
@@ -95,7 +96,7 @@ def forward(model: nn.Module, batch: MicroBatch, label_smoothing: float) -> tupl
     Returns:
         The summed cross-entropy, and the logits [m, classes].
     """
-    torch.manual_seed(batch.dropout_seed)
+    torch.manual_seed(batch.dropout_seed)  # dropout draws from the global generator only
     logits = model(batch.images)
     return summed_loss(logits, batch, label_smoothing), logits
 

@@ -14,7 +14,7 @@ from distvgg.data.loader import DeviceImages, EvalLoader
 from distvgg.data.plan import BatchPlan
 from distvgg.distributed.collectives import StopConsensus
 from distvgg.distributed.peer_failure import clean_shutdown, translate_peer_failure
-from distvgg.errors import RunError
+from distvgg.errors import RunError, UserError
 from distvgg.optim.schedule import lr_at
 from distvgg.preemption import Preempted
 from distvgg.runs.confusion import Confusion, save_confusion
@@ -30,7 +30,7 @@ from distvgg.training.state import Run, checkpoint_tensors, synchronized_eval_mo
 from distvgg.training.step import train_step
 
 
-def train(config: Config, run_dir: Path) -> Result:
+def train(config: Config, run_dir: str | Path) -> Result:
     """Trains a config in a run folder, from the folder's newest valid checkpoint on.
 
     A finished run is only read.
@@ -41,9 +41,13 @@ def train(config: Config, run_dir: Path) -> Result:
             be written.
         Preempted: a stop was requested; a checkpoint is saved.
     """
+    run_dir = Path(run_dir)
     config = check_same_config(run_dir, config)
-    if (earlier := read_result(run_dir)) is not None:
-        return earlier
+    try:
+        if (earlier := read_result(run_dir)) is not None:
+            return earlier
+    except OSError as error:
+        raise UserError(f"cannot read run folder {run_dir} ({error.strerror})") from error
     preemption.watch_stop_file(run_dir / STOP_FILE)
     with clean_shutdown(), translate_peer_failure():
         run = build(config, run_dir)
@@ -146,7 +150,8 @@ def measure(run: Run, loader: EvalLoader) -> Evaluation:
 def save_checkpoint(run: Run, tracking: Tracking) -> None:
     """Starts to save the run after its last step, on the main process, in the background.
 
-    A collective operation: every rank must call it.
+    A collective operation, unless the network of this step is measured already, as `stop_early` has
+    it: then the main process alone may call it.
     """
     run.monitor.drain()  # on all ranks, so that none saves a step that is not finite
     state, scaler = run.state, run.accelerator.scaler

@@ -93,6 +93,14 @@ def test_usage(args: list[str]) -> None:
         (["compare", "x", "--sort", "test"], "no option --sort: give one of out"),
         (["compare", "x", "--out"], "--out needs a value"),
         (["compare", "/nowhere"], "run folder /nowhere does not exist"),
+        (["compare", "x", "--out="], "is no name of a file"),
+        (["launch", "--", "nosuch"], "no recipe 'nosuch'"),
+        (["launch", "--processes", "-1", "--", "debug"], "--processes must be greater than or"),
+        (["launch", "--port", "99999", "--", "debug"], "--port must be less than or equal"),
+        (["sweep", "debug", "--sweep", "seed=0,1", "--task", "-1"], "expected --task >= 0"),
+        (["sweep", "debug", "--sweep", "train.epochs.x=1"], "unknown key train.epochs.x"),
+        (["train", "fast", "--optim.lr", "-1e-3"], "optim.lr must be greater than 0"),
+        (["bench", "fast", "--gpu", "none", "--jitter", "2"], "--jitter must be less than"),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else " ".join(value[:3]),
 )
@@ -102,6 +110,25 @@ def test_mistakes_are_one_line_and_exit_code_2(
     if args[0] == "train":
         args = [*args, "--run-dir", str(tmp_path / "run")]
     assert expected in mistake(*args)
+
+
+@pytest.mark.parametrize("name", ["file", "x" * 300])
+def test_a_run_folder_that_cannot_be_is_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    line = mistake("train", "debug", "--run-dir", str(tmp_path / name))
+    assert re.search(r"cannot (write run folder|read) \S+", line)
+
+
+def test_the_help_of_a_recipe_is_found_wherever_its_name_stands() -> None:
+    for words in (["fast", "--help"], ["--help", "fast"], ["--seed", "1", "fast", "-h"]):
+        assert "(default: muon)" in run(["train", *words]).stdout
+    done = run(["launch", "--", "fsat.yaml", "--help"])
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_options_of_version_0_1_are_accepted_where_they_were_off() -> None:
+    old = ["--train.gradient_compression", "no", "--train.start_size", "none"]
+    assert run(["config", "debug", *old]).stdout == run(["config", "debug"]).stdout
 
 
 def test_a_reader_that_has_read_enough_is_no_error() -> None:

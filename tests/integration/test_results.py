@@ -92,7 +92,9 @@ def test_a_run_folder_alone_is_enough_to_use_the_weights(finished: list[Path]) -
         assert abs(top1 - rows(folder)[-1]["test/top1"]) < 0.003  # float32 here, bf16 there
 
 
-def test_in_python_a_run_is_loaded_and_measured_again(finished: list[Path], tmp_path: Path) -> None:
+def test_in_python_a_run_is_loaded_and_measured_again(
+    finished: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = subprocess.run(
         [sys.executable, "-c", f"import distvgg; print(distvgg.evaluate({str(finished[0])!r}))"],
         env=os.environ | CPU,
@@ -109,6 +111,10 @@ def test_in_python_a_run_is_loaded_and_measured_again(finished: list[Path], tmp_
         assert torch.equal(value, checkpoint.state_dict()[name])
     with pytest.raises(UserError, match="is not the folder of a finished run"):
         distvgg.load_model(tmp_path)
+    with pytest.raises(UserError, match="expected one of test, val, train"):
+        distvgg.evaluate(finished[0], "dev")
+    monkeypatch.chdir(sorted(finished[0].glob("checkpoints/step_*"))[-1].parent)
+    assert distvgg.load_model(Path(sorted(os.listdir())[-1])).training is False
 
 
 def test_the_mirrors_accuracy_stands_beside_the_plain_one_in_every_row(

@@ -82,6 +82,18 @@ def test_a_run_is_equal_to_the_bit_over_restarts_on_other_numbers_of_processes(
     assert_same_run(tmp_path / "run", alone["bf16"])
 
 
+def test_a_checkpoint_holds_nothing_of_any_one_process(
+    alone: dict[str, Path], tmp_path: Path
+) -> None:
+    """The optimizer, the average and the weights behind it, as those of one process."""
+    folder = trained(tmp_path / "run", "bf16", 3)
+    states = [
+        sorted(f.glob("checkpoints/*/state.safetensors"))[-1] for f in (alone["bf16"], folder)
+    ]
+    assert states[0].parent.name == states[1].parent.name
+    assert states[0].read_bytes() == states[1].read_bytes()
+
+
 def test_the_runs_are_what_they_are_meant_to_be(alone: dict[str, Path]) -> None:
     """Guards the tests above: precisions differ, rows are all there, each image is counted once."""
     tables = {precision: rows(folder) for precision, folder in alone.items()}

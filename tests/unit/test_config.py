@@ -17,6 +17,11 @@ def message(recipe: str, **overrides: str) -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize("text", ["", "[]", "none", "[ ]"])
+def test_an_empty_list_may_be_written_in_any_way(text: str) -> None:
+    assert load("fast", {"model.max_pools": text}).model.max_pools == ()
+
+
 def test_overrides_win_over_the_recipe_and_text_becomes_typed() -> None:
     config = load(
         "quickstart",

@@ -49,6 +49,8 @@ def test_a_list_is_one_value() -> None:
         ({}, ["optim.lr=0.1,-1"], "optim.lr must be greater than 0"),
         ({}, ["model.max_pools=1,2,4,5"], "write each value in brackets"),
         ({}, ["optim.lr=[0.1],[0.2]"], "without brackets"),
+        ({}, ["seed=0,0"], "a value is given twice"),
+        ({"track.name": "a\nb"}, ["seed=0,1"], "a line break"),
         ({"optim.lr": "0.05,0.1"}, [], "for several values: --sweep optim.lr=..."),
     ],
 )

@@ -255,3 +255,10 @@ def test_throughput_counts_no_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
     milliseconds = [row["perf/step_ms"] for row in rows(tmp_path / "run") if "perf/step_ms" in row]
     assert len(milliseconds) >= 4
     assert max(milliseconds) < 1000
+
+
+def test_two_runs_of_different_precision_in_one_process(tmp_path: Path) -> None:
+    for precision in ("no", "bf16"):
+        config = tiny(train__precision=precision, train__epochs=0.1)
+        result = trainer.train(config, str(tmp_path / precision))
+        assert result.precision == precision
