@@ -262,7 +262,8 @@ def test_one_process_on_one_node_trains_the_run_of_two_nodes(
 @TERM
 def test_the_proof_by_jobs_finds_equal_bytes(login: Login) -> None:
     words = (sys.executable, str(ROOT / "launch" / "prove.py"), "quickstart", "--slurm")
-    words += (f"--sbatch={GPU}", *TINY, "--train.epochs", "4")
+    # Seconds are left after each cut: to notice a row, to cancel, and to see STOP take one or two.
+    words += (f"--sbatch={GPU}", *TINY, "--train.epochs", "60", "--eval.every_epochs", "20")
     done = subprocess.run(
         login.cluster.on(CONTROLLER, *words, cwd=login.folder),
         env=login.cluster.environment(login.env),
