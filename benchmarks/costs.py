@@ -1,4 +1,4 @@
-"""What does not train a network, and what more of something costs.
+"""Costs of evaluation, rows and input, and growth with processes, batch and dataset.
 
     python -m benchmarks.costs [--data.path FOLDER] [--parts processes cadence growth]
         [--rounds 3] [--quick] [--plot FILE] [--out FILE]
@@ -31,8 +31,9 @@ import psutil
 
 from benchmarks.checkpoint_cost import synchronize
 from benchmarks.input_path import noise
-from benchmarks.measure import in_turns, ratio, report, save, spread, table
+from benchmarks.measure import in_turns, ratio, report, save, spread
 from benchmarks.runs import training, words_of
+from distvgg.commands.text_tables import markdown_table
 from distvgg.config import Config, load
 from distvgg.data.cache import load_dataset
 from distvgg.data.loader import DeviceImages, EvalLoader
@@ -108,13 +109,13 @@ def processes(overrides: dict[str, Any], rounds: int, rows: int) -> dict[str, An
     found = {n: spread(values) for n, values in samples.items()}
     two_to_one = ratio(samples, "2", "1")
     cells = [[n, str(max(1, cores // int(n))), f"{s['median']:,.1f}"] for n, s in found.items()]
-    print(table(["processes", "threads of each", "images/s"], cells))
+    print(markdown_table(["processes", "threads of each", "images/s"], cells))
     print(f"two processes / one: {two_to_one}\n")
     return {"images_per_sec": found, "ratio": two_to_one}
 
 
 def cadence(run: Run, folder: Path, rounds: int) -> dict[str, Any]:
-    """What validations and rows take of training at the recipe's cadence."""
+    """Measures the share of training time of validations and rows at the recipe's intervals."""
     plan, config = run.plan, run.config
     trackings = {
         name: tracking(run, config.replace(track__wandb=name == "row, W&B offline"), folder / name)
@@ -142,9 +143,9 @@ def cadence(run: Run, folder: Path, rounds: int) -> dict[str, Any]:
     }
     enough = took["validation"]["median"] / (TARGET * epoch)
     cells = [[name, f"{1000 * s['median']:,.2f}"] for name, s in took.items()]
-    print(table(["what", "ms"], cells))
+    print(markdown_table(["what", "ms"], cells))
     cells = [[name, f"{100 * share:.3f}"] for name, share in shares.items()]
-    print(table(["share of an epoch's steps", "%"], cells))
+    print(markdown_table(["share of an epoch's steps", "%"], cells))
     print(f"a validation costs {100 * TARGET:.0f}% every {enough:.2f} epochs\n")
     return {
         "seconds": took,
@@ -199,12 +200,12 @@ def growth(run: Run, rounds: int, quick: bool) -> dict[str, Any]:
     }
     for what, by in found.items():
         cells = [[f"{int(x):,}", f"{s['median']:,.4g}"] for x, s in by.items()]
-        print(table([axes[what], what], cells), end="\n\n")
+        print(markdown_table([axes[what], what], cells), end="\n\n")
     return found
 
 
 def on_noise(run: Run, n: int, global_batch_size: int) -> Run:
-    """The same run on n random images, in global batches of another size."""
+    """Returns the same run on n random images, in global batches of another size."""
     dataset = noise(n)
     pixels = DeviceImages(
         dataset, dataset.train, run.config.model.image_size, run.accelerator.device
@@ -213,7 +214,7 @@ def on_noise(run: Run, n: int, global_batch_size: int) -> Run:
 
 
 def seconds(run: Run, what: Callable[[], Any]) -> float:
-    """Of something, the device's work included."""
+    """Measures the seconds of a function, including the device's work."""
     synchronize(run)
     began = perf_counter()
     what()
@@ -222,7 +223,7 @@ def seconds(run: Run, what: Callable[[], Any]) -> float:
 
 
 def step_seconds(run: Run, steps: int) -> float:
-    """Of a training step, the mean over some."""
+    """Measures the mean seconds of a training step."""
 
     def take() -> None:
         for _ in range(steps):
@@ -238,18 +239,18 @@ def step_seconds(run: Run, steps: int) -> float:
 
 
 def images_per_sec(run: Run) -> float:
-    """Of training, over a block of images."""
+    """Measures the throughput of training over a block of images."""
     batch = run.plan.global_batch_size
     return batch / step_seconds(run, BLOCK // batch)
 
 
 def step_ms(run: Run) -> float:
-    """Of a training step, over a block of images."""
+    """Measures the milliseconds of a training step over a block of images."""
     return 1000 * step_seconds(run, BLOCK // run.plan.global_batch_size)
 
 
 def input_ms(run: Run) -> float:
-    """Of a step's input, the mean over an epoch, the drawing of that among them."""
+    """Measures the mean milliseconds of a step's input over an epoch, its drawing included."""
     first, steps = run.state.step, run.plan.steps(1)
 
     def take() -> None:

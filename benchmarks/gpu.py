@@ -46,7 +46,8 @@ from benchmarks.fixed_batch import (
     fixed_batch,
     synchronize,
 )
-from benchmarks.measure import Samples, in_turns, ratio, report, save, spread, table
+from benchmarks.measure import Samples, in_turns, ratio, report, save, spread
+from distvgg.commands.text_tables import markdown_table
 from distvgg.config import Config, load
 from distvgg.data.cache import load_dataset
 from distvgg.data.plan import BatchPlan
@@ -226,7 +227,7 @@ def measure_rate(setting: Setting) -> Findings:
 
     samples = in_turns({f"{n} x {n}": rate(n) for n in sizes.matrices}, sizes.rounds)
     rows = [[name, f"{max(values):.4g}"] for name, values in samples.items()]
-    print(table(["bf16 matrix product", "TFLOP/s, best"], rows) + "\n")
+    print(markdown_table(["bf16 matrix product", "TFLOP/s, best"], rows) + "\n")
     best = max(map(max, samples.values()))
     return {"best_tflops": float(f"{best:.4g}")} | {k: spread(v) for k, v in samples.items()}
 
@@ -254,7 +255,7 @@ def measure_throughput(setting: Setting, rate: Findings | None) -> Findings:
         findings[str(size)] = found
         rows += [speed_row(name, images[name], f) for name, f in found.items()]
     if rows:
-        print(table(header, rows) + "\n")
+        print(markdown_table(header, rows) + "\n")
     return findings
 
 
@@ -408,7 +409,7 @@ def measure_traffic(setting: Setting) -> Findings:
                 findings[label] = traffic_of(run, place, setting.sizes.profiled)
         forget()
     rows = [[label, *(_cell(f[name]) for name in COLUMNS)] for label, f in findings.items()]
-    print(table(["a step of the training loop", *COLUMNS.values()], rows) + "\n")
+    print(markdown_table(["a step of the training loop", *COLUMNS.values()], rows) + "\n")
     return findings
 
 
@@ -543,7 +544,7 @@ def measure_first_step(setting: Setting) -> Findings:
         until_first_row(setting)  # the data are decoded, the files of the libraries in memory
         samples = in_turns(cases, setting.sizes.starts)
     rows = [[name, f"{spread(values)['median']:.2f}"] for name, values in samples.items()]
-    print(table(["from the start of the process", "seconds"], rows) + "\n")
+    print(markdown_table(["from the start of the process", "seconds"], rows) + "\n")
     return {name: spread(values) for name, values in samples.items()}
 
 
@@ -650,7 +651,7 @@ def measure_target(setting: Setting, target: float, epochs: float | None) -> Fin
     }
     header = [f"val/top1 {target}", "epochs", "seconds of training", "since the process began"]
     cells = [f"{when['val_top1']:.4f}", f"{when['epoch']:.2f}"]
-    print(table(header, [[*cells, str(when["training_s"]), str(when["wall_s"])]]) + "\n")
+    print(markdown_table(header, [[*cells, str(when["training_s"]), str(when["wall_s"])]]) + "\n")
     return findings | {"reached": when}
 
 

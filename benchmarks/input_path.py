@@ -29,7 +29,8 @@ from torch.utils import data
 from torchvision import transforms  # type: ignore[import-untyped]
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
-from benchmarks.measure import in_turns, ratio, report, save, spread, table
+from benchmarks.measure import in_turns, ratio, report, save, spread
+from distvgg.commands.text_tables import markdown_table
 from distvgg.config import Config, load
 from distvgg.data.cache import load_dataset
 from distvgg.data.dataset import Dataset, Split, train_val_indices
@@ -70,7 +71,7 @@ def main() -> int:
         [name, f"{spread(values)['median']:,.0f}", f"{ratios.get(name, 1):.3g}"]
         for name, values in samples.items()
     ]
-    print(table(["input path", "images/s", "distvgg is faster by"], cells))
+    print(markdown_table(["input path", "images/s", "distvgg is faster by"], cells))
     found = {name: spread(values) for name, values in samples.items()}
     shape = {"images": len(rows), "batch": batch, "workers": options.workers}
     save(report(device, **shape, images_per_sec=found, ratio=ratios), options.out)

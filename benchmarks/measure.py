@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 
-from distvgg.commands.text_tables import markdown_table
 from distvgg.runs.provenance import commit, hardware, versions
 
 Samples = dict[str, list[float]]
-table = markdown_table
 
 
 def in_turns(cases: Mapping[str, Callable[[], float]], rounds: int) -> Samples:

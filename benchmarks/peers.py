@@ -42,6 +42,7 @@ from torchvision import transforms  # type: ignore[import-untyped]
 from benchmarks import measure
 from benchmarks.chaos import rows
 from benchmarks.runs import PLAIN
+from distvgg.commands.text_tables import markdown_table
 from distvgg.config import Config, load
 from distvgg.data.cache import load_dataset
 from distvgg.distributed.device import device_here, resolve_precision
@@ -489,7 +490,7 @@ def main() -> int:
     num_classes = load_dataset(config.data).num_classes  # decoded once, before any clock runs
     samples = measure.in_turns({n: c.images_per_sec for n, c in chosen.items()}, options.rounds)
     results = [row(name, case, samples) for name, case in chosen.items()]
-    print(measure.table(*in_cells(results)))
+    print(markdown_table(*in_cells(results)))
     model = build_vgg(config.model, num_classes, config.seed)
     findings = measure.report(
         device,

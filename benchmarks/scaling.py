@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.measure import in_turns, report, save, table
+from benchmarks.measure import in_turns, report, save
 from distvgg.commands.bench import (
     FEW,
     MANY,
@@ -42,6 +42,7 @@ from distvgg.commands.bench import (
     step_times,
 )
 from distvgg.commands.bench_options import BenchOptions, gpu_spec, interconnect
+from distvgg.commands.text_tables import markdown_table
 from distvgg.config import Config, load
 from distvgg.distributed.cost_model import Fabric, Gpu, Link, Setup, exchange, levels, step
 from distvgg.distributed.reduction_plan import MIB, TreePlan, levels_of
@@ -88,13 +89,13 @@ def main() -> int:
         work(config, options.steps, options.worker)
         return 0
     if options.levels:
-        print(table(["GPUs", *LEVELS], by_levels(config)))
+        print(markdown_table(["GPUs", *LEVELS], by_levels(config)))
         return 0
     words = ["--recipe", recipe, "--steps", str(options.steps), *(["--quick"] * options.quick)]
     runs = measure(words, 1 if options.quick else options.rounds)
     rows = compare(config, runs)
     link = gloo(runs["together"]).inside
-    print(table(HEADER, list(map(cells, rows))))
+    print(markdown_table(HEADER, list(map(cells, rows))))
     print(f"gloo: {1e6 * link.hop:.0f} us a message, {link.bandwidth / 1e9:.2f} GB/s")
     found = report(torch.device("cpu"), recipe=recipe, gloo=link._asdict(), rows=rows, runs=runs)
     save(found, options.out)

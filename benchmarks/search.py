@@ -21,8 +21,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field
 
-from benchmarks.measure import table
 from distvgg import metrics
+from distvgg.commands.text_tables import markdown_table
 from distvgg.config import load
 from distvgg.runs.result import Result, read_result
 
@@ -122,7 +122,7 @@ def summary(plan: Search, results: dict[tuple[str, int], Result]) -> str:
         )
     seeds = " ".join(map(str, plan.seeds))
     header = ["case", f"val top-1, seeds {seeds}", "mean", "gain", "95% interval", "images/s"]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def interval(values: Sequence[float]) -> str:

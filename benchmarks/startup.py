@@ -30,8 +30,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import in_turns, ratio, report, save, spread, table
+from benchmarks.measure import in_turns, ratio, report, save, spread
 from benchmarks.runs import PLAIN, ROOT, training, words_of
+from distvgg.commands.text_tables import markdown_table
 from distvgg.config import load
 from distvgg.data.cache import cache_entry, load_dataset
 from distvgg.distributed.device import device_here, resolve_precision
@@ -46,8 +47,11 @@ HELPS = {"--help": ["--help"], "train fast --help": ["train", "fast", "--help"]}
 NARROW = ("--model.width", "0.05", "--train.precision", "no")
 # What starts torch._dynamo is any optimizer (torch 2.14): told apart from the rest of torch.
 DYNAMO = "torch._dynamo"
-LOAD = "from distvgg.cli import resolve; from distvgg.data.cache import load_dataset; import sys;"
-LOAD += "load_dataset(resolve(sys.argv[1:])[1].data)"
+LOAD = (
+    "import sys; from distvgg.commands.arguments import resolve, train_parser\n"
+    "from distvgg.config import Config; from distvgg.data.cache import load_dataset\n"
+    "load_dataset(resolve(train_parser(Config()).parse(sys.argv[1:]))[1].data)"
+)
 
 
 def main() -> int:
@@ -122,11 +126,12 @@ def first_step(words: Sequence[str], rounds: int, quick: bool) -> dict[str, Any]
     }
     found = {name: spread(values) for name, values in samples.items()}
     print(
-        table(["start", "s"], [[name, f"{s['median']:.2f}"] for name, s in found.items()]),
+        markdown_table(["start", "s"], [[name, f"{s['median']:.2f}"] for name, s in found.items()]),
         end="\n\n",
     )
     print(
-        table(["ratio", ""], [[name, f"{value:.2f}"] for name, value in ratios.items()]), end="\n\n"
+        markdown_table(["ratio", ""], [[name, f"{value:.2f}"] for name, value in ratios.items()]),
+        end="\n\n",
     )
     return {"seconds": found, "bare_step_seconds": spread(steps), "ratios": ratios}
 
@@ -162,7 +167,7 @@ def imports(words: Sequence[str]) -> dict[str, float]:
         text = started.log.read_text()
     spent = by_package(text)
     cells = [[name, f"{ms:,.0f}"] for name, ms in spent.items()]
-    print(table(["imports of train fast", "ms"], cells), end="\n\n")
+    print(markdown_table(["imports of train fast", "ms"], cells), end="\n\n")
     return spent
 
 
@@ -197,7 +202,7 @@ def help_texts(rounds: int) -> dict[str, Any]:
     samples = in_turns({name: partial(seconds, words) for name, words in HELPS.items()}, rounds)
     found = {name: spread(values) for name, values in samples.items()}
     print(
-        table(["help", "s"], [[name, f"{s['median']:.2f}"] for name, s in found.items()]),
+        markdown_table(["help", "s"], [[name, f"{s['median']:.2f}"] for name, s in found.items()]),
         end="\n\n",
     )
     return found
@@ -224,7 +229,7 @@ def decode(words: Sequence[str], counts: Sequence[int]) -> list[dict[str, Any]]:
         [str(f["processes"]), f"{f['seconds']:.1f}", " ".join(f"{c:.1f}" for c in f["cpu_seconds"])]
         for f in found
     ]
-    print(table(["processes on an empty cache", "s", "CPU s of each"], cells), end="\n\n")
+    print(markdown_table(["processes on an empty cache", "s", "CPU s of each"], cells), end="\n\n")
     return found
 
 
@@ -263,7 +268,7 @@ def memory(words: Sequence[str], counts: Sequence[int]) -> list[dict[str, Any]]:
         for f in found
     ]
     header = ["processes", "images in the cache, MiB", "PSS of each", "sum", "sum if not shared"]
-    print(table(header, cells), end="\n\n")
+    print(markdown_table(header, cells), end="\n\n")
     return found
 
 

@@ -1,15 +1,16 @@
 """The command line: parses words and calls a command; contains no logic.
 
-Invariant: nothing heavy is imported before it is needed, and a user error is one line on the main
-process and exit code 2.
+Each command is a parser and a function of the parsed options. Invariant: nothing heavy is imported
+before it is needed, and a user error is one line on the main process and exit code 2.
 """
 
 import argparse
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from distvgg import __version__, environment, preemption
 from distvgg.commands.arguments import (
@@ -20,7 +21,6 @@ from distvgg.commands.arguments import (
     add_run_options,
     asks_for_help,
     config_to_show,
-    default_run_dir,
     one_recipe,
     overrides,
     resolve,
@@ -51,6 +51,20 @@ Recipes: {recipes}
 Options: distvgg COMMAND --help; with the values of a recipe: distvgg train RECIPE --help"""
 
 
+class Command(NamedTuple):
+    """A sub-command.
+
+    Attributes:
+        parser: makes the parser; the help shows the values of the given config.
+        run: runs the command and returns the text to print.
+        default: the recipe where none is given, if any.
+    """
+
+    parser: Callable[[Config], Parser]
+    run: Callable[[Namespace], str]
+    default: tuple[str, ...] = ()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command of the command line and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -68,23 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE.format(recipes=", ".join(recipe_names())))
         return 0 if words else 2
-    commands: dict[str, Callable[[list[str]], str]] = {
-        "train": train,
-        "evaluate": evaluate,
-        "compare": compare,
-        "curves": curves,
-        "tables": tables,
-        "config": config,
-        "doctor": doctor,
-        "sweep": sweep,
-        "bench": bench,
-    }
     if words[0] == "train":
         preemption.install()
     try:
-        if words[0] not in commands:
-            raise UserError(f"no command {words[0]!r}: give one of {', '.join(commands)}")
-        text, code = commands[words[0]](words[1:]), 0
+        text, code = _run(words[0], words[1:]), 0
     except UserError as error:
         _complain(error)
         return 2
@@ -104,28 +105,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def train(words: list[str]) -> str:
-    """Runs `distvgg train`."""
+def _run(name: str, words: Sequence[str]) -> str:
+    if name not in COMMANDS:
+        raise UserError(f"no command {name!r}: give one of {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
     if asks_for_help(words):
-        return train_parser(config_to_show(words)).format_help().rstrip()
-    _, resolved, run_dir = resolve(words)
+        return command.parser(config_to_show([*words, *command.default])).format_help().rstrip()
+    return command.run(command.parser(Config()).parse(words))
+
+
+def _train(options: Namespace) -> str:
+    _, config, run_dir = resolve(options)
     from distvgg.training.trainer import train
 
-    return train(resolved, run_dir).text()
+    return train(config, run_dir).text()
 
 
-def config(words: list[str]) -> str:
-    """Runs `distvgg config`."""
-    if asks_for_help(words):
-        text = "Prints the whole config of a recipe as YAML, which is itself a recipe."
-        parser = Parser("config", text, RUN_USAGE)
-        add_run_options(parser, config_to_show(words))
-        return parser.format_help().rstrip()
-    return resolve(words)[1].to_yaml().rstrip()
+def _config_parser(shown: Config) -> Parser:
+    text = "Prints the whole config of a recipe as YAML, which is itself a recipe."
+    parser = Parser("config", text, RUN_USAGE)
+    add_run_options(parser, shown)
+    return parser
 
 
-def evaluate(words: list[str]) -> str:
-    """Runs `distvgg evaluate`."""
+def _config(options: Namespace) -> str:
+    return resolve(options)[1].to_yaml().rstrip()
+
+
+def _evaluate_parser(_: Config) -> Parser:
     parser = Parser(
         "evaluate",
         """Evaluates the weights of a finished run or of a checkpoint.
@@ -145,17 +152,23 @@ The output also lists the most frequently confused classes.""",
         help="test, only for the final weights of a finished run; val, the images held out of"
         " train; or train, the images trained on, without augmentation (default: test)",
     )
-    if asks_for_help(words):
-        return parser.format_help().rstrip()
-    options = parser.parse(words)
+    return parser
+
+
+def _evaluate(options: Namespace) -> str:
     from distvgg.commands.evaluate import evaluate_run
 
     return evaluate_run(options.run_dir, options.split)
 
 
-def compare(words: list[str]) -> str:
-    """Runs `distvgg compare`."""
-    parser = Parser(
+def _parser_of_runs(command: str, description: str) -> Parser:
+    parser = Parser(command, description)
+    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path, help="folders of runs")
+    return parser
+
+
+def _compare_parser(_: Config) -> Parser:
+    parser = _parser_of_runs(
         "compare",
         """Compares runs in one table.
 
@@ -163,22 +176,21 @@ The table has the config fields that differ, accuracies, throughput and state, w
 standard deviation over runs that differ only in their seed. The command works at any time, also
 during runs.""",
     )
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path, help="folders of runs")
     parser.add_argument(
         "--out", metavar="FILE", type=_file, help="also write the table to this file"
     )
-    if asks_for_help(words):
-        return parser.format_help().rstrip()
-    options = parser.parse(words)
+    return parser
+
+
+def _compare(options: Namespace) -> str:
     from distvgg.commands.compare import compare
 
     return compare(options.run_dirs, options.out)
 
 
-def curves(words: list[str]) -> str:
-    """Runs `distvgg curves`."""
-    parser = Parser("curves", "Draws loss, accuracy, learning rate and throughput of runs.")
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path, help="folders of runs")
+def _curves_parser(_: Config) -> Parser:
+    text = "Draws loss, accuracy, learning rate and throughput of runs."
+    parser = _parser_of_runs("curves", text)
     parser.add_argument(
         "--out",
         metavar="FILE",
@@ -186,33 +198,31 @@ def curves(words: list[str]) -> str:
         default=Path("curves.svg"),
         help="file to write; its ending says the format (default: curves.svg)",
     )
-    if asks_for_help(words):
-        return parser.format_help().rstrip()
-    options = parser.parse(words)
+    return parser
+
+
+def _curves(options: Namespace) -> str:
     from distvgg.commands.curves import draw
 
     return draw(options.run_dirs, options.out)
 
 
-def tables(words: list[str]) -> str:
-    """Runs `distvgg tables`."""
-    parser = Parser(
+def _tables_parser(_: Config) -> Parser:
+    return _parser_of_runs(
         "tables",
         """Prints accuracies, costs and confusions of finished runs as Markdown.
 
 Several folders must hold runs whose configs differ only in the seed.""",
     )
-    parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path, help="folders of runs")
-    if asks_for_help(words):
-        return parser.format_help().rstrip()
-    options = parser.parse(words)
+
+
+def _tables(options: Namespace) -> str:
     from distvgg.commands.tables import tables
 
     return tables(options.run_dirs)
 
 
-def doctor(words: list[str]) -> str:
-    """Runs `distvgg doctor`."""
+def _doctor_parser(shown: Config) -> Parser:
     parser = Parser(
         "doctor",
         """Checks this machine and, with a recipe, the run that `train` would start.
@@ -227,26 +237,22 @@ note, or fix with what to do. The exit code is 1 if there is something to fix.""
         help="also decode the data of the recipe into the cache, for machines without a network"
         " that see the same DISTVGG_CACHE",
     )
-    add_run_options(parser, config_to_show(words) if asks_for_help(words) else Config())
-    if asks_for_help(words):
-        return parser.format_help().rstrip()
-    options = parser.parse(words)
-    changed = overrides(options)
-    recipe, checked = None, Config()
-    if options.recipe or changed or options.prepare or options.run_dir:
-        recipe = one_recipe(options.recipe)
-        checked = load(recipe, changed)
+    add_run_options(parser, shown)
+    return parser
+
+
+def _doctor(options: Namespace) -> str:
+    config, run_dir = None, Path("runs")
+    if options.recipe or overrides(options) or options.prepare or options.run_dir:
+        _, config, run_dir = resolve(options)
     if environment.rank():
         return ""  # the main process checks for all processes
     from distvgg.commands.doctor import run_checks
 
-    run_dir = options.run_dir or (recipe and default_run_dir(recipe, checked)) or "runs"
-    config = None if recipe is None else checked
-    return run_checks(config, Path(run_dir), prepare=options.prepare)
+    return run_checks(config, run_dir, prepare=options.prepare)
 
 
-def sweep(words: list[str]) -> str:
-    """Runs `distvgg sweep`."""
+def _sweep_parser(shown: Config) -> Parser:
     parser = Parser(
         "sweep",
         """Checks a sweep and lists its combinations, or prints the command line of one combination.
@@ -270,10 +276,11 @@ options hold for all of them.""",
         help="number of one combination; without --sweep, the seed",
     )
     parser.add_argument("--tasks", type=int, metavar="INT", help="size of the job array")
-    add_run_options(parser, config_to_show(words) if asks_for_help(words) else Config())
-    if asks_for_help(words):
-        return parser.format_help().rstrip()
-    options = parser.parse(words)
+    add_run_options(parser, shown)
+    return parser
+
+
+def _sweep(options: Namespace) -> str:
     from distvgg.commands.sweep import parse, words_of_task
 
     found = parse(one_recipe(options.recipe), overrides(options), options.sweep)
@@ -290,8 +297,7 @@ options hold for all of them.""",
     return "\n".join(words_of_task(found, options.task, tasks, folder))
 
 
-def bench(words: list[str]) -> str:
-    """Runs `distvgg bench`."""
+def _bench_parser(shown: Config) -> Parser:
     parser = Parser(
         "bench",
         """Predicts step time, throughput and efficiency on 1 to 1,024 GPUs from one GPU's speed.
@@ -306,20 +312,30 @@ described in distvgg/distributed/cost_model.py.""",
     )
     parser.add_argument("--json", action="store_true", help="print the curves as JSON")
     add_model_options(parser, BenchOptions())
-    parser.add_config_options(config_to_show([*words, "fast"]))
-    if asks_for_help(words):
-        return parser.format_help().rstrip()
-    options = parser.parse(words)
-    recipe = one_recipe(options.recipe or ["fast"])
+    parser.add_config_options(shown)
+    return parser
+
+
+def _bench(options: Namespace) -> str:
+    recipe = one_recipe(options.recipe or COMMANDS["bench"].default)
+    config = load(recipe, overrides(options))
     of_bench = {n: v for n, v in vars(options).items() if n in BenchOptions.model_fields}
     from distvgg.commands.bench import bench
 
-    return bench(
-        load(recipe, overrides(options)),
-        recipe,
-        validated(BenchOptions, of_bench),
-        as_json=options.json,
-    )
+    return bench(config, recipe, validated(BenchOptions, of_bench), as_json=options.json)
+
+
+COMMANDS = {
+    "train": Command(train_parser, _train),
+    "evaluate": Command(_evaluate_parser, _evaluate),
+    "compare": Command(_compare_parser, _compare),
+    "curves": Command(_curves_parser, _curves),
+    "tables": Command(_tables_parser, _tables),
+    "config": Command(_config_parser, _config),
+    "doctor": Command(_doctor_parser, _doctor),
+    "sweep": Command(_sweep_parser, _sweep),
+    "bench": Command(_bench_parser, _bench, ("fast",)),
+}
 
 
 def _file(text: str) -> Path:

@@ -406,8 +406,6 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
 def _merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
     """Sets dotted names in nested mappings; validation rejects what must not be a mapping."""
     for dotted, value in overrides.items():
-        if isinstance(value, str) and value.lower() in ("none", "null"):
-            value = None
         *sections, field = dotted.split(".")
         inner = values
         for depth, section in enumerate(sections):
@@ -419,7 +417,12 @@ def _merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
                     values[dotted] = value
                 break
         else:
-            inner[field] = value
+            inner[field] = from_text(value)
+
+
+def from_text(value: Any) -> Any:
+    """Returns None for the text `none` or `null`, and any other value unchanged."""
+    return None if isinstance(value, str) and value.lower() in ("none", "null") else value
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

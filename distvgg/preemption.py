@@ -101,8 +101,7 @@ def requested() -> bool:
     """Returns True if this process has a stop request."""
     global _looked, _stop_reason
     now = time.monotonic()
-    due = _looking and _stop_file is not None and now - _looked >= LOOK_EVERY
-    if _stop_reason is None and _stop_file is not None and due:
+    if _stop_reason is None and _looking and _stop_file and now - _looked >= LOOK_EVERY:
         _looked = now
         # Unlike Path.exists, os.path.exists is False on a transient network file system error.
         if os.path.exists(_stop_file):

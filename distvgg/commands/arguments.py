@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from distvgg.config import TRAIN_FIELDS_OF_0_1, Config, load, recipe_names
+from distvgg.config import TRAIN_FIELDS_OF_0_1, Config, from_text, load, recipe_names
 from distvgg.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -44,8 +44,7 @@ class Parser(argparse.ArgumentParser):
             UserError: always.
         """
         if found := re.fullmatch(r"argument (--\S+): expected one argument", message):
-            name = found[1].split("/")[0]
-            raise UserError(f"{name} needs a value: {name} VALUE")
+            raise UserError(f"{found[1]} needs a value: {found[1]} VALUE")
         if found := re.fullmatch(r"the following arguments are required: (.+)", message):
             raise UserError(f"missing {found[1]}: see {self.prog} --help")
         raise UserError(message.removeprefix("argument "))
@@ -129,10 +128,8 @@ def validated(model: type[Model], values: dict[str, str]) -> Model:
     Raises:
         UserError: a value out of range.
     """
-    none = ("none", "null")
-    typed = {name: None if text.lower() in none else text for name, text in values.items()}
     try:
-        return model.model_validate(typed)
+        return model.model_validate({name: from_text(value) for name, value in values.items()})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if not first["loc"]:
@@ -173,13 +170,12 @@ def overrides(options: argparse.Namespace) -> dict[str, str]:
     return {name: v for name, v in vars(options).items() if "." in name or name in plain}
 
 
-def resolve(words: Sequence[str]) -> tuple[str, Config, Path]:
-    """Returns the recipe, config and run folder of a `train` command line.
+def resolve(options: argparse.Namespace) -> tuple[str, Config, Path]:
+    """Returns the recipe, config and run folder of the options that `add_run_options` adds.
 
     Raises:
         UserError: no recipe, an unknown key, a value out of range.
     """
-    options = train_parser(Config()).parse(words)
     recipe = one_recipe(options.recipe)
     config = load(recipe, overrides(options))
     return recipe, config, Path(options.run_dir or default_run_dir(recipe, config))

@@ -34,6 +34,7 @@ from distvgg.runs.layout import (
     RESULT_FILE,
     checkpoint_dirs,
 )
+from distvgg.runs.metrics_file import read_rows
 from distvgg.runs.result import Result, read_result
 
 # Prefixes of fields that name a run or select what it keeps or reads. They change no number of it.
@@ -216,9 +217,9 @@ def _reached(run_dir: Path, rows: Sequence[Progress], config: Config) -> str:
 def _progress(run_dir: Path) -> list[Progress]:
     """Returns the rows so far, except lines that are half written or damaged by a power loss."""
     rows = []
-    for line in (_content(run_dir / METRICS_FILE) or b"").splitlines():
+    for row in read_rows(run_dir / METRICS_FILE):
         with suppress(ValueError):
-            rows.append(Progress.model_validate_json(line))
+            rows.append(Progress.model_validate(row))
     return rows
 
 

@@ -1,6 +1,5 @@
 """`distvgg curves`: the curves of run folders in one picture, from their metrics.jsonl."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from distvgg.errors import UserError
 from distvgg.metrics import STEP
 from distvgg.runs.layout import METRICS_FILE
+from distvgg.runs.metrics_file import read_rows
 
 PANELS = {
     "loss": ("train/loss", "val/loss"),
@@ -15,19 +15,6 @@ PANELS = {
     "learning rate": ("train/lr",),
     "images/s": ("perf/images_per_sec",),
 }
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the complete rows of a metrics file; a run may be writing it."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and STEP in row:
-            rows.append(row)
-    return rows
 
 
 def draw(run_dirs: Sequence[Path], out: Path) -> str:
@@ -56,12 +43,12 @@ def draw(run_dirs: Sequence[Path], out: Path) -> str:
         raise UserError(f"{missing[0]} has no {METRICS_FILE}: give folders of runs")
     figure, axes = plt.subplots(1, len(PANELS), figsize=(15, 3.6), layout="constrained")
     for run_dir in run_dirs:
-        table = _rows(run_dir / METRICS_FILE)
+        table = read_rows(run_dir / METRICS_FILE)
         for axis, (title, names) in zip(axes, PANELS.items(), strict=True):
             axis.set(title=title, xlabel="step")
             axis.grid(alpha=0.3)
             for name in names:
-                points = [(row["step"], row[name]) for row in table if name in row]
+                points = [(row[STEP], row[name]) for row in table if name in row]
                 label = name if len(run_dirs) == 1 else f"{run_dir.name} {name}"
                 # A value measured once or twice is a point; many make a line.
                 style: dict[str, Any] = {"marker": "o"} if len(points) < 5 else {}

@@ -7,7 +7,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from distvgg import metrics
-from distvgg.config import Config, SplitName, load
+from distvgg.config import Config, SplitName
 from distvgg.data.cache import load_dataset
 from distvgg.data.dataset import train_val_indices
 from distvgg.data.loader import DeviceImages, EvalLoader
@@ -15,9 +15,10 @@ from distvgg.distributed.device import place
 from distvgg.distributed.peer_failure import clean_shutdown, translate_peer_failure
 from distvgg.distributed.process_group import start
 from distvgg.errors import UserError
+from distvgg.models.pretrained import run_with_weights
 from distvgg.models.vgg import VGG
 from distvgg.runs.confusion import Confusion, by_superclass, describe_pairs
-from distvgg.runs.layout import CONFIG_FILE, WEIGHTS_FILE, run_of
+from distvgg.runs.layout import WEIGHTS_FILE
 from distvgg.runs.result import read_result
 from distvgg.training.checkpoint import CorruptCheckpointError, read
 from distvgg.training.evaluation import Evaluation, evaluate_over_ranks
@@ -53,13 +54,7 @@ def evaluate_run(path: Path, split: SplitName) -> str:
 def _measure(path: Path, split: SplitName) -> tuple[Evaluation, Confusion]:
     if split not in get_args(SplitName):
         raise UserError(f"split {split!r}: expected one of {', '.join(get_args(SplitName))}")
-    run_dir = run_of(path)
-    if not (run_dir / CONFIG_FILE).exists() or not (path / WEIGHTS_FILE).exists():
-        raise UserError(
-            f"{path} is not the folder of a finished run, nor a checkpoint: it needs {CONFIG_FILE}"
-            f" and {WEIGHTS_FILE}, which distvgg train leaves there"
-        )
-    config = load(str(run_dir / CONFIG_FILE))
+    run_dir, config = run_with_weights(path)
     if split == "test":
         _refuse_test(path, run_dir, config)
     accelerator = start(config)

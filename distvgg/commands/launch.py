@@ -26,9 +26,10 @@ from distvgg.commands.arguments import (
     add_model_options,
     asks_for_help,
     resolve,
+    train_parser,
     validated,
 )
-from distvgg.config import FrozenModel, TrainConfig
+from distvgg.config import Config, FrozenModel, TrainConfig
 from distvgg.errors import UserError
 from distvgg.runs.layout import REQUEUE_FILE
 
@@ -41,6 +42,12 @@ NOWHERE = "192.0.2.1"  # RFC 5737; used only to look up the default route
 # Signals that end the launcher and are forwarded to the workers, which then save. The launcher's
 # default list lacks the last two, which would kill the launcher and with it the workers.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+
+
+DESCRIPTION = """Starts the processes of a run on this node, as the scripts in launch/ do.
+
+The words after -- are those of `distvgg train`. The exit code is that of the process that failed
+first; 2 is an error that the user can fix."""
 
 
 class Node(FrozenModel):
@@ -77,7 +84,7 @@ class Node(FrozenModel):
 def main(words: list[str]) -> int:
     """Runs the workers of this node to their end and returns the exit code."""
     end = words.index("--") if "--" in words else len(words)
-    parser = Parser("launch", __doc__ or "")
+    parser = Parser("launch", DESCRIPTION, "[--option VALUE ...] -- RECIPE ... [as train]")
     add_model_options(parser, Node())
     if asks_for_help(words[:end]):
         print(parser.format_help().rstrip())
@@ -87,7 +94,7 @@ def main(words: list[str]) -> int:
         node = validated(Node, vars(parser.parse(words[:end])))
         if not ACCELERATE_CONFIG.exists():
             raise UserError(f"{ACCELERATE_CONFIG} does not exist: distvgg launch needs a checkout")
-        _, config, run_dir = resolve(train)
+        _, config, run_dir = resolve(train_parser(Config()).parse(train))
     except UserError as error:
         return complain(node, error, everywhere=True)
     try:

@@ -7,7 +7,7 @@ schema before the first is trained. Imports no torch.
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,30 +20,29 @@ _VALUE = re.compile(r"\[[^\[\]]*\]|[^,\[\]]+")
 
 @dataclass(frozen=True)
 class Sweep:
-    """A recipe, fixed options, and the fields whose values are combined.
+    """A recipe, fixed options, and the combinations of values of other fields.
 
     Attributes:
         recipe: the name of a packaged recipe, or the path of a YAML file.
-        options: each is `--name=VALUE`.
-        axes: dotted field name -> its values, as text; the last axis changes fastest.
+        options: dotted field name -> value as text, for all combinations.
+        combinations: the same, of each combination; one empty combination without a sweep.
     """
 
     recipe: str
-    options: tuple[str, ...]
-    axes: dict[str, tuple[str, ...]]
+    options: dict[str, str]
+    combinations: tuple[dict[str, str], ...]
 
     def __len__(self) -> int:
-        """Returns the number of combinations; 1 without axes."""
-        return len(list(self._combinations()))
+        """Returns the number of combinations."""
+        return len(self.combinations)
+
+    def values(self, number: int) -> dict[str, str]:
+        """Returns the config fields of one combination, counted from 0."""
+        return self.options | self.combinations[number]
 
     def words(self, number: int) -> list[str]:
         """Returns the recipe and options of `train` for one combination, counted from 0."""
-        return [self.recipe, *self.options, *list(self._combinations())[number]]
-
-    def _combinations(self) -> Iterator[tuple[str, ...]]:
-        names = self.axes.keys()
-        for values in itertools.product(*self.axes.values()):
-            yield tuple(f"--{name}={value}" for name, value in zip(names, values, strict=True))
+        return [self.recipe, *(f"--{name}={value}" for name, value in self.values(number).items())]
 
 
 def parse(recipe: str, options: dict[str, str], sweeps: Sequence[str]) -> Sweep:
@@ -70,11 +69,12 @@ def parse(recipe: str, options: dict[str, str], sweeps: Sequence[str]) -> Sweep:
             raise UserError(f"--sweep {sweep}: a value is given twice")
     if any("\n" in text for text in (*options.values(), *sweeps)):
         raise UserError("a value of a sweep has a line break, which a job array cannot pass on")
-    found = Sweep(recipe, tuple(f"--{k}={v}" for k, v in options.items()), axes)
+    # The last field changes fastest.
+    combinations = (dict(zip(axes, v, strict=True)) for v in itertools.product(*axes.values()))
+    found = Sweep(recipe, options, tuple(combinations))
     for number in range(len(found)):
-        values = dict(word[2:].split("=", 1) for word in found.words(number)[1:])
         try:
-            load(recipe, values)
+            load(recipe, found.values(number))
         except UserError as error:
             several = [n for n, v in options.items() if "," in v and n not in list_fields()]
             hint = f"; for several values: --sweep {several[0]}=..." if several else ""
@@ -116,7 +116,7 @@ def list_fields() -> set[str]:
 def words_of_task(sweep: Sweep, task: int, tasks: int, folder: Path) -> list[str]:
     """Returns the words of `train` for one task of a job array.
 
-    The task trains the combination of its number. Without axes, the number is the seed. The run
+    The task trains the combination of its number. Without a sweep, the number is the seed. The run
     folder has the number as its name.
 
     Args:
@@ -130,15 +130,15 @@ def words_of_task(sweep: Sweep, task: int, tasks: int, folder: Path) -> list[str
     """
     if task < 0 or tasks < 1:
         raise UserError(f"task {task} of {tasks}: expected --task >= 0 and --tasks >= 1")
-    words, n = sweep.words(task if task < len(sweep) else 0), len(sweep)
-    if not sweep.axes:
-        seeded = any(word.startswith("--seed=") for word in sweep.options)
+    where = ["--run-dir", str(folder / str(task))]
+    if sweep.combinations == ({},):
+        seeded = "seed" in sweep.options
         if seeded and tasks > 1:
             raise UserError(
                 f"all {tasks} tasks would train the same run: drop --seed, so that each takes its"
                 " number as the seed, or sweep over it: --sweep seed=0,1"
             )
-        words += [] if seeded else [f"--seed={task}"]
-    elif task >= n:
+        return [*sweep.words(0), *([] if seeded else [f"--seed={task}"]), *where]
+    if task >= (n := len(sweep)):
         raise UserError(f"task {task} of {n} combinations: set --array 0-{n - 1}")
-    return [*words, "--run-dir", str(folder / str(task))]
+    return [*sweep.words(task), *where]

@@ -57,7 +57,7 @@ def tables(run_dirs: Sequence[Path]) -> str:
 
 
 def accuracies(split: str, results: Sequence[Result]) -> str:
-    """A row for each metric, a column for each seed; mean and spread where there are several."""
+    """Returns a table of metrics by seed, with the spread over seeds if there are several."""
     measured = [r.val if split == "val" else r.test for r in results]
     rows = [row for row in measured if row is not None]
     if len(rows) < len(results):
@@ -83,7 +83,7 @@ def accuracies(split: str, results: Sequence[Result]) -> str:
 
 
 def spread(values: Sequence[float], several: bool) -> list[str]:
-    """Mean, sample standard deviation and the standard error of the mean."""
+    """Returns the mean, its sample standard deviation and its standard error, if `several`."""
     if not several:
         return []
     deviation = statistics.stdev(values)
@@ -92,12 +92,12 @@ def spread(values: Sequence[float], several: bool) -> list[str]:
 
 
 def binomial_error(share: float, n: int) -> float:
-    """The standard error of a share of `n` images."""
+    """Returns the standard error of a share of `n` images."""
     return math.sqrt(share * (1 - share) / n)
 
 
 def cost(config: Config, results: Sequence[Result], confusions: Sequence[Confusion]) -> str:
-    """What a run's training took; it is one number of images for all seeds."""
+    """Returns a table of the images, time and arithmetic of one training, equal for all seeds."""
     images = results[0].steps * config.train.global_batch_size
     speeds = [r.images_per_sec for r in results if r.images_per_sec]
     body = [["images trained on", f"{images:,}"]]
@@ -117,14 +117,14 @@ def cost(config: Config, results: Sequence[Result], confusions: Sequence[Confusi
 
 
 def tutorial_flops() -> float:
-    """Floating-point operations of the baseline's training."""
+    """Returns the floating-point operations of training the recipe `tutorial`."""
     config = load("tutorial")
     images = config.train.epochs * (TUTORIAL_IMAGES - config.data.val_size)
     return images * training_flops(config.model, TUTORIAL_CLASSES)
 
 
 def confusions(same: Sequence[Confusion]) -> list[str]:
-    """The worst pairs, and the worst and best classes, over all runs."""
+    """Returns tables of the most confused pairs, and of the worst and best classes."""
     counts = np.sum([c.counts for c in same], axis=0)
     total = replace(same[0], counts=counts.tolist())
     title = f"{total.split}, {counts.sum():,} images of {len(same)} run(s)"

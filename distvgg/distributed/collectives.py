@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from distvgg.distributed.host_copy import HostCopy
 from distvgg.errors import UserError
@@ -23,8 +23,6 @@ def machines(accelerator: "Accelerator") -> list[dict[str, str]]:
 
     Every rank must call this function.
     """
-    from accelerate.utils import gather_object
-
     found: list[dict[str, str]] = gather_object([machine(accelerator.device)])
     return found
 
@@ -76,8 +74,6 @@ def from_local_main(accelerator: "Accelerator", here: T | None) -> T | None:
 
     Every rank must call this function.
     """
-    from accelerate.utils import gather_object
-
     leader = accelerator.process_index - accelerator.local_process_index
     found: T | None = gather_object([here])[leader]
     return found

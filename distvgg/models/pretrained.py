@@ -5,7 +5,7 @@ from pathlib import Path
 import safetensors.torch
 from safetensors import SafetensorError
 
-from distvgg.config import load
+from distvgg.config import Config, load
 from distvgg.errors import UserError
 from distvgg.models.vgg import VGG
 from distvgg.runs.layout import CONFIG_FILE, WEIGHTS_FILE, run_of
@@ -24,13 +24,7 @@ def load_model(path: str | Path) -> VGG:
         UserError: `path` is neither of these folders, or its files are corrupt.
     """
     path = Path(path)
-    run_dir = run_of(path)
-    if not (run_dir / CONFIG_FILE).exists() or not (path / WEIGHTS_FILE).exists():
-        raise UserError(
-            f"{path} is not the folder of a finished run, nor a checkpoint: it needs {CONFIG_FILE}"
-            f" and {WEIGHTS_FILE}, which distvgg train leaves there"
-        )
-    config = load(str(run_dir / CONFIG_FILE))
+    _, config = run_with_weights(path)
     try:
         weights = safetensors.torch.load_file(path / WEIGHTS_FILE)
         *_, last = (name for name in weights if name.startswith("classifier."))
@@ -40,3 +34,21 @@ def load_model(path: str | Path) -> VGG:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path / WEIGHTS_FILE} cannot be loaded: {reason}") from error
     return model.eval()
+
+
+def run_with_weights(path: Path) -> tuple[Path, Config]:
+    """Returns the run folder and the config of a path that holds weights.
+
+    Args:
+        path: the folder of a finished run, or one of its `checkpoints/step_*`.
+
+    Raises:
+        UserError: neither of these.
+    """
+    run_dir = run_of(path)
+    if not (run_dir / CONFIG_FILE).exists() or not (path / WEIGHTS_FILE).exists():
+        raise UserError(
+            f"{path} is not the folder of a finished run, nor a checkpoint: it needs {CONFIG_FILE}"
+            f" and {WEIGHTS_FILE}, which distvgg train leaves there"
+        )
+    return run_dir, load(str(run_dir / CONFIG_FILE))

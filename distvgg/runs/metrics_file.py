@@ -14,11 +14,13 @@ import math
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
-from distvgg.metrics import Row
+from distvgg.metrics import STEP, Row
 
 
 class Mark(BaseModel, frozen=True, extra="forbid"):
@@ -106,3 +108,18 @@ def holds(path: Path, mark: Mark) -> bool:
     except OSError:
         head = b""
     return len(head) == mark.bytes and hashlib.sha256(head).hexdigest() == mark.sha256
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a metrics file; none if there is no such file.
+
+    Skips lines that are half written, by a running launch or a power loss.
+    """
+    rows = []
+    content = path.read_bytes() if path.exists() else b""
+    for line in content.splitlines():
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and STEP in row:
+                rows.append(row)
+    return rows

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Trainable:
-    """What a checkpoint restores: the network, its average, the optimizer, unwritten sums."""
+    """The parts that a checkpoint restores: network, EMA, optimizer, sums of unwritten rows."""
 
     vgg: VGG
     ema: EMA | None
@@ -91,15 +91,13 @@ def build(config: Config, folder: Path) -> Run:
     if locks:
         metadata, keep = preprocessing.metadata(), config.checkpoint.keep
         checkpoints = CheckpointManager(folder / CHECKPOINTS, keep, metadata)
+    found = _newest(checkpoints, folder, accelerator)
     state = TrainState(data=_digest(dataset))
-    if (found := _newest(checkpoints, folder, accelerator)) is not None:
+    if found is not None:
         state = _restore(found, state, trainable, accelerator)
     # After the digest of the data was compared: other data must not overwrite the file.
     broadcast_from_main(accelerator, lambda: _write_preprocessing(preprocessing, folder))
-    state.starts.append((state.step, world_size))
-    notes = _note_machine(state, accelerator, config, resumed=found is not None)
-    if requested == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16"):
-        notes.append(f"precision {config.train.precision}, as given to the launcher")
+    notes = _note_launch(state, accelerator, config, requested, resumed=found is not None)
 
     vgg, ema, device = trainable.vgg, trainable.ema, accelerator.device
     torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
@@ -119,7 +117,6 @@ def build(config: Config, folder: Path) -> Run:
         dataset=dataset,
         preprocessing=preprocessing,
         plan=plan,
-        global_batch_size=plan.global_batch_size,
         steps=plan.steps(config.train.epochs),
         loader=DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index),
         val_loader=EvalLoader(pixels, val_rows, config.eval.batch_size),
@@ -161,14 +158,25 @@ def _build_trainable(
     return _Trainable(vgg, ema, optimizer, TrainMeter(accelerator.device))
 
 
-def _note_machine(
-    state: TrainState, accelerator: "Accelerator", config: Config, *, resumed: bool
+def _note_launch(
+    state: TrainState, accelerator: "Accelerator", config: Config, requested: str, *, resumed: bool
 ) -> list[str]:
-    """Records device and versions in the state, and returns what changed since the last launch."""
+    """Records this launch in the state, and returns lines for the user.
+
+    Args:
+        state: of the run, at its newest checkpoint.
+        accelerator: the handle on the process group.
+        config: with the precision resolved.
+        requested: the precision before that.
+        resumed: the state comes from a checkpoint.
+    """
+    state.starts.append((state.step, accelerator.num_processes))
     found = machines(accelerator)
     threads = config.train.cpu_threads if accelerator.device.type == "cpu" else None
     notes = environment.notes(found, state.machine if resumed else None, threads)
     state.machine = found[0]
+    if requested == "auto" and os.environ.get("ACCELERATE_MIXED_PRECISION") in ("bf16", "fp16"):
+        notes.append(f"precision {config.train.precision}, as given to the launcher")
     return notes
 
 

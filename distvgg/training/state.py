@@ -17,7 +17,6 @@ from distvgg import metrics
 from distvgg.data.dataset import Dataset
 from distvgg.data.loader import DeviceImages, DeviceLoader, EvalLoader
 from distvgg.data.micro_batches import MicroBatchSource
-from distvgg.data.plan import BatchPlan
 from distvgg.distributed.gradients import GradientReducer
 from distvgg.distributed.reduction_plan import TreePlan
 from distvgg.distributed.step_sums import StepReducer
@@ -81,7 +80,6 @@ class Run(StepParts):
     folder: Path
     dataset: Dataset
     preprocessing: Preprocessing
-    plan: BatchPlan
     steps: int
     loader: MicroBatchSource
     val_loader: EvalLoader
@@ -106,7 +104,6 @@ def of_global_batch(run: Run, size: int, pixels: DeviceImages, rows: np.ndarray)
     return replace(
         run,
         plan=plan,
-        global_batch_size=size,
         loader=DeviceLoader(run.config, pixels, rows, plan, run.accelerator.process_index),
         tree=tree,
         sums=StepReducer(run.accelerator, tree, batch_norm_layers(run.vgg), run.queue),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from distvgg import preemption
 from distvgg.config import Config
 from distvgg.data.loader import MicroBatch
+from distvgg.data.plan import BatchPlan
 from distvgg.distributed.step_sums import StepReducer
 from distvgg.models.ema import EMA
 from distvgg.optim.build import set_lr, skip_step_if
@@ -53,7 +54,7 @@ class StepParts:
     meter: TrainMeter
     monitor: StepMonitor
     failed: Tensor
-    global_batch_size: int
+    plan: BatchPlan
 
 
 def train_step(parts: StepParts, step: int, micro_batches: Sequence[MicroBatch], lr: float) -> None:
@@ -74,10 +75,10 @@ def train_step(parts: StepParts, step: int, micro_batches: Sequence[MicroBatch],
         parts.sums.add(batch.k, loss, logits, batch.hard_labels)
         if batch is micro_batches[-1]:
             parts.sums.start(preemption.requested())  # overlaps with the last backward
-        parts.accelerator.backward(loss / parts.global_batch_size)
+        parts.accelerator.backward(loss / parts.plan.global_batch_size)
     parts.gradients.finish()
     losses, correct, stop = parts.sums.finish()
-    parts.meter.add(losses.sum(), correct.sum(), parts.global_batch_size)
+    parts.meter.add(losses.sum(), correct.sum(), parts.plan.global_batch_size)
     norm = clip_gradients(parts)
     parts.monitor.push(step, losses, norm, stop)
     if parts.accelerator.scaler is None:  # a scaler skips the step itself

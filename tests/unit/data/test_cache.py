@@ -72,6 +72,18 @@ print(hashlib.sha256(np.array(dataset.train.images)).hexdigest(), len(dataset.te
     )
 
 
+def two_builds_at_once(path: str, cache: Path, before: str) -> None:
+    """Both must succeed, with the same arrays."""
+    processes = [child(path, cache, before=before) for _ in range(2)]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [p.returncode for p in processes] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0] != ""
+
+
 def test_two_processes_on_a_cold_cache_decode_once(
     parquet: str, cold: Path, tmp_path: Path
 ) -> None:
@@ -84,14 +96,7 @@ def logged(*args, **kwargs):
     build(*args, **kwargs)
 cache._build = logged
 """
-    processes = [child(parquet, cold, before=before) for _ in range(2)]
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [p.returncode for p in processes] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0] != ""
+    two_builds_at_once(parquet, cold, before)
     assert log.read_text() == "built\n"
 
 
@@ -160,14 +165,7 @@ def test_a_whole_entry_is_read_without_writing(
 
 def test_without_file_locks_two_builds_at_once_leave_one_entry(parquet: str, cold: Path) -> None:
     before = "cache.lock = lambda *_, **__: False"
-    processes = [child(parquet, cold, before=before) for _ in range(2)]
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [p.returncode for p in processes] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0] != ""
+    two_builds_at_once(parquet, cold, before)
     assert sorted(p.suffix for p in cold.iterdir()) == ["", ".lock"]
 
 
