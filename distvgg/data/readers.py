@@ -213,7 +213,7 @@ def _rows(where: str, table: Any) -> Rows:
     encoded = table.select_columns([images[0]])
     try:
         encoded = encoded.cast_column(images[0], datasets.Image(decode=False))
-    except Exception as error:  # any type, as above
+    except (pa.ArrowException, TypeError, ValueError) as error:
         raise UserError(
             f"{where}: column {images[0]} holds no image files ({reason(error)}): store the bytes"
             " of PNG or JPEG there"

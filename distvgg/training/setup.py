@@ -80,10 +80,7 @@ def build(config: Config, folder: Path) -> Run:
     locks: list[int] = []  # on the main process only
     broadcast_from_main(accelerator, lambda: locks.append(claim_run_dir(folder, config)))
     dataset = _load_dataset(config, accelerator, folder)
-    train_rows, val_rows = train_val_indices(dataset.train.labels, config.data)
-    batch, world_size = config.train, accelerator.num_processes
-    plan = BatchPlan(len(train_rows), batch.global_batch_size, batch.micro_batch_size, world_size)
-
+    plan, loader, val_loader = _build_loaders(config, dataset, accelerator)
     ranks, queue = ranks_of(accelerator), ExchangeQueue(accelerator.device)
     trainable = _build_trainable(config, dataset.num_classes, accelerator, ranks, queue)
     preprocessing = Preprocessing.of(dataset, config.model.image_size)
@@ -105,7 +102,6 @@ def build(config: Config, folder: Path) -> Run:
     model.train()
     if ema is not None:
         accelerator.prepare_model(ema.network, evaluation_mode=True)
-    pixels = DeviceImages(dataset, dataset.train, config.model.image_size, device)
     tree = TreePlan(plan.micro_batches, ranks)
     gradients = GradientReducer(vgg.parameters(), tree, queue)
     gradients.attach()
@@ -118,8 +114,8 @@ def build(config: Config, folder: Path) -> Run:
         preprocessing=preprocessing,
         plan=plan,
         steps=plan.steps(config.train.epochs),
-        loader=DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index),
-        val_loader=EvalLoader(pixels, val_rows, config.eval.batch_size),
+        loader=loader,
+        val_loader=val_loader,
         vgg=vgg,
         ema=ema,
         model=model,
@@ -142,6 +138,18 @@ def build(config: Config, folder: Path) -> Run:
         lock=locks[0] if locks else None,
         notes=notes,
     )
+
+
+def _build_loaders(
+    config: Config, dataset: Dataset, accelerator: "Accelerator"
+) -> tuple[BatchPlan, DeviceLoader, EvalLoader]:
+    """Splits the dataset, and moves its images to the device."""
+    train_rows, val_rows = train_val_indices(dataset.train.labels, config.data)
+    batch, world_size = config.train, accelerator.num_processes
+    plan = BatchPlan(len(train_rows), batch.global_batch_size, batch.micro_batch_size, world_size)
+    pixels = DeviceImages(dataset, dataset.train, config.model.image_size, accelerator.device)
+    loader = DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index)
+    return plan, loader, EvalLoader(pixels, val_rows, config.eval.batch_size)
 
 
 def _build_trainable(
