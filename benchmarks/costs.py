@@ -39,6 +39,7 @@ from distvgg.data.cache import load_dataset
 from distvgg.data.loader import DeviceImages, EvalLoader
 from distvgg.distributed.device import device_here
 from distvgg.metrics import IMAGES_PER_SEC
+from distvgg.runs.layout import CONFIG_FILE
 from distvgg.tracking.trackers import Tracking
 from distvgg.training.setup import build
 from distvgg.training.state import Run, of_global_batch
@@ -160,6 +161,7 @@ def cadence(run: Run, folder: Path, rounds: int) -> dict[str, Any]:
 def tracking(run: Run, config: Config, folder: Path) -> Tracking:
     """Destinations of rows in a folder of their own."""
     folder.mkdir()
+    (folder / CONFIG_FILE).write_text(config.to_yaml())  # for the process that serves W&B
     run.accelerator.trackers = []  # init_trackers adds to the list that the last Tracking holds
     with redirect_stdout(sys.stderr):
         return Tracking(run.accelerator, config, folder, run.steps)
@@ -278,7 +280,7 @@ def children_cpu_seconds() -> float:
 
 
 def draw(findings: dict[str, Any], out: Path) -> None:
-    """AugmentParams how costs grow: medians, with smallest and largest as bars."""
+    """Draws how costs grow: medians, with smallest and largest as bars."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -39,6 +39,7 @@ usage: distvgg COMMAND ...
   compare RUN_DIR... [--out FILE]                            runs as one table, seeds averaged
   curves RUN_DIR... --out FILE                               their curves in one picture
   tables RUN_DIR...                                          results over seeds, as Markdown
+  sync RUN_DIR...                                            sends rows that W&B lacks
   config RECIPE [--section.field VALUE ...]                  the whole config as YAML
   doctor [RECIPE] [--prepare] [as train]                     what works here, and what to fix
   sweep RECIPE --sweep FIELD=VALUE,VALUE ... [as train]      combinations of values, for a job array
@@ -222,6 +223,21 @@ def _tables(options: Namespace) -> str:
     return tables(options.run_dirs)
 
 
+def _sync_parser(_: Config) -> Parser:
+    return _parser_of_runs(
+        "sync",
+        """Sends the rows that the W&B server lacks.
+
+For runs that were offline or were killed, and for runs without W&B. Sends no row twice.""",
+    )
+
+
+def _sync(options: Namespace) -> str:
+    from distvgg.tracking.wandb_sync import sync
+
+    return "\n".join(map(sync, options.run_dirs))
+
+
 def _doctor_parser(shown: Config) -> Parser:
     parser = Parser(
         "doctor",
@@ -331,6 +347,7 @@ COMMANDS = {
     "compare": Command(_compare_parser, _compare),
     "curves": Command(_curves_parser, _curves),
     "tables": Command(_tables_parser, _tables),
+    "sync": Command(_sync_parser, _sync),
     "config": Command(_config_parser, _config),
     "doctor": Command(_doctor_parser, _doctor),
     "sweep": Command(_sweep_parser, _sweep),

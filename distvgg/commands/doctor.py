@@ -37,7 +37,7 @@ from distvgg.runs.files import free_space
 from distvgg.runs.folder import check_is_run_dir, check_same_config
 from distvgg.runs.layout import CHECKPOINTS
 from distvgg.tracking.trackers import require_tensorboard
-from distvgg.tracking.wandb_tracker import upload_command, wandb_mode
+from distvgg.tracking.wandb_sync import OfflineError, check_online, sync_command
 
 # The result of a check. A check raises UserError if there is something to fix.
 Finding = tuple[Literal["ok", "note"], str]
@@ -246,10 +246,15 @@ def run_bytes(config: Config, classes: int) -> int:
 
 def wandb(config: Config, run_dir: Path) -> Finding:
     """Reports whether W&B is online, offline or off."""
-    mode, why = wandb_mode() if config.track.wandb else ("disabled", "")
-    if mode == "offline":
-        return "note", f"offline ({why}), in the run folder; to upload: {upload_command(run_dir)}"
-    return "ok", "off, as set" if mode == "disabled" else "online: a key, and a way to its server"
+    if not config.track.wandb:
+        return "ok", "off, as set"
+    try:
+        check_online()
+    except OfflineError as error:
+        if not str(error):
+            return "ok", "off, as set"
+        return "note", f"offline ({error}); to upload: {sync_command(run_dir)}"
+    return "ok", "online: a key, and a way to its server"
 
 
 def _size(size: int) -> str:

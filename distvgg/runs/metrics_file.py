@@ -44,7 +44,6 @@ class MetricsFile:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self._path, self._say = path, say
         os.ftruncate(self._file, mark.bytes)
-        self.rows: list[Row] = [json.loads(line) for line in path.read_bytes().splitlines()]
         self._on_disk = self._length = mark.bytes
         self._digest = hashlib.sha256(path.read_bytes())
         self._waiting: list[bytes] = []

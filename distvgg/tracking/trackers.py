@@ -8,6 +8,7 @@ destination prompts the user. W&B, the only remote destination, cannot end a run
 long.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from distvgg.errors import UserError
 from distvgg.runs.layout import METRICS_FILE
 from distvgg.runs.metrics_file import Mark, MetricsFile
 from distvgg.tracking.console import Console
-from distvgg.tracking.wandb_tracker import WandB, wandb_mode
+from distvgg.tracking.wandb_tracker import WandB
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,7 +47,8 @@ class Tracking:
         self._trackers: list[GeneralTracker] = []
         self._console: Console | None = None
         self._file: MetricsFile | None = None
-        self.curves = [str(run_dir / METRICS_FILE)]
+        self._wandb: WandB | None = None
+        self._local = [str(run_dir / METRICS_FILE)]
         if not accelerator.is_main_process:
             return
         self._console = Console(steps, done)
@@ -54,18 +56,19 @@ class Tracking:
         accelerator.log_with = [JsonLines(self._file), self._console]
         if config.track.tensorboard:
             accelerator.log_with.append(require_tensorboard())
-            self.curves.append(f"tensorboard --logdir {run_dir / 'tensorboard'}")
-        mode, why = wandb_mode() if config.track.wandb else ("disabled", "")
-        if mode != "disabled":
-            wandb = WandB(config, run_dir, mode, why, self.say, self._file.rows)
-            accelerator.log_with.append(wandb)
+            self._local.append(f"tensorboard --logdir {run_dir / 'tensorboard'}")
+        if config.track.wandb and os.environ.get("WANDB_MODE") != "disabled":
+            self._wandb = WandB(run_dir, self.say)
+            accelerator.log_with.append(self._wandb)
         flat = {k: v if v is not None else "none" for k, v in config.flat().items()}
         # Hide TensorBoard's rows of steps after the checkpoint, because those steps run again.
         purge = {"tensorboard": {"purge_step": done + 1}}
         accelerator.init_trackers(config.track.project, flat, purge)
         self._trackers = accelerator.trackers
-        if mode != "disabled":
-            self.curves.extend(wandb.curves())
+
+    def curves(self) -> list[str]:
+        """Lists the places and addresses of the curves."""
+        return self._local + (self._wandb.curves() if self._wandb else [])
 
     def log(self, row: metrics.Row) -> None:
         """Passes a row, with its `step`, to every destination."""

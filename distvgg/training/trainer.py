@@ -231,7 +231,7 @@ def finish(run: Run, tracking: Tracking) -> Result:
         test=test,
         starts=state.starts,
         images_per_sec=run.clock.images_per_sec(),
-        curves=tracking.curves,
+        curves=tracking.curves(),
     )
     if run.checkpoints is not None:
         run.checkpoints.wait()

@@ -71,8 +71,8 @@ def test_a_sound_machine_is_told_check_by_check_and_left_as_it_was(tmp_path: Pat
     assert found["environment"] == ("ok", "nothing that changes numbers")
     assert found["W&B"] == (
         "note",
-        "offline (no API key, see wandb login), in the run folder; to upload:"
-        " wandb sync RUN_DIR/wandb",
+        "offline (No API key configured. Use `wandb login` to log in); to upload:"
+        " distvgg sync RUN_DIR",
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -58,7 +58,7 @@ def test_the_first_command_trains_over_two_processes_and_says_where_the_curves_a
     done = shell(SETUP, checkout)
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout
-    assert re.search(r"W&B: offline.*wandb sync", done.stdout)
+    assert re.search(r"W&B: offline.*distvgg sync", done.stdout)
     (run_dir,) = (checkout / "runs").iterdir()
     assert f"curves: runs/{run_dir.name}/metrics.jsonl" in done.stdout
     accuracy = re.search(r"  val   loss .*, top1 ([\d.]+)%", done.stdout)

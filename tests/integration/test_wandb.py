@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -16,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from distvgg.config import load
 from processes import CPU, ROOT, rows, run, tiny
 from processes import at_a_terminal as run_at_a_terminal
-from wandb_client import client, login, own, read_offline
+from wandb_client import login, own, read_offline
 from wandb_server import ENTITY, KEY, ReceivedRun, WandbServer, serving
 
 pytestmark = pytest.mark.usefixtures("newcomer")
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("newcomer")
 STEPS = 10  # of TINY
 ROWS = STEPS + 2  # train rows, val, test
 OFFLINE = re.compile(
-    r"W&B: offline \((.+)\)\. To upload: (wandb sync .+); to view: wandb leet (.+)"
+    r"W&B: offline \((.+)\)\. To upload: (distvgg sync .+); to view: wandb leet (.+)"
 )
 
 
@@ -53,7 +53,7 @@ class Outcome:
         said = OFFLINE.fullmatch(line)
         assert said, line
         folder = Path(shlex.split(said[3])[0])
-        assert said[2] == f"wandb sync {shlex.quote(str(self.folder / 'wandb'))}"
+        assert said[2] == f"distvgg sync {shlex.quote(str(self.folder))}"
         return said[1], said[2], folder
 
 
@@ -140,18 +140,41 @@ def at_a_terminal(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 def test_without_a_key_nobody_is_asked_and_no_row_is_lost(at_a_terminal: Outcome) -> None:
     why, _, folder = at_a_terminal.offline()
-    assert why == "no API key, see wandb login"
+    assert "wandb login" in why
     assert read_offline(folder) == rows(at_a_terminal.folder)
 
 
-def test_the_printed_command_uploads_an_offline_run(at_a_terminal: Outcome) -> None:
+def test_the_printed_command_uploads_an_offline_run_once(at_a_terminal: Outcome) -> None:
     _, upload, _ = at_a_terminal.offline()
     with serving() as server:
-        client(upload, env=login(server))
+        for new in (ROWS, 0):
+            done = run(shlex.split(upload)[1:], env=login(server))
+            assert re.fullmatch(
+                rf"W&B: {server.url}/\S+ has {ROWS} rows, {new} of them new\n", done.stdout
+            ), done.stdout + done.stderr
     (received,) = server.runs.values()
     assert [own(row) for row in received.rows()] == rows(at_a_terminal.folder)
     assert (received.axes(), received.exit_code) == ({"*": "step"}, 0)
     assert server.unknown == set()
+
+
+@pytest.mark.parametrize(
+    ("what", "env", "said"),
+    [
+        ("run", {"WANDB_MODE": "offline"}, "W&B: offline (as set); see wandb login and WANDB_MODE"),
+        ("run", {"WANDB_MODE": "disabled"}, "W&B: disabled by its settings; see wandb login"),
+        ("run", {"WANDB_MODE": "of"}, "fix WANDB_MODE, or --track.wandb false"),
+        ("none", {}, "none: not a run folder (no config.yaml)"),
+    ],
+)
+def test_sync_says_why_it_cannot(
+    online_run: Online, tmp_path: Path, what: str, env: dict[str, str], said: str
+) -> None:
+    folder = {"run": online_run[0].folder, "none": tmp_path / "none"}[what]
+    done = run(["sync", str(folder)], env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
@@ -177,10 +200,13 @@ def test_an_outage_at_the_end_is_waited_for_only_so_long(tmp_path: Path) -> None
         outcome = trained(folder, env=login(server) | {"WANDB_FINISH_TIMEOUT": "1"})
     address, later = outcome.said()
     assert address.startswith(f"W&B: {server.url}")
-    assert later == "W&B: Timed out finishing run. Every row is in metrics.jsonl"
+    assert later == f"W&B: failed (no answer in 1 s). To upload: distvgg sync {folder}"
 
 
-def test_neither_a_missing_server_nor_the_death_of_wandb_ends_a_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["wandb-core", "wandb_sync"])
+def test_neither_a_missing_server_nor_the_death_of_wandb_ends_a_run(
+    tmp_path: Path, which: str
+) -> None:
     folder = tmp_path / "run"
     longer = ("--train.epochs", "8", "--eval.every_epochs", "8")
     with subprocess.Popen(
@@ -190,27 +216,21 @@ def test_neither_a_missing_server_nor_the_death_of_wandb_ends_a_run(tmp_path: Pa
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
-        while not (folder / "metrics.jsonl").exists() or not rows(folder):
-            assert process.poll() is None
-            time.sleep(0.05)
-        os.kill(child(process.pid, "wandb-core"), signal.SIGKILL)
-        output, _ = process.communicate(timeout=120)
+        assert process.stdout
+        shown = iter(process.stdout)
+        missing = next(line.strip() for line in shown if line.startswith("W&B:"))
+        # Before the run ends, which takes longer than the client's start.
+        offspring = psutil.Process(process.pid).children(recursive=True)
+        (victim,) = (p for p in offspring if which in " ".join(p.cmdline()))
+        victim.kill()
+        output = "".join(shown)
     assert process.returncode == 0, output
     complete(folder, steps=75)  # 8 * 600 / 64
-    missing, dead = (line for line in output.splitlines() if line.startswith("W&B:"))
+    (dead,) = (line for line in output.splitlines() if line.startswith("W&B:"))
     said = OFFLINE.fullmatch(missing)
     assert said, missing
     assert said[1] == "no connection to 127.0.0.1:1"
-    assert re.fullmatch(r"W&B: failed \(.+\); rows still go to metrics\.jsonl", dead), dead
-
-
-def child(parent: int, name: str) -> int:
-    """The process id of a child by its command's name (Linux)."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        fields = re.fullmatch(r"(\d+) \((.*)\) \w (\d+) .*", stat.read_text().strip())
-        if fields and fields[2] == name and int(fields[3]) == parent:
-            return int(fields[1])
-    raise AssertionError(f"process {parent} has no child {name}")
+    assert re.fullmatch(r"W&B: failed \(.+\)\. To upload: distvgg sync .+", dead), dead
 
 
 @pytest.fixture(scope="module")
@@ -231,11 +251,14 @@ def test_wandb_mode_disabled_leaves_no_trace(tmp_path: Path) -> None:
     assert not (outcome.folder / "wandb").exists()
 
 
-def test_wandb_is_not_even_imported_where_it_is_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize("used", [False, True])
+def test_a_broken_client_is_never_imported_by_the_training(tmp_path: Path, used: bool) -> None:
     poison = tmp_path / "poison"
     (poison / "wandb").mkdir(parents=True)
     (poison / "wandb" / "__init__.py").write_text("import os; os._exit(66)\n")
     path = os.pathsep.join([str(poison), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    outcome = trained(tmp_path / "run", "--track.wandb", "false", env={"PYTHONPATH": path})
-    assert outcome.said() == []
-    assert not (outcome.folder / "wandb").exists()
+    folder = tmp_path / "run"
+    outcome = trained(folder, f"--track.wandb={used}", env={"PYTHONPATH": path})
+    failed = f"W&B: failed (exit code 66). To upload: distvgg sync {folder}"
+    assert outcome.said() == [failed] * used
+    assert (folder / "wandb").exists() == used

@@ -3,7 +3,7 @@
     wandb_driver.py RUN_DIR WRITTEN TOTAL END
 
 Resumes from a checkpoint after WRITTEN rows and logs those after them, up to TOTAL. END: `finish`;
-`wait` to be killed; `crash`; `stop` W&B's process, log 5,000 rows more, say how long that took,
+`wait` to be killed; `crash`; `stop` W&B's processes, log 5,000 rows more, say how long that took,
 and finish.
 """
 
@@ -38,6 +38,7 @@ def main(run_dir: Path, written: int, total: int, end: str) -> None:
     )
     content = b"".join(json.dumps(row(n)).encode() + b"\n" for n in range(written))
     (run_dir / "metrics.jsonl").write_bytes(content)
+    (run_dir / "config.yaml").write_text(config.to_yaml())
     mark = Mark(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     tracking = Tracking(accelerator, config, run_dir, total, written, mark)
     for n in range(written, total):
@@ -48,8 +49,11 @@ def main(run_dir: Path, written: int, total: int, end: str) -> None:
     if end == "crash":
         raise SystemError("as asked")
     if end == "stop":
-        (core,) = (c for c in psutil.Process().children() if c.name() == "wandb-core")
-        core.send_signal(signal.SIGSTOP)
+        while not any(c.name() == "wandb-core" for c in psutil.Process().children(recursive=True)):
+            time.sleep(0.05)
+        for child in psutil.Process().children(recursive=True):
+            if child.name() == "wandb-core":
+                child.send_signal(signal.SIGSTOP)
         started = time.perf_counter()
         for n in range(total, total + 5000):
             tracking.log(row(n))

@@ -1,0 +1,294 @@
+"""Sends metrics.jsonl to Weights & Biases, in a process that cannot delay the training.
+
+A training starts `python -m distvgg.tracking.wandb_sync RUN_DIR` and holds its standard input open.
+
+Invariant: item i of the W&B run's history is row i of metrics.jsonl, over any number of kills and
+restarts. The server reports how many items it has, so metrics.jsonl alone says what is missing.
+
+Offline, the W&B client writes all rows into one file, which `wandb sync` uploads and which replaces
+the file of an earlier launch. There is no such file if a server may have rows already, because
+`wandb sync` would append all rows to them. `distvgg sync` sends the missing rows in either case.
+"""
+
+import json
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, Field, ValidationError
+
+from distvgg import file_lock, metrics
+from distvgg.config import load
+from distvgg.errors import UserError
+from distvgg.reachability import behind_proxy, connects
+from distvgg.runs.files import atomic_write
+from distvgg.runs.layout import CONFIG_FILE, METRICS_FILE, RESULT_FILE
+
+if TYPE_CHECKING:
+    from wandb import Run
+
+RUN_FILE = "run.json"  # under wandb/
+LOCK_FILE = ".lock"
+# W&B's settings, unless the environment sets them. W&B's own limit for a server's answer is 90 s.
+WANDB_DEFAULTS = {"WANDB_INIT_TIMEOUT": "20", "WANDB_CONSOLE": "off", "WANDB_SILENT": "true"}
+POLL_SECONDS = 1.0
+
+
+class OfflineError(Exception):
+    """W&B is not online; the message says why, and is empty if W&B is disabled."""
+
+
+class RunFile(BaseModel):
+    """The file wandb/run.json: the W&B run that a run folder continues.
+
+    Attributes:
+        id: of the W&B run.
+        online: a server may have rows of the W&B run.
+    """
+
+    id: str = Field(pattern=r"^[\w-]{1,64}$")
+    online: bool = True  # earlier versions wrote other fields
+
+
+class Trainer:
+    """The training that started this process, as seen from the other end of a pipe."""
+
+    def __init__(self) -> None:
+        self.succeeded = False
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def ended(self, within: float) -> bool:
+        """Waits for the end of the training, `within` seconds at most."""
+        return self._ended.wait(within)
+
+    def _watch(self) -> None:
+        self.succeeded = bool(os.read(0, 1))  # nothing if the training crashed or was killed
+        self._ended.set()
+        # The client may block forever. SIGALRM ends this process wherever it is; 0 is no limit.
+        signal.setitimer(signal.ITIMER_REAL, finish_timeout())
+
+
+def finish_timeout() -> float:
+    """Returns the seconds that an upload may take after the training; 0 is no limit."""
+    try:
+        return float(os.environ.get("WANDB_FINISH_TIMEOUT") or 20)
+    except ValueError:
+        return 20.0
+
+
+def sync_command(run_dir: Path) -> str:
+    """Returns the command that sends the rows that the server lacks."""
+    return f"distvgg sync {shlex.quote(str(run_dir))}"
+
+
+def sync(run_dir: Path) -> str:
+    """Sends the rows that the W&B server lacks, and returns a line for the user.
+
+    Raises:
+        UserError: the folder is not a run, W&B is not online, or another process sends the rows.
+    """
+    if not (run_dir / CONFIG_FILE).exists():
+        raise UserError(f"{run_dir}: not a run folder (no {CONFIG_FILE})")
+    with _locked(run_dir, wait=False):
+        try:
+            run = _start_online(run_dir)
+        except OfflineError as error:
+            why = f"offline ({error})" if str(error) else "disabled by its settings"
+            raise UserError(f"W&B: {why}; see wandb login and WANDB_MODE") from error
+        had, url = run.starting_step, run.url
+        sent = _send(run, run_dir / METRICS_FILE, lambda _: True)
+        run.finish(0 if (run_dir / RESULT_FILE).exists() else 1)
+    return f"W&B: {url} has {had + sent:,} rows, {sent:,} of them new"
+
+
+def follow(run_dir: Path, trainer: Trainer) -> None:
+    """Sends the rows of a training until it ends. Prints lines for the user."""
+    with _locked(run_dir, wait=True):
+        run: Run | None
+        try:
+            run = _start_online(run_dir)
+            _say(f"W&B: {run.url}")
+        except OfflineError as error:
+            if not str(error):
+                return
+            run = _start_offline(run_dir)
+            view = f"; to view: wandb leet {shlex.quote(str(Path(run.dir).parent))}" if run else ""
+            _say(f"W&B: offline ({error}). To upload: {sync_command(run_dir)}{view}")
+        if run:
+            _send(run, run_dir / METRICS_FILE, trainer.ended)
+            run.finish(0 if trainer.succeeded else 1)
+
+
+def check_online() -> None:
+    """Returns if W&B has a key and its server is reachable. Never prompts.
+
+    Raises:
+        OfflineError: it is not so, or W&B is set to offline or disabled.
+        UserError: a setting of W&B is invalid.
+    """
+    for name, value in WANDB_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    import wandb
+
+    stdin = sys.stdin
+    try:
+        settings = wandb.setup().settings
+        if settings.mode == "disabled":
+            raise OfflineError
+        if settings.mode in ("offline", "dryrun"):
+            raise OfflineError("as set")
+        # The client asks for a key if it sees a terminal.
+        with open(os.devnull) as sys.stdin:
+            wandb.login(verify=False)
+    except ValidationError as error:
+        setting, message = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
+        raise UserError(
+            f"W&B's setting {setting}: {message}; fix WANDB_{str(setting).upper()}, or"
+            " --track.wandb false"
+        ) from error
+    except wandb.Error as error:  # no key, or a malformed one
+        raise OfflineError(_one_line(error)) from error
+    finally:
+        sys.stdin = stdin
+    url = urlsplit(settings.base_url)
+    host, port = url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443)
+    # The client detects this by itself, but only after WANDB_INIT_TIMEOUT.
+    if not (behind_proxy(url) or connects(host, port)):
+        raise OfflineError(f"no connection to {host}:{port}")
+
+
+def _start_online(run_dir: Path) -> "Run":
+    """Continues or creates the W&B run on the server.
+
+    Raises:
+        OfflineError: W&B is not online.
+    """
+    import wandb
+
+    check_online()
+    file = _read_run_file(run_dir)
+    _write_run_file(run_dir, file)  # before a server has the id
+    try:
+        run = _init(run_dir, file.id, "online")
+    except (wandb.Error, OSError) as error:
+        wandb.teardown()  # the client's process refuses a second run with the same id
+        raise OfflineError(_one_line(error)) from error
+    _write_run_file(run_dir, RunFile(id=file.id))
+    _remove_offline_runs(run_dir, file.id)
+    return run
+
+
+def _start_offline(run_dir: Path) -> "Run | None":
+    """Starts a file for all rows; none if a server may have some of the rows already."""
+    file = _read_run_file(run_dir)
+    if file.online or any(run_dir.glob(f"wandb/offline-run-*-{file.id}/*.synced")):
+        return None
+    _write_run_file(run_dir, file)
+    _remove_offline_runs(run_dir, file.id)
+    return _init(run_dir, file.id, "offline")
+
+
+def _init(run_dir: Path, id: str, mode: Literal["online", "offline"]) -> "Run":
+    import wandb
+
+    config = load(str(run_dir / CONFIG_FILE))
+    run = wandb.init(
+        project=config.track.project,
+        name=config.track.name or run_dir.name,
+        dir=str(run_dir),
+        id=id,
+        resume="allow",
+        mode=mode,
+        config={k: "none" if v is None else v for k, v in config.flat().items()},
+    )
+    # The client drops rows whose W&B step decreases, as after a resume: `step` is sent as a value.
+    run.define_metric("*", step_metric=metrics.STEP)
+    return run
+
+
+def _send(run: "Run", path: Path, ended: Callable[[float], bool]) -> int:
+    """Sends the rows of a file that grows until `ended(seconds)`, and returns their number."""
+    index = sent = read = 0
+    over = False
+    while not over:
+        over = ended(POLL_SECONDS)  # before the file is read, so that its last rows are read
+        with path.open("rb") as file:
+            file.seek(read)
+            content = file.read()
+        content = content[: content.rfind(b"\n") + 1]
+        read += len(content)
+        for line in content.splitlines():
+            if index >= run.starting_step:
+                run.log(json.loads(line))
+                sent += 1
+            index += 1
+    return sent
+
+
+def _read_run_file(run_dir: Path) -> RunFile:
+    path = run_dir / "wandb" / RUN_FILE
+    with suppress(FileNotFoundError):
+        try:
+            return RunFile.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            _say(f"W&B: a new run with every row, because {path} is damaged")
+    return RunFile(id=os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4), online=False)
+
+
+def _write_run_file(run_dir: Path, file: RunFile) -> None:
+    atomic_write(run_dir / "wandb" / RUN_FILE, file.model_dump_json().encode())
+
+
+def _remove_offline_runs(run_dir: Path, id: str) -> None:
+    for folder in run_dir.glob(f"wandb/offline-run-*-{id}"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(run_dir: Path, *, wait: bool) -> Iterator[None]:
+    """Lets one process at a time send the rows of a run; that of a killed training may be alive."""
+    folder = run_dir / "wandb"
+    folder.mkdir(exist_ok=True)
+    with (folder / LOCK_FILE).open("w") as file:
+        try:
+            file_lock.lock(file.fileno(), wait=wait)
+        except BlockingIOError as error:
+            raise UserError(f"{run_dir}: a training sends its rows already") from error
+        yield
+
+
+def _say(line: str) -> None:
+    with suppress(BrokenPipeError):  # the training was killed
+        print(line, flush=True)
+
+
+def _one_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+
+
+def main(run_dir: Path) -> None:
+    """Runs beside a training."""
+    # The training decides when to end. A signal to all processes of a job must not end this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        follow(run_dir, Trainer())
+    # Whatever the client raises, the rows are in metrics.jsonl and the training goes on.
+    except Exception as error:
+        _say(f"W&B: failed ({_one_line(error)}). To upload: {sync_command(run_dir)}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
