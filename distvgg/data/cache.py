@@ -129,34 +129,34 @@ def _build(config: DataConfig, entry: Path, *, exclusive: bool) -> None:
         entry: the directory to make.
         exclusive: the entry's lock is held. Else another process may build the same entry.
     """
-    aside = entry.with_suffix(".building")
+    tmp_dir = entry.with_suffix(".building")
     if exclusive:
         _remove_stale_builds(entry.parent)
     else:
-        aside = entry.with_suffix(f".{socket.gethostname()}-{os.getpid()}.building")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+        tmp_dir = entry.with_suffix(f".{socket.gethostname()}-{os.getpid()}.building")
+    shutil.rmtree(tmp_dir, ignore_errors=True)
+    tmp_dir.mkdir()
     try:
         if source := source_of(config):
             from distvgg.data import decode
 
-            meta = decode.write(config, source, aside)
+            meta = decode.write(config, source, tmp_dir)
         else:
             from distvgg.data import synthetic
 
-            meta = synthetic.write(aside)
-        meta["mean"], meta["std"] = channel_moments(np.load(aside / "train_images.npy", "r"))
-        meta["files"] = {f.name: f.stat().st_size for f in aside.iterdir()}
-        (aside / "meta.json").write_text(json.dumps(meta))
-        for file in aside.iterdir():
+            meta = synthetic.write(tmp_dir)
+        meta["mean"], meta["std"] = channel_moments(np.load(tmp_dir / "train_images.npy", "r"))
+        meta["files"] = {f.name: f.stat().st_size for f in tmp_dir.iterdir()}
+        (tmp_dir / "meta.json").write_text(json.dumps(meta))
+        for file in tmp_dir.iterdir():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         if not exclusive and is_complete(entry):
             return  # another process was faster
         shutil.rmtree(entry, ignore_errors=True)  # rejected by is_complete
-        aside.rename(entry)
+        tmp_dir.rename(entry)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp_dir, ignore_errors=True)
 
 
 def _remove_stale_builds(cache: Path) -> None:
@@ -164,10 +164,10 @@ def _remove_stale_builds(cache: Path) -> None:
 
     A running build holds its lock, so its directory is kept.
     """
-    for aside in cache.glob("*.building"):
-        with suppress(OSError), _locked(aside.with_suffix(".lock"), wait=False) as exclusive:
+    for tmp_dir in cache.glob("*.building"):
+        with suppress(OSError), _locked(tmp_dir.with_suffix(".lock"), wait=False) as exclusive:
             if exclusive:
-                shutil.rmtree(aside)
+                shutil.rmtree(tmp_dir)
 
 
 def is_complete(entry: Path) -> bool:

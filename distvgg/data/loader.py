@@ -20,13 +20,13 @@ from distvgg.data.mixing import draw_mix_params, mix
 from distvgg.data.plan import BatchPlan, epoch_permutation
 from distvgg.data.transforms import (
     AugmentParams,
+    copy_async,
+    crop_and_flip,
     cutout,
     draw_epoch,
     normalise,
     resize,
-    sent,
     trivial_augment,
-    view,
 )
 from distvgg.errors import UserError
 from distvgg.rng import derive_seed
@@ -40,12 +40,12 @@ class MicroBatch(NamedTuple):
 
     Attributes:
         k: Index of the micro-batch in the step.
-        images: [m, 3, side, side], normalised.
+        images: [m, 3, image_size, image_size], normalised.
         labels: [m] int64.
         rows: Rows of the split, [m] int64.
         dropout_seed: Seed of the forward.
         partner_labels: [m] int64, or None if the images are not mixed.
-        share: Mixing weight of the first sample.
+        lam: Mixing weight of the first sample.
     """
 
     k: int
@@ -54,12 +54,12 @@ class MicroBatch(NamedTuple):
     rows: Tensor
     dropout_seed: int
     partner_labels: Tensor | None = None
-    share: float = 1.0
+    lam: float = 1.0
 
     @property
     def hard_labels(self) -> Tensor:
         """Label with the larger mixing weight for each image, [m] int64."""
-        if self.partner_labels is None or self.share >= 0.5:
+        if self.partner_labels is None or self.lam >= 0.5:
             return self.labels
         return self.partner_labels
 
@@ -68,14 +68,16 @@ class DeviceImages:
     """Images and labels of a split on a device, and their conversion to network input.
 
     Args:
-        side: The image size of the network, in pixels.
+        image_size: Side of the network's input, in pixels.
     """
 
-    def __init__(self, dataset: Dataset, split: Split, side: int, device: torch.device) -> None:
+    def __init__(
+        self, dataset: Dataset, split: Split, image_size: int, device: torch.device
+    ) -> None:
         self.device = device
         self.labels = torch.from_numpy(split.labels).to(device)
         self._images = torch.from_numpy(split.images).to(device)
-        self._side = side
+        self._image_size = image_size
         dtype = torch.get_default_dtype()
         self._mean = torch.tensor(dataset.mean, dtype=dtype, device=device)
         self._std = torch.tensor(dataset.std, dtype=dtype, device=device)
@@ -84,23 +86,23 @@ class DeviceImages:
         return len(self.labels)
 
     @property
-    def smallest_side(self) -> int:
+    def shorter_side(self) -> int:
         """Shorter side of the stored images, in pixels."""
         return min(self._images.shape[1:3])
 
-    def augmented(self, rows: Tensor, draws: AugmentParams, config: AugmentConfig) -> Tensor:
-        """Returns augmented views of some rows: [n] int64 -> [n, 3, side, side]."""
-        images = view(self._images, rows, draws, config.crop_padding)
+    def augmented(self, rows: Tensor, params: AugmentParams, config: AugmentConfig) -> Tensor:
+        """Returns augmented views of some rows: [n] int64 -> [n, 3, image_size, image_size]."""
+        images = crop_and_flip(self._images, rows, params, config.crop_padding)
         if config.trivial:
-            images = trivial_augment(images, draws)
+            images = trivial_augment(images, params)
         x = normalise(images, self._mean, self._std)
         if config.cutout:
-            x = cutout(x, draws.hole, config.cutout)
-        return resize(x, self._side)
+            x = cutout(x, params.cutout_center, config.cutout)
+        return resize(x, self._image_size)
 
     def plain(self, rows: Tensor) -> Tensor:
-        """Returns some rows without augmentation: [n] int64 -> [n, 3, side, side]."""
-        return resize(normalise(self._images[rows], self._mean, self._std), self._side)
+        """Returns some rows without augmentation: [n] int64 -> [n, 3, image_size, image_size]."""
+        return resize(normalise(self._images[rows], self._mean, self._std), self._image_size)
 
 
 class DeviceLoader:
@@ -118,11 +120,11 @@ class DeviceLoader:
     def __init__(
         self, config: Config, pixels: DeviceImages, rows: np.ndarray, plan: BatchPlan, rank: int
     ) -> None:
-        side = pixels.smallest_side
+        shortest = pixels.shorter_side
         for field in ("crop_padding", "cutout"):
-            if (value := getattr(config.augment, field)) >= side:
+            if (value := getattr(config.augment, field)) >= shortest:
                 raise UserError(
-                    f"augment.{field} {value} must be less than the images' {side} pixels"
+                    f"augment.{field} {value} must be less than the images' {shortest} pixels"
                 )
         assert len(rows) == plan.n_samples
         self._config, self._pixels, self._plan, self._rank = config, pixels, plan, rank
@@ -135,11 +137,11 @@ class DeviceLoader:
         plan, seed = self._plan, self._config.seed
         parts = []
         for epoch, first, last in plan.spans(plan.positions(step, self._rank)):
-            rows, draws = self._epoch(epoch)
-            parts.append((rows[first:last], draws.take(slice(first, last))))
+            rows, params = self._epoch(epoch)
+            parts.append((rows[first:last], params.take(slice(first, last))))
         rows = torch.cat([r for r, _ in parts])
-        draws = AugmentParams(*map(torch.cat, zip(*(d for _, d in parts), strict=True)))
-        images = self._pixels.augmented(rows, draws, self._config.augment)
+        params = AugmentParams(*map(torch.cat, zip(*(p for _, p in parts), strict=True)))
+        images = self._pixels.augmented(rows, params, self._config.augment)
         labels = self._pixels.labels[rows]
         m = plan.micro_batch_size
         return [
@@ -159,14 +161,14 @@ class DeviceLoader:
     def _mixed(self, step: int, batch: MicroBatch) -> MicroBatch:
         """Returns a micro-batch, with its images mixed in place if mixing is drawn for it."""
         config, m = self._config, len(batch.labels)
-        mixture = draw_mix_params(
+        mix_params = draw_mix_params(
             config.augment, config.seed, step, batch.k, m, self._config.model.image_size
         )
-        if mixture is None:
+        if mix_params is None:
             return batch
-        mix(batch.images, mixture)
-        partner_labels = batch.labels.roll(mixture.shift)
-        return batch._replace(partner_labels=partner_labels, share=mixture.share)
+        mix(batch.images, mix_params)
+        partner_labels = batch.labels.roll(mix_params.shift)
+        return batch._replace(partner_labels=partner_labels, lam=mix_params.lam)
 
     def rows(self, step: int, k: int) -> Tensor:
         """Returns the rows of the split in any micro-batch, also another rank's: [m] int64."""
@@ -182,8 +184,8 @@ class DeviceLoader:
         """Returns rows and augmentation parameters of one epoch in stream order, on the device."""
         seed, n, device = self._config.seed, self._plan.n_samples, self._pixels.device
         order = epoch_permutation(seed, epoch, n)
-        draws = draw_epoch(self._config.augment, seed, epoch, n).take(order).to(device)
-        return self._rows[sent(order, device)], draws
+        params = draw_epoch(self._config.augment, seed, epoch, n).take(order).to(device)
+        return self._rows[copy_async(order, device)], params
 
 
 class EvalLoader:

@@ -115,15 +115,15 @@ def weight_gradient(x: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     o = grad.shape[1]
     x, grad = _pixels_last(x), _pixels_last(grad)
     gradient = x.new_empty(o, 3, 3, i, dtype=dtype)
-    for ky, rows_out, rows_in in _meetings(h):
-        for kx, columns_out, columns_in in _meetings(w):
+    for ky, rows_out, rows_in in _overlaps(h):
+        for kx, columns_out, columns_in in _overlaps(w):
             there = grad[:, rows_out, columns_out].reshape(-1, o)
             here = x[:, rows_in, columns_in].reshape(-1, i)
             gradient[:, ky, kx] = there.T @ here
     return gradient.permute(0, 3, 1, 2)
 
 
-def _meetings(side: int) -> Iterator[tuple[int, slice, slice]]:
+def _overlaps(side: int) -> Iterator[tuple[int, slice, slice]]:
     """Yields each tap along one axis, with the outputs that it adds to and the inputs it reads."""
     for tap in range(3):
         shift = tap - 1

@@ -60,14 +60,14 @@ def atomic_write(path: Path, content: bytes, *, writer: str = "") -> None:
         OSError: the write failed, e.g. on a full disk. The old content stays, and no temporary
             file is left.
     """
-    aside = path.with_name(f".{path.name}.{writer}tmp")
+    tmp = path.with_name(f".{path.name}.{writer}tmp")
     try:
-        write_fsync(aside, content)
-        os.replace(aside, path)
+        write_fsync(tmp, content)
+        os.replace(tmp, path)
         fsync_dir(path.parent)
     except OSError:
         with suppress(OSError):
-            aside.unlink(missing_ok=True)
+            tmp.unlink(missing_ok=True)
         raise
 
 

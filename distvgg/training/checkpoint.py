@@ -177,25 +177,25 @@ class CheckpointManager:
     ) -> None:
         from safetensors.torch import save
 
-        aside, final = self._folder / f".{_name(step)}.tmp", self._folder / _name(step)
+        tmp_dir, final = self._folder / f".{_name(step)}.tmp", self._folder / _name(step)
         try:
-            self._remove(aside)
-            aside.mkdir(parents=True)
+            self._remove(tmp_dir)
+            tmp_dir.mkdir(parents=True)
             files = {}
             for name, tensors in snapshot.items():
                 content = save(tensors, self._metadata.get(name))
-                write_fsync(aside / name, content)
+                write_fsync(tmp_dir / name, content)
                 files[name] = {"size": len(content), "sha256": _sha256(content)}
             body = {"format": FORMAT, "step": step, "files": files, "progress": progress}
-            write_fsync(aside / MANIFEST_FILE, _manifest(body))
-            fsync_dir(aside)
-            _evict_page_cache(aside)
-            read(aside)
+            write_fsync(tmp_dir / MANIFEST_FILE, _manifest(body))
+            fsync_dir(tmp_dir)
+            _evict_page_cache(tmp_dir)
+            read(tmp_dir)
             self._remove(final)  # refused before, or left by a launch that was further
-            aside.rename(final)
+            tmp_dir.rename(final)
             fsync_dir(self._folder)
         except (OSError, CorruptCheckpointError):
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(tmp_dir, ignore_errors=True)
             raise
 
     def _prune(self, step: int, best: int | None) -> None:
@@ -216,10 +216,10 @@ class CheckpointManager:
     def _remove(self, path: Path) -> None:
         """Renames a directory, then deletes it, so that a kill leaves no readable part of it."""
         if path.exists():
-            aside = path.with_name(f".{path.name.strip('.')}.old")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            shutil.rmtree(aside)
+            old = path.with_name(f".{path.name.strip('.')}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+            shutil.rmtree(old)
 
 
 def read(path: Path) -> Checkpoint:

@@ -114,12 +114,12 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Computes logits: [n, 3, side, side] -> [n, classes], in float32 or float64."""
+    """Computes logits: [n, 3, image_size, image_size] -> [n, classes], in float32 or float64."""
     logits: Tensor = model(images)
     return logits.to(torch.promote_types(torch.float32, images.dtype))
 
 
-def calibration_sums(logits: Tensor, hits: Tensor) -> Tensor:
+def calibration_sums(logits: Tensor, correct: Tensor) -> Tensor:
     """Counts correct predictions and sums confidence in each bin, for the calibration error.
 
     The confidence is the probability of the predicted class. Bin `b` of `M` holds the predictions
@@ -127,7 +127,7 @@ def calibration_sums(logits: Tensor, hits: Tensor) -> Tensor:
 
     Args:
         logits: [n, classes] float.
-        hits: [n] bool, True where the most likely class is the true one.
+        correct: [n] bool, True where the most likely class is the true one.
 
     Returns:
         [2 * CALIBRATION_BINS] float64: correct predictions of each bin, then confidences.
@@ -135,7 +135,7 @@ def calibration_sums(logits: Tensor, hits: Tensor) -> Tensor:
     confidence = logits.double().softmax(1).amax(1)
     edges = torch.linspace(0, 1, CALIBRATION_BINS + 1, dtype=torch.float64, device=logits.device)
     bins = torch.bucketize(confidence, edges[1:-1])
-    facts = torch.stack([hits.double(), confidence], dim=1)
+    facts = torch.stack([correct.double(), confidence], dim=1)
     within = bins[:, None] == torch.arange(CALIBRATION_BINS, device=logits.device)
     return (facts[:, :, None] * within[:, None, :]).sum(0).flatten()
 

@@ -37,17 +37,17 @@ class TrainMeter:
 
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
-    def add(self, summed_loss: "Tensor", hits: "Tensor", count: int) -> None:
+    def add(self, summed_loss: "Tensor", correct: "Tensor", count: int) -> None:
         """Adds the sums of one step over all ranks."""
         self.sums[0].add_(summed_loss)  # `+=` would also copy the element onto itself
-        self.sums[1].add_(hits)
+        self.sums[1].add_(correct)
         self.sums[2].add_(count)
 
     def read(self) -> Row:
         """Returns the means since the last reading, and resets the sums."""
-        loss, hits, count = self.sums.tolist()  # a host sync
+        loss, correct, count = self.sums.tolist()  # a host sync
         self.sums.zero_()
-        return {TRAIN_LOSS: loss / count, TRAIN_TOP1: hits / count}
+        return {TRAIN_LOSS: loss / count, TRAIN_TOP1: correct / count}
 
 
 class Clock:

@@ -113,7 +113,7 @@ def summed_loss(logits: Tensor, batch: MicroBatch, label_smoothing: float) -> Te
 
     if batch.partner_labels is None:
         return cross_entropy(batch.labels)
-    lam = batch.share
+    lam = batch.lam
     return lam * cross_entropy(batch.labels) + (1 - lam) * cross_entropy(batch.partner_labels)
 
 

@@ -211,8 +211,8 @@ def finish(run: Run, tracking: Tracking) -> Result:
     """
     state, test = run.state, None
     if run.config.eval.test and run.dataset.test is not None:
-        side, device = run.config.model.image_size, run.accelerator.device
-        pixels = DeviceImages(run.dataset, run.dataset.test, side, device)
+        image_size, device = run.config.model.image_size, run.accelerator.device
+        pixels = DeviceImages(run.dataset, run.dataset.test, image_size, device)
         final = measure(run, EvalLoader(pixels, None, run.config.eval.batch_size))
         test = final.row
         tracking.log(step_fields(run) | add_prefix("test", test))

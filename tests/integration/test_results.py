@@ -65,8 +65,8 @@ def test_the_confusion_of_a_run_is_that_of_its_test_split(finished: list[Path]) 
         assert confusion is not None
         assert (confusion.split, len(confusion.class_names)) == ("test", 100)
         assert sum(map(sum, confusion.counts)) == last["test/count"] == 2000
-        hits = sum(row[i] for i, row in enumerate(confusion.counts))
-        assert hits / 2000 == last["test/top1"]
+        correct = sum(row[i] for i, row in enumerate(confusion.counts))
+        assert correct / 2000 == last["test/top1"]
 
 
 def test_a_run_folder_alone_is_enough_to_use_the_weights(finished: list[Path]) -> None:
@@ -186,8 +186,8 @@ def test_a_run_that_is_not_to_read_test_does_not_and_cannot_be_made_to(tmp_path:
     confusion = read_confusion(folder)
     assert confusion is not None
     assert confusion.split == "val"
-    hits = sum(row[i] for i, row in enumerate(confusion.counts))
-    assert hits / 100 == rows(folder)[-1]["val/top1"]
+    correct = sum(row[i] for i, row in enumerate(confusion.counts))
+    assert correct / 100 == rows(folder)[-1]["val/top1"]
     assert "eval.test false, which keeps test out of model selection" in refused(folder)
     again = run(["train", str(folder / "config.yaml"), "--run-dir", str(folder)])
     assert "  test  not read" in again.stdout

@@ -124,8 +124,8 @@ def test_batchnorm_takes_one_update_a_step_with_the_mean_of_its_micro_batches() 
             labels = torch.arange(8)
             sums.add(k, layer(batch).sum(), torch.eye(8) if k % 2 else torch.ones(8, 8), labels)
         sums.start(stop=False)
-        losses, hits, stop = sums.finish()
-        assert hits.tolist() == [1, 8, 1, 8, 1]
+        losses, correct, stop = sums.finish()
+        assert correct.tolist() == [1, 8, 1, 8, 1]
         assert (len(losses), stop) == (5, 0)
         mean = 0.9 * mean + 0.1 * step.mean((1, 3, 4)).mean(0)
         variance = 0.9 * variance + 0.1 * step.transpose(1, 2).flatten(2).var(2).mean(0)

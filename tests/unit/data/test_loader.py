@@ -103,7 +103,7 @@ def test_labels_are_mixed_as_images_are() -> None:
             assert before.partner_labels is None
             assert torch.equal(batch.labels, before.labels)
             replaced = (batch.images != before.images).any(1).float().mean((1, 2))
-            assert (replaced <= 1 - batch.share + 1e-6).all()
+            assert (replaced <= 1 - batch.lam + 1e-6).all()
             for image in range(8):
                 # Whose pixels came in: found by comparing with each of the micro-batch.
                 other = batch.images[image] != before.images[image]
@@ -114,9 +114,9 @@ def test_labels_are_mixed_as_images_are() -> None:
                 ]
                 labels = {int(before.labels[i]) for i in alike}
                 assert int(batch.partner_labels[image]) in labels
-            main = batch.labels if batch.share >= 0.5 else batch.partner_labels
+            main = batch.labels if batch.lam >= 0.5 else batch.partner_labels
             assert batch.hard_labels is main
-            seen.add(batch.share >= 0.5)
+            seen.add(batch.lam >= 0.5)
     assert seen == {True, False}
 
 

@@ -12,7 +12,14 @@ from torchvision.transforms import v2
 
 from distvgg.config import AugmentConfig
 from distvgg.data.mixing import MixParams, draw_mix_params, mix
-from distvgg.data.transforms import AugmentParams, cutout, draw_epoch, normalise, resize, view
+from distvgg.data.transforms import (
+    AugmentParams,
+    crop_and_flip,
+    cutout,
+    draw_epoch,
+    normalise,
+    resize,
+)
 
 
 def random_images(n: int, height: int, width: int) -> torch.Tensor:
@@ -30,14 +37,14 @@ def random_images(n: int, height: int, width: int) -> torch.Tensor:
 def test_view_equals_pad_crop_flip(height: int, width: int, padding: int, seed: int) -> None:
     images = random_images(9, height, width)
     config = AugmentConfig(crop_padding=padding)
-    draws = draw_epoch(config, seed, epoch=0, n_samples=5)
+    params = draw_epoch(config, seed, epoch=0, n_samples=5)
     index = torch.tensor([8, 0, 3, 3, 1])
-    out = view(images, index, draws, padding)
+    out = crop_and_flip(images, index, params, padding)
     for i in range(5):
         image = images[index[i]].permute(2, 0, 1)
         padded = reference.pad(image, [padding] * 4, padding_mode="reflect")
-        expected = reference.crop(padded, int(draws.top[i]), int(draws.left[i]), height, width)
-        if draws.flip[i]:
+        expected = reference.crop(padded, int(params.top[i]), int(params.left[i]), height, width)
+        if params.flip[i]:
             expected = reference.horizontal_flip(expected)
         assert torch.equal(out[i].permute(2, 0, 1), expected)
 
@@ -83,7 +90,7 @@ def test_one_kind_of_draw_does_not_move_another() -> None:
     full = draw_epoch(AugmentConfig(cutout=8, trivial=True), 0, 3, 50)
     assert all(map(torch.equal, plain[:3], full[:3]))
     alone = draw_epoch(AugmentConfig(flip="alternating", cutout=8), 0, 3, 50)
-    assert torch.equal(alone.hole, full.hole)
+    assert torch.equal(alone.cutout_center, full.cutout_center)
     assert torch.equal(alone.top, full.top)
 
 
@@ -96,11 +103,14 @@ def channels_last(n: int, side: int) -> torch.Tensor:
 @settings(max_examples=30)
 @given(height=st.integers(6, 20), width=st.integers(6, 20), size=st.integers(1, 12))
 def test_cutout_equals_erasing(height: int, width: int, size: int) -> None:
-    hole = draw_epoch(AugmentConfig(cutout=size), height, width, 6).hole
+    cutout_center = draw_epoch(AugmentConfig(cutout=size), height, width, 6).cutout_center
     images = channels_last(6, 20)[:, :, :height, :width]
-    out = cutout(images.clone(), hole, size)
+    out = cutout(images.clone(), cutout_center, size)
     for i in range(6):
-        y, x = int(hole[i, 0] * height) - size // 2, int(hole[i, 1] * width) - size // 2
+        y, x = (
+            int(cutout_center[i, 0] * height) - size // 2,
+            int(cutout_center[i, 1] * width) - size // 2,
+        )
         top, left = max(0, y), max(0, x)
         expected = reference.erase(
             images[i], top, left, y + size - top, x + size - left, torch.zeros(())
@@ -109,7 +119,7 @@ def test_cutout_equals_erasing(height: int, width: int, size: int) -> None:
 
 
 def test_the_centre_of_a_hole_is_any_pixel_alike() -> None:
-    centre = (draw_epoch(AugmentConfig(cutout=8), 0, 0, 20_000).hole * 10).long()
+    centre = (draw_epoch(AugmentConfig(cutout=8), 0, 0, 20_000).cutout_center * 10).long()
     for at in centre.unbind(1):
         counts = torch.bincount(at, minlength=10)
         assert len(counts) == 10
@@ -129,11 +139,11 @@ def test_mixing_equals_torchvisions_with_the_partner_before(shift: int) -> None:
             pair = torch.stack([images[i - shift], images[i]])
             labels = torch.tensor([0, 1])
             if mixture.box is None:
-                params = {"lam": mixture.share}
+                params = {"lam": mixture.lam}
                 theirs = v2.MixUp(num_classes=2)
             else:
                 top, bottom, left, right = mixture.box
-                params = {"box": (left, top, right, bottom), "lam_adjusted": mixture.share}
+                params = {"box": (left, top, right, bottom), "lam_adjusted": mixture.lam}
                 theirs = v2.CutMix(num_classes=2)
             out = theirs.transform(pair, params | {"labels": labels, "batch_size": 2})
             torch.testing.assert_close(ours[i], out[1])
@@ -151,7 +161,7 @@ def test_a_box_leaves_its_share_and_lies_anywhere() -> None:
         assert 0 <= left <= right <= 16
         inside = torch.zeros(16, 16)
         inside[top:bottom, left:right] = 1
-        assert drawn.share == pytest.approx(1 - inside.mean().item())
+        assert drawn.lam == pytest.approx(1 - inside.mean().item())
         covered += inside
     assert covered.min() > 0
 
@@ -160,7 +170,7 @@ def test_a_box_leaves_its_share_and_lies_anywhere() -> None:
 def test_weights_are_beta_and_shifts_uniform(alpha: float) -> None:
     config = AugmentConfig(mixup_alpha=alpha)
     drawn = [draw_mix_params(config, 0, step, 1, 5, 32) for step in range(2000)]
-    shares = np.array([mixture.share for mixture in drawn if mixture])
+    shares = np.array([mixture.lam for mixture in drawn if mixture])
     variance = 1 / (4 * (2 * alpha + 1))
     assert abs(shares.mean() - 0.5) < 5 * (variance / 2000) ** 0.5
     assert shares.var() == pytest.approx(variance, rel=0.1)
@@ -181,6 +191,6 @@ def test_how_often_micro_batches_are_mixed_and_how() -> None:
 
 def test_switched_off_it_changes_nothing() -> None:
     images = random_images(3, 8, 8)
-    draws = draw_epoch(AugmentConfig(crop_padding=0, flip="no"), 0, 0, 3)
-    assert torch.equal(view(images, torch.arange(3), draws, 0), images)
-    assert isinstance(draws.take(slice(1)), AugmentParams)
+    params = draw_epoch(AugmentConfig(crop_padding=0, flip="no"), 0, 0, 3)
+    assert torch.equal(crop_and_flip(images, torch.arange(3), params, 0), images)
+    assert isinstance(params.take(slice(1)), AugmentParams)

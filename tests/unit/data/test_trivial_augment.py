@@ -52,11 +52,11 @@ def test_each_operation_at_each_level(op: str, height: int, width: int) -> None:
 
 
 def test_a_batch_of_all_operations_keeps_its_order() -> None:
-    draws = draw_epoch(AugmentConfig(trivial=True), seed=0, epoch=0, n_samples=100)
-    assert len(set(draws.trivial[:, 0].tolist())) == len(OPS)
+    params = draw_epoch(AugmentConfig(trivial=True), seed=0, epoch=0, n_samples=100)
+    assert len(set(params.trivial[:, 0].tolist())) == len(OPS)
     images = pictures(100, 24, 24)
-    out = trivial_augment(images, draws)
-    for i, (op, level) in enumerate(draws.trivial.tolist()):
+    out = trivial_augment(images, params)
+    for i, (op, level) in enumerate(params.trivial.tolist()):
         assert torch.equal(out[i], expected(images[i], list(OPS)[op], level)), (i, op, level)
 
 

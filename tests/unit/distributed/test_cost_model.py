@@ -464,14 +464,14 @@ def test_a_step_of_one_rank_of_a_thousand(rank: int) -> None:
             sums.start(stop=rank == 0)
             accelerator.backward(loss / plan.global_batch_size)
             gradients.finish()
-            losses, hits, stop = sums.finish()
+            losses, correct, stop = sums.finish()
             gradients.detach()
         summed = [p.grad.clone() for p in vgg.parameters()]
 
         # The one micro-batch that ran, in its place among 1,024.
         assert losses.nonzero().flatten().tolist() == [rank]
         assert losses[rank] == loss.detach()
-        assert hits.sum() == (logits.argmax(1) == batch.labels).sum()
+        assert correct.sum() == (logits.argmax(1) == batch.labels).sum()
         assert stop == (rank == 0)
         # Statistics first, then buckets: what the model says, but for padding to whole lines.
         job = describe_workload(config)

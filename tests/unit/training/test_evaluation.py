@@ -59,7 +59,7 @@ def logits_of(model: nn.Module, image: np.ndarray) -> np.ndarray:
 def reference(model: nn.Module, data: Dataset) -> tuple[dict[str, float], np.ndarray]:
     """Image by image, with numpy: the metrics, and the confusion matrix."""
     loss, top1, top5, superclass, tta = 0.0, 0, 0, 0, 0
-    confidences, hits = [], []
+    confidences, correct = [], []
     confusion = np.zeros((CLASSES, CLASSES), dtype=np.int64)
     assert data.superclass_of is not None
     for image, label in zip(data.train.images, data.train.labels, strict=True):
@@ -72,22 +72,22 @@ def reference(model: nn.Module, data: Dataset) -> tuple[dict[str, float], np.nda
         tta += np.argmax((logits + logits_of(model, image[:, ::-1].copy())) / 2) == label
         confusion[label, ranked[0]] += 1
         confidences.append(np.exp(logits).max() / np.exp(logits).sum())
-        hits.append(ranked[0] == label)
+        correct.append(ranked[0] == label)
     metrics = {"loss": loss, "top1": top1, "top5": top5, "superclass_top1": superclass}
-    metrics |= {"tta_top1": tta, "calibration_error": N * calibration_error(confidences, hits)}
+    metrics |= {"tta_top1": tta, "calibration_error": N * calibration_error(confidences, correct)}
     return {name: value / N for name, value in metrics.items()}, confusion
 
 
-def calibration_error(confidences: list[float], hits: list[bool]) -> float:
+def calibration_error(confidences: list[float], correct: list[bool]) -> float:
     """Guo et al., 2017, equations 2 and 3, literally."""
     error = 0.0
     for b in range(15):
         low, high = b / 15, (b + 1) / 15
         within = [i for i, c in enumerate(confidences) if low < c <= high]
         if within:
-            accuracy = sum(hits[i] for i in within) / len(within)
+            accuracy = sum(correct[i] for i in within) / len(within)
             confidence = sum(confidences[i] for i in within) / len(within)
-            error += len(within) / len(hits) * abs(accuracy - confidence)
+            error += len(within) / len(correct) * abs(accuracy - confidence)
     return error
 
 
@@ -117,13 +117,13 @@ def test_the_mirror_changes_no_other_number(data: Dataset) -> None:
 def test_calibration_over_all_bins_and_at_their_edges() -> None:
     torch.manual_seed(0)
     logits = 8 * torch.rand(500, 1, dtype=torch.float64) * torch.randn(500, 30).double()
-    hits = torch.rand(500) < 0.5
+    correct = torch.rand(500) < 0.5
     confidence = logits.softmax(1).amax(1)
     assert {int(b) for b in (confidence * 15).floor()} == set(range(15))
-    hit_sums, confidence_sums = calibration_sums(logits, hits).view(2, CALIBRATION_BINS)
-    assert hit_sums.sum() == hits.sum()
+    hit_sums, confidence_sums = calibration_sums(logits, correct).view(2, CALIBRATION_BINS)
+    assert hit_sums.sum() == correct.sum()
     ours = float((hit_sums - confidence_sums).abs().sum()) / 500
-    expected = calibration_error(confidence.tolist(), hits.tolist())
+    expected = calibration_error(confidence.tolist(), correct.tolist())
     assert ours == pytest.approx(expected, rel=1e-12)
     # A confidence of 1/3 is the upper edge of the fifth bin, 1 that of the last.
     edges = torch.tensor([[0.0, 0.0, 0.0], [1e3, 0.0, 0.0]], dtype=torch.float64)

@@ -97,7 +97,7 @@ def test_mixed_labels_are_a_soft_target(tmp_path: Path) -> None:
     classes = run.dataset.num_classes
     for step in range(3):
         micro_batches = run.loader.micro_batches(step)
-        loss, hits = 0.0, 0
+        loss, correct = 0.0, 0
         run.vgg.train()
         with torch.no_grad():
             for batch in micro_batches:
@@ -107,15 +107,15 @@ def test_mixed_labels_are_a_soft_target(tmp_path: Path) -> None:
                     F.one_hot(labels, classes).float()
                     for labels in (batch.labels, batch.partner_labels)
                 )
-                target = batch.share * first + (1 - batch.share) * other
+                target = batch.lam * first + (1 - batch.lam) * other
                 loss += F.cross_entropy(logits, target, reduction="sum", label_smoothing=0.1).item()
-                larger = batch.labels if batch.share > 0.5 else batch.partner_labels
-                hits += (logits.argmax(1) == larger).sum().item()
+                larger = batch.labels if batch.lam > 0.5 else batch.partner_labels
+                correct += (logits.argmax(1) == larger).sum().item()
         train_step(run, step, micro_batches, lr=0.05)
         run.monitor.drain()
         row = run.meter.read()
         assert row["train/loss"] == pytest.approx(loss / 64, rel=1e-5)
-        assert row["train/top1"] == hits / 64
+        assert row["train/top1"] == correct / 64
     run.accelerator.end_training()
 
 
