@@ -22,6 +22,7 @@ from distvgg.errors import UserError
 Model = TypeVar("Model", bound=BaseModel)
 RUN_USAGE = "RECIPE [--run-dir DIR] [--section.field VALUE ...]"
 RECIPE_HELP = "name of a packaged recipe, or path of a YAML file, such as the config.yaml of a run"
+_SWITCH_WORDS = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 _NAMES = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT", NoneType: "none"}
 
 
@@ -75,13 +76,19 @@ class Parser(argparse.ArgumentParser):
         return self.parse_intermixed_args(words)
 
     def _with_values(self, words: Sequence[str]) -> list[str]:
-        """Joins options and values that begin with a hyphen, which argparse takes for options."""
+        """Joins options and values where argparse would not separate them from other words.
+
+        A value may begin with a hyphen, and a switch may stand before the recipe.
+        """
         joined: list[str] = []
         for word in words:
             before = self._option_string_actions.get(joined[-1]) if joined else None
             is_value = word.startswith("-") and not word.startswith("--") and len(word) > 2
-            if is_value and before is not None and before.nargs is None:
+            if before is not None and before.nargs is None and is_value:
                 joined[-1] = f"{joined[-1]}={word}"
+            elif before is not None and before.nargs == "?" and word.lower() not in _SWITCH_WORDS:
+                joined[-1] = f"{joined[-1]}={before.const}"
+                joined.append(word)
             else:
                 joined.append(word)
         return joined

@@ -26,20 +26,20 @@ class BenchOptions(FrozenModel):
     """GPU to predict for, at an assumed share of its peak. None: measure the device here."""
     peak_share: float = Field(PEAK_SHARE, gt=0, le=1)
     """Assumed share of the peak of `gpu`. A measured `images_per_sec` is better, if you have it."""
-    images_per_sec: float | None = Field(None, gt=0)
+    images_per_sec: float | None = Field(None, ge=0.01, le=1e8)
     """Images per second of one GPU in training, measured elsewhere (perf/images_per_sec). None: see
     `gpu`."""
-    fixed_ms: float = Field(0.0, ge=0)
+    fixed_ms: float = Field(0.0, ge=0, le=1e6)
     """Milliseconds of a step that do not depend on its number of micro-batches. Used with
     `images_per_sec` or `gpu`."""
     jitter: float | None = Field(None, ge=0, le=1)
     """Standard deviation of a rank's compute time, as a share of it. None: as measured, else 0."""
     gpus_per_node: int = Field(8, ge=1)
     """GPUs of a node, each with a network card."""
-    nvlink: float | None = Field(None, gt=0)
+    nvlink: float | None = Field(None, ge=1e-3, le=1e5)
     """GB/s that a GPU sends within a node. None: the value of `gpu`, or of an H100 if `gpu` is
     None."""
-    network: float | None = Field(None, gt=0)
+    network: float | None = Field(None, ge=1e-3, le=1e5)
     """GB/s that a GPU sends to other nodes. None: the value of `gpu`, or of an H100 if `gpu` is
     None."""
     max_gpus: int = Field(1024, ge=1, le=1 << 20)

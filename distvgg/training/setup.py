@@ -214,7 +214,7 @@ def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> D
             mark_stopped(folder, requeue=True)
         accelerator.end_training()  # gloo aborts a process that exits with its group still up
         reason = preemption.stop_reason()
-        raise Preempted(f"{reason}: stopped before the first step; nothing to save")
+        raise Preempted(f"{reason}: stopped before the first step; the same command goes on")
     if not accelerator.is_main_process:
         preemption.stop_watching()
     assert dataset is not None

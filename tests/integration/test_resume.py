@@ -142,7 +142,7 @@ def test_told_to_stop_during_the_imports_it_leaves_with_the_marker(tmp_path: Pat
     signal_one_worker(started)  # torch is not imported yet
     code, output = started.end(40)
     assert code == 0, output
-    assert "stopped before the first step; nothing to save" in output
+    assert "stopped before the first step; the same command goes on" in output
     assert (folder / "REQUEUE").exists()
 
 
@@ -156,7 +156,7 @@ def test_told_to_stop_while_it_decodes_images_it_leaves_at_once(
     started.until(lambda: any(cache.glob("*.building/train_images.npy")))
     stop(started)
     _, output = started.end(20)
-    assert "stopped before the first step; nothing to save" in output
+    assert "stopped before the first step; the same command goes on" in output
     assert not any(cache.glob("*/train_images.npy")), "it decoded all"
     assert (folder / "REQUEUE").exists()
     assert not (folder / "STOP").exists()
