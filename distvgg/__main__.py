@@ -16,8 +16,8 @@ def leave(code: int) -> NoReturn:
     """Ends one of several processes after its exit handlers, without tearing down the interpreter.
 
     During the teardown of the interpreter and its libraries, an unjoined C++ thread can abort a
-    process that has saved everything. On busy cores this happened about once in fifty exits (gloo,
-    torch 2.14).
+    process that has saved everything (pytorch/pytorch issue 190489). On busy cores this happened
+    about once in fifty exits (gloo, torch 2.14).
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

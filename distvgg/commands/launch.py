@@ -283,7 +283,8 @@ def launch(node: Node, processes: int, train: list[str], run_dir: Path) -> int:
     path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     # The store that workers share with their launchers outlives a restart and keeps the addresses
-    # of dead workers (torch 2.14). With this variable, each round of workers gets a new store.
+    # of dead workers (pytorch/pytorch issue 135712). With this variable, each round of workers gets
+    # a new store.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
     from accelerate.commands.launch import launch_command, launch_command_parser

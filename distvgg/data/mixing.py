@@ -52,7 +52,7 @@ def draw_mix_params(
     shift = int(torch.randint(1, n, (), generator=rng))
     # The beta variate is G / (G + H) of two gammas. Each is Gamma(a) = Gamma(a + 1) * U^(1 / a), in
     # logarithms because both would underflow for a small alpha. torch.distributions takes no
-    # generator.
+    # generator (pytorch/pytorch issue 45115).
     alpha = torch.full((2,), alphas[cuts], dtype=torch.float64)
     gamma = torch._standard_gamma(alpha + 1, generator=rng).log()
     gamma += torch.rand(2, dtype=torch.float64, generator=rng).log() / alpha

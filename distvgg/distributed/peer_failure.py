@@ -20,7 +20,7 @@ def clean_shutdown() -> Iterator[None]:
     """Destroys the process group when all ranks fail alike, by a UserError or a RunError.
 
     A PeerLostError leaves the group as it is. gloo occasionally aborts a process that exits before
-    its group is destroyed.
+    its group is destroyed (pytorch/pytorch issue 190489).
     """
     try:
         yield

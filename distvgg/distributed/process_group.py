@@ -91,7 +91,7 @@ def _store_of_this_attempt() -> dict[str, Any]:
     """Returns the store for the rendezvous of workers that `--max_restarts` started again.
 
     The launcher's static rendezvous keeps its store (torch 2.14), which still holds the addresses
-    of dead workers.
+    of dead workers (as in pytorch/pytorch issue 135712).
 
     Returns:
         Arguments for PartialState; none at the first start, or without the launcher's store.

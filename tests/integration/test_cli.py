@@ -230,7 +230,9 @@ def test_a_run_folder_named_by_version_0_1_is_found(
     assert default_run_dir("quickstart", config) == new
 
 
-@pytest.mark.parametrize("command", ["train", "config", "doctor", "sweep", "bench", "launch", "sync"])
+@pytest.mark.parametrize(
+    "command", ["train", "config", "doctor", "sweep", "bench", "launch", "sync"]
+)
 def test_every_command_explains_its_options(command: str) -> None:
     done = run([command, "--help"])
     assert done.returncode == 0, done.stderr
