@@ -13,12 +13,10 @@ JSON object, what was hit; exits with 1 where anything differs.
 
 import argparse
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,54 +28,38 @@ from typing import Any
 
 import psutil
 
+from benchmarks.runs import Training, differences, rows
 from distvgg.config import load
 from distvgg.data.plan import BatchPlan
 from distvgg.training.trainer import evaluation_due
 
-ROOT = Path(__file__).parent.parent
+CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 AIMS = ("start", "training", "evaluation", "checkpoint")
 DAMAGES = ("flipped bit", "truncated file", "missing file", "empty folder")
 TRAIN_SIZE = 9000  # of the synthetic set, without its validation images
 
 
-class Training:
-    """One start of the run, in processes of its own under the real launcher."""
+class Start(Training):
+    """One start of the run."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace, processes: int) -> None:
-        self.folder = folder
-        self.processes = processes
-        self.before = len(rows(folder))
-        self._options = options
-        self._log = folder.with_name(f"{folder.name}.log").open("a+")
-        self._log_start = self._log.tell()
-        self._launcher = subprocess.Popen(
-            command(folder, options, processes),
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-    def workers(self) -> list[psutil.Process]:
-        """The processes that train."""
-        with suppress(psutil.Error):
-            launcher = psutil.Process(self._launcher.pid)
-            return list(launcher.children()) if self.processes > 1 else [launcher]
-        return []
-
-    def ended(self) -> bool:
-        return self._launcher.poll() is not None
+    def __init__(self, run_dir: Path, options: argparse.Namespace, processes: int) -> None:
+        # Many rows and checkpoints, so that much can go wrong; else the recipe as it is.
+        words = [
+            *("train", "quickstart", "--train.epochs", str(options.epochs)),
+            *("--track.wandb", "false", "--track.every_steps", "1"),
+            *("--checkpoint.every_steps", "10"),
+        ]
+        self.before = len(rows(run_dir))
+        self.epochs = options.epochs
+        super().__init__(run_dir, words, processes=processes, env=CPU)
 
     def finish(self) -> None:
         """Waits for the end, which must be a good one."""
-        code = self._launcher.wait(timeout=600)
-        if code != 0:
-            raise SystemExit(f"the run in {self.folder} ended with {code}:\n{self.said()}")
+        self.process.wait(600)
+        self.ended()
 
-    def kill(self, victims: list[psutil.Process]) -> str:
-        """SIGKILL; returns what the run was doing, looked at with all of it held still."""
+    def kill_some(self, victims: list[psutil.Process]) -> str:
+        """Kills processes; returns what the run was doing, while all of them are suspended."""
         everyone = self.workers()
         for process in everyone:
             with suppress(psutil.Error):
@@ -89,28 +71,24 @@ class Training:
         for process in everyone:
             with suppress(psutil.Error):
                 process.resume()
-        if len(victims) == len(everyone) and self._launcher.poll() is None:
-            self._launcher.kill()
-        self._launcher.wait(timeout=20)
+        if len(victims) == len(everyone) and self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(timeout=20)
         psutil.wait_procs(everyone, timeout=20)
         # Outside training a process may have nothing left to hear from the others.
         survived = len(victims) < len(everyone) and doing == "training"
-        if survived and not re.search("lost contact|another process died", self.said()):
-            raise SystemExit(f"a process died, and no other said so:\n{self.said()}")
+        if survived and not re.search("lost contact|another process died", self.output()):
+            raise SystemExit(f"a process died, and no other said so:\n{self.output()}")
         return doing
 
-    def said(self) -> str:
-        self._log.seek(self._log_start)
-        return self._log.read()
-
     def _doing(self) -> str:
-        if any((self.folder / "checkpoints").glob(".step_*")):
+        if any((self.run_dir / "checkpoints").glob(".step_*")):
             return "checkpoint"
-        if evaluating(rows(self.folder), self._options):
+        if evaluating(self.rows(), self.epochs):
             return "evaluation"
-        if any("test/loss" in row for row in rows(self.folder)[-1:]):
+        if any("test/loss" in row for row in self.rows()[-1:]):
             return "end"
-        return "training" if len(rows(self.folder)) > self.before else "start"
+        return "training" if len(self.rows()) > self.before else "start"
 
 
 def main() -> int:
@@ -126,7 +104,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     counts = [int(n) for n in options.processes.split(",")]
-    Training(folder / "undisturbed", options, counts[0]).finish()
+    Start(folder / "undisturbed", options, counts[0]).finish()
     chaos = random.Random(options.seed)
     starts: Counter[int] = Counter()
     hits: Counter[str] = Counter()
@@ -135,10 +113,10 @@ def main() -> int:
     runs, differing, kills = 0, [], 0
     aims: list[str] = []
 
-    def start(run: Path) -> Training:
+    def start(run: Path) -> Start:
         processes = chaos.choice(counts)
         starts[processes] += 1
-        return Training(run, options, processes)
+        return Start(run, options, processes)
 
     while kills < options.kills or runs == 0:
         run = folder / f"run{runs}"
@@ -150,7 +128,7 @@ def main() -> int:
                 break
             everyone = training.workers()
             one = chaos.random() < 0.5
-            doing = training.kill([chaos.choice(everyone)] if one and everyone else everyone)
+            doing = training.kill_some([chaos.choice(everyone)] if one and everyone else everyone)
             kills += 1
             hits[doing] += 1
             victims["one process" if one else "all processes"] += 1
@@ -179,28 +157,13 @@ def main() -> int:
     return 1 if differing else 0
 
 
-def command(folder: Path, options: argparse.Namespace, processes: int) -> list[str]:
-    """Many rows and checkpoints, so that much can go wrong; else the recipe as it is."""
-    launcher = [
-        *("-m", "accelerate.commands.launch", "--main_process_port", "0"),
-        *("--config_file", str(ROOT / "accelerate_config.yaml")),
-        *("--num_processes", str(processes)),
-    ]
-    return [
-        *(sys.executable, *(launcher if processes > 1 else ())),
-        *("-m", "distvgg", "train", "quickstart"),
-        *("--run-dir", str(folder), "--train.epochs", str(options.epochs)),
-        *("--track.wandb", "false", "--track.every_steps", "1", "--checkpoint.every_steps", "10"),
-    ]
-
-
-def wait_for(aim: str, training: Training, chaos: random.Random) -> bool:
+def wait_for(aim: str, training: Start, chaos: random.Random) -> bool:
     """Waits for a moment of a kind; False where the run ends before."""
-    folder, options = training.folder, training._options
+    folder = training.run_dir
     moments: dict[str, tuple[Callable[[], Any], float]] = {
         "start": (training.workers, 4.0),
         "training": (lambda: len(rows(folder)) > training.before, 3.0),
-        "evaluation": (lambda: evaluating(rows(folder), options), 0.2),
+        "evaluation": (lambda: evaluating(rows(folder), training.epochs), 0.2),
         "checkpoint": (lambda: any((folder / "checkpoints").glob(".step_*.tmp")), 0.01),
     }
     seen, longest = moments[aim]
@@ -217,11 +180,11 @@ def wait_for(aim: str, training: Training, chaos: random.Random) -> bool:
     return not training.ended()
 
 
-def evaluating(found: list[dict[str, Any]], options: argparse.Namespace) -> bool:
+def evaluating(found: list[dict[str, Any]], epochs: float) -> bool:
     """Whether the last row is followed by an evaluation's."""
     if not found or "test/loss" in found[-1]:
         return False
-    config = load("quickstart").replace(train__epochs=options.epochs)
+    config = load("quickstart").replace(train__epochs=epochs)
     plan = BatchPlan(TRAIN_SIZE, config.train.global_batch_size, config.train.micro_batch_size)
     steps, last = plan.steps(config.train.epochs), found[-1]["step"]
     if "val/loss" in found[-1]:
@@ -248,29 +211,6 @@ def damage_a_checkpoint(run: Path, chaos: random.Random) -> str | None:
         shutil.rmtree(victim)
         victim.mkdir()
     return damage
-
-
-def differences(whole: Path, run: Path) -> list[str]:
-    """Where a run differs from the undisturbed one."""
-    found = []
-    expected, got = (
-        [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows(folder)]
-        for folder in (whole, run)
-    )
-    if len(expected) != len(got):
-        found.append(f"{len(got)} rows of {len(expected)}")
-    found += [f"{b} is not {a}" for a, b in zip(expected, got, strict=False) if a != b][:3]
-    weights = [(folder / "model.safetensors").read_bytes() for folder in (whole, run)]
-    if weights[0] != weights[1]:
-        found.append("model.safetensors")
-    return found
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """The whole rows of metrics.jsonl so far."""
-    path = folder / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def show(line: str) -> None:

@@ -32,7 +32,7 @@ import psutil
 from benchmarks.checkpoint_cost import synchronize
 from benchmarks.input_path import noise
 from benchmarks.measure import in_turns, ratio, report, save, spread
-from benchmarks.runs import training, words_of
+from benchmarks.runs import ROW_TIMEOUT, training, words_of
 from distvgg.commands.text_tables import markdown_table
 from distvgg.config import Config, load
 from distvgg.data.cache import load_dataset
@@ -102,7 +102,7 @@ def processes(overrides: dict[str, Any], rounds: int, rows: int) -> dict[str, An
     def images_per_sec(n: int) -> float:
         threads = ("--train.cpu_threads", str(max(1, cores // n)))
         with training([*words, *threads], n, {"ACCELERATE_USE_CPU": "true"}) as started:
-            seen = started.until_step(steps * (rows + 1))
+            seen = started.until_step(steps * (rows + 1), ROW_TIMEOUT)
         # The first row lacks the first step, in which memory is laid out.
         return statistics.mean([row[IMAGES_PER_SEC] for row in seen if IMAGES_PER_SEC in row][1:])
 

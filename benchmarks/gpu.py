@@ -47,6 +47,7 @@ from benchmarks.fixed_batch import (
     synchronize,
 )
 from benchmarks.measure import Samples, in_turns, ratio, report, save, spread
+from benchmarks.runs import ROW_TIMEOUT, Training, words_of
 from distvgg.commands.text_tables import markdown_table
 from distvgg.config import Config, load
 from distvgg.data.cache import load_dataset
@@ -54,7 +55,7 @@ from distvgg.data.plan import BatchPlan
 from distvgg.distributed.device import device_here
 from distvgg.metrics import STEP_MS
 from distvgg.models.flops import training_flops
-from distvgg.runs.layout import METRICS_FILE, RESULT_FILE
+from distvgg.runs.layout import RESULT_FILE
 from distvgg.training.setup import build
 from distvgg.training.state import Run
 from distvgg.training.step import train_step
@@ -121,11 +122,9 @@ class Setting:
         """The recipe with `overrides`, and more of them, dots written as double underscores."""
         return load(self.recipe, self.overrides).replace(**dotted)
 
-    def command(self, folder: Path, *words: str) -> list[str]:
-        """The command that trains it."""
-        overrides = [word for name, v in self.overrides.items() for word in (f"--{name}", str(v))]
-        program = [sys.executable, "-m", "distvgg", "train", self.recipe]
-        return [*program, "--run-dir", str(folder), *overrides, *words]
+    def words(self) -> list[str]:
+        """The command line of distvgg that trains it, without a run folder."""
+        return ["train", self.recipe, *words_of(self.overrides)]
 
 
 def main() -> int:
@@ -567,58 +566,12 @@ def until_first_row(setting: Setting, *words: str, env: Mapping[str, str] | None
     """
     with tempfile.TemporaryDirectory() as temporary:
         env = env or {"TORCHINDUCTOR_CACHE_DIR": f"{temporary}/kernels"}
-        training = Training(setting, Path(temporary), *words, "--track.every_steps", "1", env=env)
-        while not training.rows():
-            training.check()
-            time.sleep(0.002)
-        seconds = training.seconds()
+        words = (*setting.words(), *words, "--track.every_steps", "1")
+        training = Training(Path(temporary) / "run", words, env=env)
+        training.until_step(1, ROW_TIMEOUT)
+        seconds = time.perf_counter() - training.began
         training.kill()
     return seconds
-
-
-class Training:
-    """A training in a process of its own, looked at from outside through its metrics.jsonl."""
-
-    def __init__(
-        self, setting: Setting, folder: Path, *words: str, env: Mapping[str, str] | None = None
-    ) -> None:
-        self.folder = folder / "run"
-        self._log = folder / "log"
-        self._started = time.perf_counter()
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                setting.command(self.folder, *words),
-                env=os.environ | dict(env or {}),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def seconds(self) -> float:
-        """Since its start."""
-        return time.perf_counter() - self._started
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows that are whole."""
-        path = self.folder / METRICS_FILE
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    def ended(self) -> bool:
-        """Whether it has; it must have been a good end."""
-        code = self._process.poll()
-        if code not in (None, 0):
-            raise SystemExit(f"training ended with {code}:\n{self._log.read_text()}")
-        return code == 0
-
-    def check(self) -> None:
-        """It must still be there."""
-        if self.ended():
-            raise SystemExit(f"training ended early:\n{self._log.read_text()}")
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
 
 
 def measure_target(setting: Setting, target: float, epochs: float | None) -> Findings:
@@ -626,15 +579,15 @@ def measure_target(setting: Setting, target: float, epochs: float | None) -> Fin
     words = () if epochs is None else ("--train.epochs", str(epochs))
     seen: dict[int, float] = {}  # seconds since the start of the process, by step of validation
     with tempfile.TemporaryDirectory() as temporary:
-        training = Training(setting, Path(temporary), *words)
+        training = Training(Path(temporary) / "run", [*setting.words(), *words])
         ended = False
         while not ended:
             ended = training.ended()  # asked before the last look
             for row in validations(training.rows()):
-                seen.setdefault(row["step"], training.seconds())
+                seen.setdefault(row["step"], time.perf_counter() - training.began)
             time.sleep(0.05)
         rows = training.rows()
-        result = json.loads((training.folder / RESULT_FILE).read_text())
+        result = json.loads((training.run_dir / RESULT_FILE).read_text())
     best = max(row["val/top1"] for row in validations(rows))
     reached = next((r for r in validations(rows) if r["val/top1"] >= target), None)
     findings: Findings = {"target": target, "best_val_top1": best, "test": result["test"]}

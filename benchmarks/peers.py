@@ -40,8 +40,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms  # type: ignore[import-untyped]
 
 from benchmarks import measure
-from benchmarks.chaos import rows
-from benchmarks.runs import PLAIN
+from benchmarks.runs import PLAIN, rows
 from distvgg.commands.text_tables import markdown_table
 from distvgg.config import Config, load
 from distvgg.data.cache import load_dataset

@@ -1,7 +1,7 @@
-"""Real trainings in their own processes, started as a user starts them and watched from outside.
+"""Trainings in processes of their own, started as a user starts them, for benchmarks and tests.
 
-Invariant: benchmarks measure the program itself, by the files that it writes and by what the kernel
-knows of its processes. No process outlives the block that started it.
+Invariant: they are observed by the files that they write and by what the kernel knows of their
+processes.
 """
 
 import json
@@ -11,16 +11,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from distvgg.metrics import STEP, Row
-from distvgg.runs.layout import METRICS_FILE, STOP_FILE
+from distvgg.runs.layout import METRICS_FILE, STOP_FILE, WEIGHTS_FILE
 
 ROOT = Path(__file__).parent.parent
 # `fast` without what it has beyond its peers: VGG-16 on CIFAR by SGD, 4 micro-batches of 64 a step.
@@ -37,6 +36,7 @@ PLAIN: dict[str, Any] = {
 }
 POLL = 0.002  # seconds: of what is timed here, seconds long, it is a thousandth
 ROW_TIMEOUT = 600.0  # seconds for a row to come
+DISTVGG = ("-m", "distvgg")
 
 
 def words_of(overrides: Mapping[str, Any]) -> list[str]:
@@ -44,80 +44,170 @@ def words_of(overrides: Mapping[str, Any]) -> list[str]:
     return [word for name, value in overrides.items() for word in (f"--{name}", str(value))]
 
 
-@dataclass(frozen=True)
+def command(
+    words: Sequence[str],
+    processes: int = 1,
+    *,
+    program: Sequence[str] = DISTVGG,
+    launcher: Sequence[str] = (),
+) -> list[str]:
+    """Returns the command `python PROGRAM WORDS`, under `accelerate launch` for several processes.
+
+    `launcher` holds more options of `accelerate launch`.
+    """
+    if processes == 1:
+        return [sys.executable, *program, *words]
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)),
+        *("--config_file", str(ROOT / "accelerate_config.yaml"), "--main_process_port", "0"),
+        *launcher,
+        *program,
+        *words,
+    ]
+
+
+def rows(run_dir: Path) -> list[Row]:
+    """Returns the complete rows of a run's metrics.jsonl, also while it is being written."""
+    path = run_dir / METRICS_FILE
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def measured(run_dir: Path) -> list[Row]:
+    """Returns the rows without perf/*, which no two runs have in common."""
+    return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in rows(run_dir)]
+
+
+def differences(expected: Path, run_dir: Path) -> list[str]:
+    """Lists where a run differs from another, by its rows and the bytes of its weights."""
+    one, other = measured(expected), measured(run_dir)
+    found = [] if len(one) == len(other) else [f"{len(other)} rows of {len(one)}"]
+    found += [f"{b} is not {a}" for a, b in zip(one, other, strict=False) if a != b][:3]
+    weights = [(folder / WEIGHTS_FILE).read_bytes() for folder in (expected, run_dir)]
+    return found + [WEIGHTS_FILE] * (weights[0] != weights[1])
+
+
 class Training:
-    """A training under way.
+    """A training under way, its launcher and workers in a session of their own.
+
+    Args:
+        words: command line of distvgg, without --run-dir.
+        log: file for its output; by default beside the run folder.
+        command_options: of `command`.
 
     Attributes:
         began: start of its first process, by `time.perf_counter`.
     """
 
-    folder: Path
-    process: "subprocess.Popen[bytes]"
-    began: float
-    log: Path
-
-    def rows(self) -> list[Row]:
-        """The whole rows of metrics.jsonl so far."""
-        path = self.folder / METRICS_FILE
-        text = path.read_text() if path.exists() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-    def until_step(self, step: int) -> list[Row]:
-        """Waits for a row of this step or a later one; all rows by then.
-
-        Raises:
-            SystemExit: the training ended before, or the row does not come.
-        """
-        end = time.monotonic() + ROW_TIMEOUT
-        while not ((rows := self.rows()) and rows[-1][STEP] >= step):
-            if self.process.poll() is not None or time.monotonic() > end:
-                raise SystemExit(f"no row of step {step}:\n{self.log.read_text()}")
-            time.sleep(POLL)
-        return rows
-
-    def workers(self) -> list[psutil.Process]:
-        """The processes that train: the children of a launcher, else the one there is."""
-        first = psutil.Process(self.process.pid)
-        launched = "accelerate.commands.launch" in first.cmdline()
-        return first.children() if launched else [first]
-
-
-@contextmanager
-def training(
-    words: Sequence[str], processes: int = 1, env: Mapping[str, str] | None = None
-) -> Iterator[Training]:
-    """Starts `distvgg train WORDS` in its own folder; requests a stop when the block ends.
-
-    Args:
-        words: recipe and options, without --run-dir.
-        processes: more than one start under `accelerate launch`.
-        env: variables to add to the environment.
-    """
-    launcher = [
-        *("-m", "accelerate.commands.launch", "--num_processes", str(processes)),
-        *("--config_file", str(ROOT / "accelerate_config.yaml"), "--main_process_port", "0"),
-    ]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder, log = Path(temporary) / "run", Path(temporary) / "log"
-        command = [sys.executable, *(launcher if processes > 1 else ()), "-m", "distvgg", "train"]
-        command += [*words, "--run-dir", str(folder)]
-        with log.open("w") as output:
-            began = time.perf_counter()
-            process = subprocess.Popen(
-                command,
-                env=os.environ | (env or {}),
+    def __init__(
+        self,
+        run_dir: Path,
+        words: Sequence[str],
+        *,
+        processes: int = 1,
+        env: Mapping[str, str] | None = None,
+        log: Path | None = None,
+        **command_options: Sequence[str],
+    ) -> None:
+        self.run_dir = run_dir
+        self.log = log or run_dir.with_name(f"{run_dir.name}.log")
+        with self.log.open("a") as output:
+            self._log_begin = output.tell()
+            self.began = time.perf_counter()
+            self.process = subprocess.Popen(
+                command([*words, "--run-dir", str(run_dir)], processes, **command_options),
+                env=os.environ | dict(env or {}),
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    def workers(self) -> list[psutil.Process]:
+        """Lists the processes that train, in order of rank."""
+        with suppress(psutil.Error):
+            first = psutil.Process(self.process.pid)
+            everyone = [first, *first.children()]
+            return [p for p in everyone if _trains(p)]
+        return []
+
+    def rows(self) -> list[Row]:
+        """Returns the complete rows so far."""
+        return rows(self.run_dir)
+
+    def until(self, condition: Callable[[], Any], within: float = 60, poll: float = 0.005) -> None:
+        """Waits for something that the run does.
+
+        Raises:
+            RuntimeError: it ended before, or did not do it in time.
+        """
+        end = time.monotonic() + within
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"{self.run_dir}: ended or timed out:\n{self.output()}")
+            time.sleep(poll)
+
+    def until_step(self, step: int, within: float = 60) -> list[Row]:
+        """Waits for a row of this step or a later one, and returns all rows by then."""
+        self.until(lambda: any(row[STEP] >= step for row in self.rows()[-1:]), within, POLL)
+        return self.rows()
+
+    def ended(self) -> bool:
+        """Returns True if it ended, which must be with exit code 0.
+
+        Raises:
+            RuntimeError: it ended with another code.
+        """
+        code = self.process.poll()
+        if code:
+            raise RuntimeError(f"{self.run_dir}: exit code {code}:\n{self.output()}")
+        return code == 0
+
+    def kill(self) -> None:
+        """Sends SIGKILL to all of it at once, and waits until no process is left."""
+        members = [self.process.pid, *(p.pid for p in psutil.Process(self.process.pid).children())]
+        for pid in members:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(10)
+        psutil.wait_procs([psutil.Process(p) for p in members if psutil.pid_exists(p)], 10)
+
+    def end(self, within: float = 60) -> tuple[int, str]:
+        """Waits for the end, and returns the exit code and the output."""
+        code = self.process.wait(within)
+        return code, self.output()
+
+    def output(self) -> str:
+        """Returns what it printed so far."""
+        with self.log.open() as file:
+            file.seek(self._log_begin)
+            return file.read()
+
+
+def _trains(process: psutil.Process) -> bool:
+    try:
+        words = process.cmdline()
+    except psutil.Error:  # it has just ended
+        return False
+    return "train" in words and "accelerate.commands.launch" not in words
+
+
+@contextmanager
+def training(
+    words: Sequence[str], processes: int = 1, env: Mapping[str, str] | None = None
+) -> Iterator[Training]:
+    """Trains in a temporary folder; requests a stop when the block ends.
+
+    `words` are recipe and options, without --run-dir.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        started = Training(Path(temporary) / "run", ["train", *words], processes=processes, env=env)
         try:
-            yield Training(folder, process, began, log)
-            (folder / STOP_FILE).touch()
-            process.wait(ROW_TIMEOUT)
+            yield started
+            (started.run_dir / STOP_FILE).touch()
+            started.process.wait(ROW_TIMEOUT)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            if started.process.poll() is None:
+                os.killpg(started.process.pid, signal.SIGKILL)
+                started.process.wait()

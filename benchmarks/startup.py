@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import in_turns, ratio, report, save, spread
-from benchmarks.runs import PLAIN, ROOT, training, words_of
+from benchmarks.runs import PLAIN, ROOT, ROW_TIMEOUT, training, words_of
 from distvgg.commands.text_tables import markdown_table
 from distvgg.config import load
 from distvgg.data.cache import cache_entry, load_dataset
@@ -140,7 +140,7 @@ def to_first_step(words: Sequence[str]) -> float:
     """Seconds until a training has written the row of its first step."""
     offline = {"WANDB_MODE": "offline"}
     with training([*words, "--track.every_steps", "1"], env=offline) as started:
-        started.until_step(1)
+        started.until_step(1, ROW_TIMEOUT)
         return time.perf_counter() - started.began
 
 
@@ -163,7 +163,7 @@ def imports(words: Sequence[str]) -> dict[str, float]:
     env = {"PYTHONPROFILEIMPORTTIME": "1"}
     words = [*words, "--track.wandb", "false", "--track.every_steps", "1"]
     with training(words, env=env) as started:
-        started.until_step(1)
+        started.until_step(1, ROW_TIMEOUT)
         text = started.log.read_text()
     spent = by_package(text)
     cells = [[name, f"{ms:,.0f}"] for name, ms in spent.items()]
@@ -281,9 +281,9 @@ def mapped(words: Sequence[str], processes: int) -> dict[str, Any]:
     images = list(entry.glob("*_images.npy"))
     words = [*words, *NARROW, "--track.wandb", "false", "--track.every_steps", "20"]
     with training(words, processes, {"OMP_NUM_THREADS": "1"}) as started:
-        rows = started.until_step(1)
+        rows = started.until_step(1, ROW_TIMEOUT)
         while rows[-1][EPOCH] < 1:
-            rows = started.until_step(int(rows[-1][STEP]) + 1)
+            rows = started.until_step(int(rows[-1][STEP]) + 1, ROW_TIMEOUT)
         of_workers = [
             [m for m in worker.memory_maps() if Path(m.path) in images]
             for worker in started.workers()
