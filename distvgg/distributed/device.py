@@ -9,6 +9,7 @@ from torch import nn
 
 from distvgg.config import Config
 from distvgg.errors import UserError
+from distvgg.runs.provenance import processor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,8 +59,8 @@ def resolve_precision(precision: str, device: torch.device, launched: str | None
         # Emulated bf16 (before Ampere) is slower than fp32.
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "no"
+        _, flags = processor()
+        return "no" if flags.isdisjoint({"avx512_bf16", "amx_bf16"}) else "bf16"
     return "no"
 
 

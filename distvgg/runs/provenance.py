@@ -5,10 +5,11 @@ Only the functions that take a device import torch.
 
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -29,14 +30,26 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def processor() -> tuple[str, frozenset[str]]:
+    """Returns the processor's name and its flags, such as avx512_bf16, as Linux has them."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*: (.+)$", text, re.MULTILINE)
+    return (
+        name[1].strip() if name else platform.processor() or platform.machine(),
+        frozenset(flags[1].split()) if flags else frozenset(),
+    )
+
+
 def hardware(device: "torch.device") -> str:
     """Describes a device as text."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name: Any = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) a process"
+    return (
+        f"{processor()[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) a process"
+    )
 
 
 def machine(device: "torch.device") -> dict[str, str]:
@@ -50,8 +63,7 @@ def machine(device: "torch.device") -> dict[str, str]:
         cudnn = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
         found = {"device": torch.cuda.get_device_name(device)} | versions()
         return found | {"cuda": str(torch.version.cuda), "cudnn": cudnn}
-    name = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
-    return {"device": f"{name} ({torch.backends.cpu.get_cpu_capability()})"} | versions()
+    return {"device": f"{processor()[0]} ({torch.backends.cpu.get_cpu_capability()})"} | versions()
 
 
 def commit() -> str | None:

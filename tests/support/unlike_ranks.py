@@ -4,11 +4,10 @@ each rank listed the data's files and looked for the stop file."""
 import os
 import sys
 
-import torch
-
 from distvgg import preemption
 from distvgg.cli import main
 from distvgg.data import cache
+from distvgg.distributed import device
 
 RANK = int(os.environ["RANK"])
 counts = {"listings": 0, "looks": 0}
@@ -26,7 +25,7 @@ def counted_look(path: object) -> bool:
 
 
 if __name__ == "__main__":
-    torch.cpu.get_capabilities = lambda: {"avx512_bf16": RANK == 0}
+    device.processor = lambda: ("a processor", frozenset({"avx512_bf16"} if RANK == 0 else ()))
     cache._fingerprint, os.path.exists = counted_listing, counted_look
     preemption.LOOK_EVERY = 0.0
     code = main()
