@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from distvgg.config import AugmentConfig
 from distvgg.data.transforms import draw_epoch, trivial_augment
@@ -30,7 +30,7 @@ def expected(image: torch.Tensor, op: str, level: int) -> torch.Tensor:
     if signed and level >= BINS:
         magnitude = -magnitude
     out = WIDE._apply_image_or_video_transform(
-        image.permute(2, 0, 1), THEIRS[op], magnitude, "nearest", WIDE._fill
+        image.permute(2, 0, 1), THEIRS[op], magnitude, InterpolationMode.NEAREST, WIDE._fill
     )
     return out.permute(1, 2, 0)
 

@@ -25,6 +25,7 @@ def test_the_curve_is_pinned_at_five_points(schedule: str, expected: list[float]
     assert curve == pytest.approx(expected)
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")  # SequentialLR, torch 2.7
 def test_the_curve_equals_torchs_schedulers() -> None:
     """Against torch's own linear warm-up and cosine, stepped one by one."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
