@@ -30,5 +30,5 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-def __dir__() -> list[str]:
+def __dir__() -> "list[str]":
     return __all__

@@ -3,6 +3,14 @@ import os
 import sys
 from typing import NoReturn
 
+from distvgg import requirements
+
+# What the imports below need; `distvgg doctor` checks the rest.
+missing = requirements.unmet(only=("torch", "accelerate", "pydantic", "PyYAML"))
+if missing:
+    sys.stderr.write(f"distvgg: error: {'; '.join(missing)}\n")
+    sys.exit(2)
+
 from distvgg import preemption
 
 if sys.argv[1:2] == ["train"]:

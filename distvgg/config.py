@@ -389,7 +389,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
             text = path.read_text()
         else:
             raise UserError(
-                f"no recipe {recipe!r}{_nearest(recipe, recipe_names())}: give one of"
+                f"no recipe {recipe!r}{nearest(recipe, recipe_names())}: give one of"
                 f" {', '.join(recipe_names())}, or the path of a YAML file"
             )
         values = yaml.safe_load(text) or {}
@@ -435,15 +435,18 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
-    """Returns `, did you mean X?` by the full dotted name, else by its last part; empty if none."""
-    found = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
-    if not found:
-        leaves = {n.rsplit(".", 1)[-1]: n for n in names}
-        found = [
-            leaves[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)
-        ]
-    return f", did you mean {found[0]}?" if found else ""
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Returns `, did you mean X?`; empty if no name is near.
+
+    Names whose last part contains the last part of `name` come first: optim.lr for train.lr.
+    """
+    leaf = name.rsplit(".", 1)[-1]
+    leaves = {n.rsplit(".", 1)[-1]: n for n in names}
+    found = [n for n in names if f"_{leaf}_" in f"_{n.rsplit('.', 1)[-1]}_"]
+    found.sort(key=lambda n: not n.endswith(f".{leaf}"))
+    found = found or difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    found = found or [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1)]
+    return f", did you mean {' or '.join(found[:3])}?" if found else ""
 
 
 def _one_line(error: ValidationError) -> str:
@@ -453,7 +456,7 @@ def _one_line(error: ValidationError) -> str:
     for e in error.errors(include_url=False):
         dotted = ".".join(map(str, e["loc"]))
         if e["type"] == "extra_forbidden":
-            near = _nearest(dotted, [*names, *Config.model_fields]) or (
+            near = nearest(dotted, [*names, *Config.model_fields]) or (
                 f"; {e['loc'][0]} has "
                 + ", ".join(n.split(".", 1)[1] for n in names if n.startswith(f"{e['loc'][0]}."))
                 if len(e["loc"]) > 1

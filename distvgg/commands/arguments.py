@@ -5,7 +5,6 @@ Values stay text here. They are merged over the recipe and validated by pydantic
 """
 
 import argparse
-import difflib
 import hashlib
 import re
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from distvgg.config import TRAIN_FIELDS_OF_0_1, Config, from_text, load, recipe_names
+from distvgg.config import TRAIN_FIELDS_OF_0_1, Config, from_text, load, nearest, recipe_names
 from distvgg.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -99,9 +98,9 @@ class Parser(argparse.ArgumentParser):
         if fields and "." in name:
             load("debug", {name: ""})  # raises, with the nearest field
         options = [n for n in known if "." not in n and n != "help"]
-        near = difflib.get_close_matches(name, options, n=1)
+        near = nearest(name, [f"--{n}" for n in (*options, *fields)])
         raise UserError(
-            f"no option --{name}{f', did you mean --{near[0]}?' if near else ''}: give one of"
+            f"no option --{name}{near}: give one of"
             f" {', '.join(options)}{', or --section.field VALUE' if fields else ''}"
         )
 

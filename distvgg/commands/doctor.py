@@ -33,6 +33,7 @@ from distvgg.data.plan import BatchPlan, valid_world_sizes
 from distvgg.distributed.device import device_here, has_nvidia_hardware, resolve_precision
 from distvgg.errors import RunError, UserError
 from distvgg.models.vgg import VGG
+from distvgg.requirements import unmet
 from distvgg.runs.files import free_space
 from distvgg.runs.folder import check_is_run_dir, check_same_config
 from distvgg.runs.layout import CHECKPOINTS
@@ -85,7 +86,13 @@ def run_checks(recipe: Config | None, run_dir: Path, *, prepare: bool) -> str:
 
 
 def versions() -> Finding:
-    """Reports the versions of Python and of the libraries that compute."""
+    """Reports the versions of Python and of the libraries that compute.
+
+    Raises:
+        UserError: a package is missing or too old.
+    """
+    if old := unmet():
+        raise UserError("; ".join(old))
     python, theirs = platform.python_version(), accelerate.__version__
     return "ok", f"Python {python}, torch {torch.__version__}, accelerate {theirs}"
 

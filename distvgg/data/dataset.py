@@ -69,7 +69,7 @@ def train_val_indices(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarra
     if config.val_size >= n:
         raise UserError(
             f"data.val_size {config.val_size} leaves nothing to train on: the train split has"
-            f" {n} images"
+            f" {n} images; give less, such as --data.val_size {n // 10}"
         )
     val, rest = _stratified(labels, np.arange(n), config.val_size, config.split_seed, "val")
     if config.train_size is None:

@@ -13,11 +13,14 @@ from distvgg.training.state import Run, warmup_steps
 from distvgg.training.step import forward
 
 
+SHOWN = 5  # samples in the line
+
+
 def diagnose(run: Run, failure: NonFiniteError) -> str:
     """Finds the micro-batch that made a step non-finite, and writes `failure.json`.
 
     Returns:
-        A line for the user, with the samples of the micro-batch.
+        A line for the user, with the first samples of the micro-batch.
     """
     what, k = "loss", failure.micro_batch
     if k is None:
@@ -36,13 +39,14 @@ def diagnose(run: Run, failure: NonFiniteError) -> str:
         "num_processes": plan.world_size,
     }
     if run.checkpoints is not None:
-        with suppress(OSError):  # a full disk: the line has it all as well
+        with suppress(OSError):  # a full disk: the line has what matters
             atomic_write(run.folder / FAILURE_FILE, json.dumps(facts, indent=2).encode() + b"\n")
     place = "the sum over micro-batches" if k is None else f"micro-batch {k}"
+    first = " ".join(map(str, samples[:SHOWN])) + " ..." * (len(samples) > SHOWN)
     return (
         f"step {step}: the {what} of {place} is {failure.value} at learning rate"
         f" {facts['lr']:.3g}. Lower optim.lr or set optim.clip_norm. Train samples:"
-        f" {' '.join(map(str, samples))} (also in {run.folder / FAILURE_FILE})"
+        f" {first or 'all of the step'} (all in {run.folder / FAILURE_FILE})"
     )
 
 

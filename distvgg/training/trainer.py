@@ -51,13 +51,12 @@ def train(config: Config, run_dir: str | Path) -> Result:
     preemption.watch_stop_file(run_dir / STOP_FILE)
     with clean_shutdown(), translate_peer_failure():
         run = build(config, run_dir)
-        if run.accelerator.is_main_process:  # accelerate's own print prints once a node
-            notes = [f"note: {note}" for note in run.notes]
-            print("\n".join([startup_banner(run), *notes]), flush=True)
         state = run.state
         tracking = Tracking(
             run.accelerator, run.config, run_dir, run.steps, state.step, state.metrics
         )
+        for line in (startup_banner(run), *(f"note: {note}" for note in run.notes)):
+            tracking.say(line)
         try:
             return fit(run, tracking)
         except Preempted:

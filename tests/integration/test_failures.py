@@ -47,7 +47,7 @@ def test_the_micro_batch_that_went_wrong_is_named_and_nothing_is_spoilt(
     assert (failure["what"], failure["value"]) == (what, "nan")
     (said,) = re.findall(r"^distvgg: error: (.+)$", output, re.MULTILINE)
     assert said.startswith(f"step {STEP}: the {what} of micro-batch {MICRO_BATCH} is nan at")
-    assert " ".join(map(str, failure["samples"])) in said
+    assert f"{' '.join(map(str, failure['samples'][:5]))} ... (all in " in said
 
     # The samples, from the definition of the stream.
     config = load(str(folder / "config.yaml"))
