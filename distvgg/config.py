@@ -442,8 +442,10 @@ def nearest(name: str, names: Sequence[str]) -> str:
     """
     leaf = name.rsplit(".", 1)[-1]
     leaves = {n.rsplit(".", 1)[-1]: n for n in names}
-    found = [n for n in names if f"_{leaf}_" in f"_{n.rsplit('.', 1)[-1]}_"]
-    found.sort(key=lambda n: not n.endswith(f".{leaf}"))
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.9)
+    if not found:
+        found = [n for n in names if f"_{leaf}_" in f"_{n.rsplit('.', 1)[-1]}_"]
+        found.sort(key=lambda n: not n.endswith(f".{leaf}"))
     found = found or difflib.get_close_matches(name, names, n=1, cutoff=0.7)
     found = found or [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1)]
     return f", did you mean {' or '.join(found[:3])}?" if found else ""

@@ -292,6 +292,12 @@ def launch(node: Node, processes: int, train: list[str], run_dir: Path) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
 
+    def forward(number: int, _: object) -> None:
+        raise SignalException(f"signal {number}", signal.Signals(number))
+
+    # torch 2.8 does not know PET_SIGNALS_TO_HANDLE. Later versions replace these handlers.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, forward)
     try:
         parser = launch_command_parser()
         launch_command(parser.parse_args([*words, "-m", "distvgg", "train", *train]))

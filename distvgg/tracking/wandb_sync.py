@@ -122,8 +122,7 @@ def follow(run_dir: Path, trainer: Trainer) -> None:
             if not str(error):
                 return
             run = _start_offline(run_dir)
-            view = f"; to view: wandb leet {shlex.quote(str(Path(run.dir).parent))}" if run else ""
-            _say(f"W&B: offline ({error}). To upload: {sync_command(run_dir)}{view}")
+            _say(f"W&B: offline ({error}). To upload: {sync_command(run_dir)}")
         if run:
             _send(run, run_dir / METRICS_FILE, trainer.ended)
             run.finish(0 if trainer.succeeded else 1)

@@ -12,7 +12,6 @@ from distvgg.training.nan_monitor import NonFiniteError
 from distvgg.training.state import Run, warmup_steps
 from distvgg.training.step import forward
 
-
 SHOWN = 5  # samples in the line
 
 

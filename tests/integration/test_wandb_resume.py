@@ -98,7 +98,7 @@ def only_run(server: WandbServer, folder: Path, rows: int) -> ReceivedRun:
     assert received.id == json.loads((folder / "wandb" / "run.json").read_text())["id"]
     assert [own(r) for r in received.rows()] == [row(n) for n in range(rows)]
     assert [r["_step"] for r in received.rows()] == list(range(rows))
-    assert received.axes() == {"*": "step"}
+    assert received.axes() == {"step"}
     assert server.unknown == set()
     return received
 

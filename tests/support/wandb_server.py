@@ -51,12 +51,12 @@ class ReceivedRun:
         last = self.lines(SUMMARY)[-1:]
         return json.loads(last[0]) if last else {}
 
-    def axes(self) -> dict[str, str]:
-        """Metric, or pattern of metrics -> its axis: what `define_metric` said. On the wire it is
+    def axes(self) -> set[str]:
+        """The axes of all metrics: what `define_metric` said. On the wire it is
         a list of mappings of protobuf field numbers: 1 is a metric's name, 2 a pattern, 5 the place
         (from 1) of its axis in the list."""
         metrics = self.config["_wandb"]["value"].get("m", [])
-        return {m.get("1") or m["2"]: metrics[m["5"] - 1]["1"] for m in metrics if "5" in m}
+        return {metrics[m["5"] - 1]["1"] for m in metrics if "5" in m}
 
     def bucket(self) -> dict[str, Any]:
         """The run in the words of the GraphQL schema."""
@@ -115,6 +115,9 @@ class WandbServer(ThreadingHTTPServer):
             case "Viewer":
                 viewer = {"id": "u", "entity": ENTITY, "username": ENTITY, "flags": "{}"}
                 return {"viewer": viewer | {"admin": False, "teams": {"edges": []}}}
+            case "ProbeServerCapabilities":  # wandb 0.19
+                types = ("QueryType", "MutationType", "ServerInfoType")
+                return {name: {"fields": []} for name in types}
             case "ServerFeaturesQuery" | "ServerInfo":
                 newest = {"max_cli_version": "99.0.0"}
                 return {"serverInfo": {"features": [], "cliVersionInfo": newest}}
