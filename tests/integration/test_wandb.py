@@ -150,9 +150,10 @@ def test_the_printed_command_uploads_an_offline_run_once(at_a_terminal: Outcome)
             assert re.fullmatch(
                 rf"W&B: {server.url}/\S+ has {ROWS} rows, {new} of them new\n", done.stdout
             ), done.stdout + done.stderr
-    (received,) = server.runs.values()
+            (received,) = server.runs.values()
+            assert not new or received.axes() == {"step"}
     assert [own(row) for row in received.rows()] == rows(at_a_terminal.folder)
-    assert (received.axes(), received.exit_code) == ({"step"}, 0)
+    assert received.exit_code == 0
     assert server.unknown == set()
 
 
@@ -176,12 +177,16 @@ def test_sync_says_why_it_cannot(
 
 
 def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
+    limits = {"WANDB_INIT_TIMEOUT": "1", "WANDB_FINISH_TIMEOUT": "5"}
     with serving(answers=False) as server:
-        outcome = trained(tmp_path / "run", env=login(server) | {"WANDB_INIT_TIMEOUT": "1"})
+        outcome = trained(tmp_path / "run", env=login(server) | limits)
+    assert outcome.seconds < 60  # W&B's own limit is 90 s
+    upload = f"To upload: distvgg sync {tmp_path / 'run'}"
+    if outcome.said() == [f"W&B: failed (no answer in 5 s). {upload}"]:
+        return  # wandb before 0.31 does not notice
     why, _, folder = outcome.offline()
     assert re.match("Timed out initializing run|Failed to get resume status", why)
     assert read_offline(folder) == rows(outcome.folder)
-    assert outcome.seconds < 60  # W&B's own patience is 90 s
 
 
 def test_a_key_that_the_server_refuses_means_offline(tmp_path: Path) -> None:
@@ -239,7 +244,7 @@ def with_a_short_key(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 
 def test_a_key_of_the_wrong_form_means_offline(with_a_short_key: Outcome) -> None:
     why, _, folder = with_a_short_key.offline()
-    assert "API key" in why
+    assert "API key" in why or "no connection" in why  # wandb before 0.31 accepts any key
     assert len(read_offline(folder)) == ROWS
 
 
