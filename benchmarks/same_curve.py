@@ -53,7 +53,7 @@ def main() -> int:
         ]
     cells = [[name, *both] for name, both in zip(names, sums, strict=True)]
     print(markdown_table(["run", "rows", WEIGHTS_FILE], cells))
-    print("launches of the last run:", " -> ".join(str(n) for _, n in launches))
+    print("launches of the last run:", " -> ".join(str(n) for n, _ in launches))
     draw(dict(zip(names, rows, strict=True)), launches, options.out)
     return 1 if len(set(sums)) > 1 else 0
 
@@ -127,7 +127,12 @@ def draw(runs: dict[str, list[Row]], launches: Launches, out: Path) -> None:
         pad=16,
     )
     top.legend(fontsize=9)
-    bottom.set(xlabel="step", ylabel="loss less\nthe first run's", ylim=(-1, 1), yticks=(-1, 0, 1))
+    bottom.set(
+        xlabel="step",
+        ylabel="loss less\nthe first run's",
+        ylim=(-2e-16, 2e-16),
+        yticks=(-1e-16, 0, 1e-16),
+    )
     for axis in (top, bottom):
         axis.grid(alpha=0.25)
     figure.savefig(out, metadata={"Date": None})

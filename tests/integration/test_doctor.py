@@ -15,7 +15,7 @@ from PIL import Image
 from disks import small_disk
 from distvgg.config import load
 from distvgg.errors import UserError
-from processes import run, tiny
+from processes import ROOT, run, tiny
 
 pytestmark = pytest.mark.usefixtures("newcomer")
 
@@ -73,6 +73,15 @@ def test_a_sound_machine_is_told_check_by_check_and_left_as_it_was(tmp_path: Pat
     assert verdict == "note"
     assert re.fullmatch(r"offline \(.*login.*\); to upload: distvgg sync RUN_DIR", text)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sample_in_the_documentation_has_these_checks() -> None:
+    text = (ROOT / "docs" / "usage.md").read_text()
+    sample = re.search(r"\$ distvgg doctor .+\n([\s\S]+?)```", text)
+    assert sample
+    lines = [re.fullmatch(r"(?:ok  |note|fix )  (.{11})  .+", x) for x in sample[1].splitlines()]
+    names = [line[1].rstrip() for line in lines if line]
+    assert names == [*MACHINE[:5], "processes", "data", *MACHINE[5:]]
 
 
 def test_in_the_place_of_train_it_checks_that_very_run_once_for_all_processes(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from processes import ROOT
+from processes import ROOT, run
 
 SETUP, TESTS = re.search(r"```bash\n(\S+)\n(\S+)\n```", (ROOT / "README.md").read_text()).groups()
 
@@ -114,3 +114,13 @@ def test_every_config_field_and_recipe_in_the_readme_exists() -> None:
         assert field in Config().flat()
     for recipe in re.findall(r"(?:multi_gpu\.sh|single_gpu\.sh|distvgg train) (\w+)", text):
         assert recipe in [*recipe_names(), "RECIPE"]
+
+
+def test_sample_of_bench_is_what_it_prints() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text()
+    sample = re.search(r"```\n\$ distvgg (bench .+)\n([\s\S]+?)```", text)
+    assert sample
+    done = run(sample[1].split(), timeout=120)
+    printed = done.stdout.splitlines()
+    missing = [line for line in sample[2].splitlines() if line != "..." and line not in printed]
+    assert missing == [], done.stdout + done.stderr
