@@ -336,9 +336,10 @@ def _bench(options: Namespace) -> str:
     recipe = one_recipe(options.recipe or COMMANDS["bench"].default)
     config = load(recipe, overrides(options))
     of_bench = {n: v for n, v in vars(options).items() if n in BenchOptions.model_fields}
+    bench_options = validated(BenchOptions, of_bench)
     from distvgg.commands.bench import bench
 
-    return bench(config, recipe, validated(BenchOptions, of_bench), as_json=options.json)
+    return bench(config, recipe, bench_options, as_json=options.json)
 
 
 COMMANDS = {

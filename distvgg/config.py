@@ -435,20 +435,20 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def nearest(name: str, names: Sequence[str]) -> str:
+def nearest(name: str, names: Sequence[str], prefix: str = "") -> str:
     """Returns `, did you mean X?`; empty if no name is near.
 
     Names whose last part contains the last part of `name` come first: optim.lr for train.lr.
     """
     leaf = name.rsplit(".", 1)[-1]
     leaves = {n.rsplit(".", 1)[-1]: n for n in names}
-    found = difflib.get_close_matches(name, names, n=1, cutoff=0.9)
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
     if not found:
         found = [n for n in names if f"_{leaf}_" in f"_{n.rsplit('.', 1)[-1]}_"]
         found.sort(key=lambda n: not n.endswith(f".{leaf}"))
     found = found or difflib.get_close_matches(name, names, n=1, cutoff=0.7)
     found = found or [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1)]
-    return f", did you mean {' or '.join(found[:3])}?" if found else ""
+    return f", did you mean {' or '.join(prefix + n for n in found[:3])}?" if found else ""
 
 
 def _one_line(error: ValidationError) -> str:

@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
         if fields and "." in name:
             load("debug", {name: ""})  # raises, with the nearest field
         options = [n for n in known if "." not in n and n != "help"]
-        near = nearest(name, [f"--{n}" for n in (*options, *fields)])
+        near = nearest(name, [*options, *fields], "--")
         raise UserError(
             f"no option --{name}{near}: give one of"
             f" {', '.join(options)}{', or --section.field VALUE' if fields else ''}"

@@ -20,7 +20,7 @@ from distvgg.errors import UserError
 from distvgg.runs.layout import METRICS_FILE
 from distvgg.runs.metrics_file import Mark, MetricsFile
 from distvgg.tracking.console import Console
-from distvgg.tracking.wandb_tracker import WandB
+from distvgg.tracking.wandb_process import WandBProcess
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -47,7 +47,7 @@ class Tracking:
         self._trackers: list[GeneralTracker] = []
         self._console: Console | None = None
         self._file: MetricsFile | None = None
-        self._wandb: WandB | None = None
+        self._wandb: WandBProcess | None = None
         self._local = [str(run_dir / METRICS_FILE)]
         if not accelerator.is_main_process:
             return
@@ -58,8 +58,8 @@ class Tracking:
             accelerator.log_with.append(require_tensorboard())
             self._local.append(f"tensorboard --logdir {run_dir / 'tensorboard'}")
         if config.track.wandb and os.environ.get("WANDB_MODE") != "disabled":
-            self._wandb = WandB(run_dir, self.say)
-            accelerator.log_with.append(self._wandb)
+            self._wandb = WandBProcess(run_dir, self.say)
+            accelerator.log_with.append(WandB(self._wandb))
         flat = {k: v if v is not None else "none" for k, v in config.flat().items()}
         # Hide TensorBoard's rows of steps after the checkpoint, because those steps run again.
         purge = {"tensorboard": {"purge_step": done + 1}}
@@ -123,6 +123,24 @@ class JsonLines(GeneralTracker):
 
     def finish(self) -> None:
         self._file.close()
+
+
+class WandB(GeneralTracker):
+    """W&B as a tracker of accelerate: its process reads the rows from metrics.jsonl."""
+
+    name = "wandb"
+    requires_logging_directory = False
+
+    def __init__(self, process: WandBProcess) -> None:
+        super().__init__()
+        self._process = process
+
+    @property
+    def tracker(self) -> WandBProcess:
+        return self._process
+
+    def finish(self) -> None:
+        self._process.finish()
 
 
 def require_tensorboard() -> str:

@@ -195,19 +195,6 @@ def test_a_hanging_wandb_slows_neither_a_step_nor_much_the_end(tmp_path: Path) -
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\xff\0\x01", b'{"id": "abcd', b'["a"]', b'{"id": 5}', b'{"id": "../../ab"}']
-)
-def test_a_damaged_run_file_means_a_new_run(tmp_path: Path, content: bytes) -> None:
-    folder = tmp_path / "wandb"
-    folder.mkdir()
-    (folder / "run.json").write_bytes(content)
-    said = finished(tmp_path, 0, 3, OFFLINE)
-    assert f"W&B: a new run with every row, because {folder}/run.json is damaged" in said
-    (offline,) = offline_runs(tmp_path)
-    assert len(read_offline(offline)) == 3
-
-
 def test_the_run_of_an_earlier_version_continues(tmp_path: Path) -> None:
     folder = tmp_path / "wandb"
     folder.mkdir()

@@ -15,12 +15,11 @@ import time
 from pathlib import Path
 
 import psutil
-from accelerate import Accelerator
 
 from distvgg import metrics
 from distvgg.config import load
-from distvgg.runs.metrics_file import Mark
-from distvgg.tracking.trackers import Tracking
+from distvgg.runs.metrics_file import Mark, MetricsFile
+from distvgg.tracking.wandb_process import WandBProcess
 
 
 def row(number: int) -> metrics.Row:
@@ -31,34 +30,33 @@ def row(number: int) -> metrics.Row:
 
 
 def main(run_dir: Path, written: int, total: int, end: str) -> None:
-    accelerator = Accelerator(cpu=True)
-    config = load("quickstart")
-    config = config.model_copy(
-        update={"track": config.track.model_copy(update={"wandb": True, "tensorboard": False})}
-    )
     content = b"".join(json.dumps(row(n)).encode() + b"\n" for n in range(written))
     (run_dir / "metrics.jsonl").write_bytes(content)
-    (run_dir / "config.yaml").write_text(config.to_yaml())
+    (run_dir / "config.yaml").write_text(load("quickstart").to_yaml())
     mark = Mark(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    tracking = Tracking(accelerator, config, run_dir, total, written, mark)
+    file = MetricsFile(run_dir / "metrics.jsonl", mark, print)
+    wandb = WandBProcess(run_dir, lambda line: print(line, flush=True))
     for n in range(written, total):
-        tracking.log(row(n))
+        file.append(row(n))
     if end == "wait":
         print("logged", flush=True)
         time.sleep(60)
     if end == "crash":
         raise SystemError("as asked")
     if end == "stop":
-        while not any(c.name() == "wandb-core" for c in psutil.Process().children(recursive=True)):
+        while not (cores := [c for c in descendants() if c.name() == "wandb-core"]):
             time.sleep(0.05)
-        for child in psutil.Process().children(recursive=True):
-            if child.name() == "wandb-core":
-                child.send_signal(signal.SIGSTOP)
+        for core in cores:
+            core.send_signal(signal.SIGSTOP)
         started = time.perf_counter()
         for n in range(total, total + 5000):
-            tracking.log(row(n))
+            file.append(row(n))
         print("seconds", time.perf_counter() - started, flush=True)
-    accelerator.end_training()
+    wandb.finish()
+
+
+def descendants() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Weights & Biases as a tracker: a process of its own sends the rows of metrics.jsonl.
+"""The process that sends the rows of metrics.jsonl to Weights & Biases, as its parent sees it.
 
 Invariants: W&B never prompts the user, never delays a step, and does not end a run. It delays the
 end of a run by WANDB_FINISH_TIMEOUT seconds (20 if unset) at most. The training does not import
@@ -17,8 +17,6 @@ from pathlib import Path
 from signal import SIGALRM
 from typing import IO
 
-from accelerate.tracking import GeneralTracker
-
 from distvgg.tracking.wandb_sync import finish_timeout, sync_command
 
 COMMAND = (sys.executable, "-m", "distvgg.tracking.wandb_sync")
@@ -26,18 +24,14 @@ COMMAND = (sys.executable, "-m", "distvgg.tracking.wandb_sync")
 GRACE_SECONDS = 3.0
 
 
-class WandB(GeneralTracker):
+class WandBProcess:
     """The process that sends the rows, and its lines on the terminal.
 
     Args:
         say: prints a line; called from a thread.
     """
 
-    name = "wandb"
-    requires_logging_directory = False
-
     def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
-        super().__init__()
         self._run_dir = run_dir
         self._say = say
         self._curves: list[str] = []
@@ -57,10 +51,6 @@ class WandB(GeneralTracker):
         )
         self._reader.start()
         atexit.register(self._end, b"")  # for a crash
-
-    @property
-    def tracker(self) -> "subprocess.Popen[str]":
-        return self._process
 
     def curves(self) -> list[str]:
         """Lists the address of the curves or the command to upload them; empty if W&B is disabled.
