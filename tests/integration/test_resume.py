@@ -28,9 +28,9 @@ STEPS = 113
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run on two processes that nobody disturbed."""
+    """The run that nobody disturbed, on one process, which has the bytes of any other number."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    train(folder, *ARGS, processes=2)
+    train(folder, *ARGS)
     return folder
 
 
@@ -165,7 +165,7 @@ def test_told_to_stop_while_it_decodes_images_it_leaves_at_once(
 
 def test_told_to_stop_in_an_evaluation_it_does_that_again(tmp_path: Path) -> None:
     """Many small batches make an evaluation of seconds; the row of it comes once, and whole."""
-    slow = ("--data.val_size", "5000", "--eval.batch_size", "8", "--eval.every_epochs", "0.5")
+    slow = ("--data.val_size", "3000", "--eval.batch_size", "8", "--eval.every_epochs", "0.5")
     slow += ("--train.epochs", "0.6", "--eval.test", "false")
     folders = [tmp_path / "whole", tmp_path / "run"]
     train(folders[0], *slow, processes=2)
@@ -244,7 +244,7 @@ def test_damage_costs_only_what_is_damaged(whole: Path, tmp_path: Path) -> None:
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 4
     newest.write_bytes(content)
-    again = on_two(folder)
+    again = Started(folder, *ARGS)
     again.until_step(80)
     again.kill()
     assert (
@@ -255,7 +255,7 @@ def test_damage_costs_only_what_is_damaged(whole: Path, tmp_path: Path) -> None:
     # Rows that are gone: a checkpoint that counts on them would leave a gap.
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder / "metrics.jsonl").write_text("".join(lines[:5]))
-    code, output = on_two(folder).end()
+    code, output = Started(folder, *ARGS).end()
     assert code == 0, output
     assert "refused: metrics.jsonl no longer has the rows that it counts on" in output
     assert_same_run(whole, folder)
