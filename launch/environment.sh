@@ -66,7 +66,7 @@ use_environment() {
         return
     fi
     # The stamp is written last: an install that was cut off is repeated.
-    wanted="$(cksum <setup.cfg) $(cksum <pyproject.toml)"
+    wanted="$ROOT $(cksum <setup.cfg) $(cksum <pyproject.toml)"
     stamp="$venv/.distvgg-installed${extra:+-$extra}"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         # Nodes that share this checkout may come here at the same time.
