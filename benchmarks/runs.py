@@ -6,7 +6,6 @@ processes.
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -88,7 +87,9 @@ def differences(expected: Path, run_dir: Path) -> list[str]:
 
 
 class Training:
-    """A training under way, its launcher and workers in a session of their own.
+    """A training under way, its first process in a session of its own.
+
+    As a context manager, it leaves no process behind.
 
     Args:
         words: command line of distvgg, without --run-dir.
@@ -144,7 +145,8 @@ class Training:
         """
         end = time.monotonic() + within
         while not condition():
-            if self.process.poll() is not None or time.monotonic() > end:
+            over = self.process.poll() is not None or time.monotonic() > end
+            if over and not condition():  # the last thing that it did may be what was awaited
                 raise RuntimeError(f"{self.run_dir}: ended or timed out:\n{self.output()}")
             time.sleep(poll)
 
@@ -166,12 +168,22 @@ class Training:
 
     def kill(self) -> None:
         """Sends SIGKILL to all of it at once, and waits until no process is left."""
-        members = [self.process.pid, *(p.pid for p in psutil.Process(self.process.pid).children())]
-        for pid in members:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        first = psutil.Process(self.process.pid)
+        members = [first, *first.children()]  # torch gives each worker a session of its own
+        for member in members:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
         self.process.wait(10)
-        psutil.wait_procs([psutil.Process(p) for p in members if psutil.pid_exists(p)], 10)
+        _, alive = psutil.wait_procs(members[1:], 10)
+        if alive:
+            raise RuntimeError(f"{self.run_dir}: alive after SIGKILL: {alive}")
+
+    def __enter__(self) -> "Training":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.kill()
 
     def end(self, within: float = 60) -> tuple[int, str]:
         """Waits for the end, and returns the exit code and the output."""
@@ -202,12 +214,9 @@ def training(
     `words` are recipe and options, without --run-dir.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        started = Training(Path(temporary) / "run", ["train", *words], processes=processes, env=env)
-        try:
+        run_dir = Path(temporary) / "run"
+        with Training(run_dir, ["train", *words], processes=processes, env=env) as started:
             yield started
-            (started.run_dir / STOP_FILE).touch()
+            (run_dir / STOP_FILE).touch()
             started.process.wait(ROW_TIMEOUT)
-        finally:
-            if started.process.poll() is None:
-                os.killpg(started.process.pid, signal.SIGKILL)
-                started.process.wait()
+            started.ended()

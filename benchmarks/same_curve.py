@@ -1,9 +1,9 @@
 """Draws the loss of runs on several numbers of processes, and of a run that is killed.
 
-    python -m benchmarks.same_curve [--kills 9] [--out docs/same_curve.svg] [RECIPE --option ...]
+    python -m benchmarks.same_curve [--kills 9] [--out same_curve.svg] [RECIPE --option ...]
 
 Trains once on each of 1, 2 and 4 processes. One more run gets SIGKILL in all of its processes at
-steps drawn at random, and is launched again on another number of processes each time. Prints the
+steps drawn at random, and is launched again on 1, 2 or 4 processes. Prints the first digits of the
 SHA-256 of each run's rows without perf/* and of its weights. The exit code is 1 if runs differ; the
 picture is drawn all the same. Without a recipe: `quickstart`, with a row for each step.
 """
@@ -33,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
-    parser.add_argument("--out", type=Path, default=Path("docs/same_curve.svg"))
+    parser.add_argument("--out", type=Path, default=Path("same_curve.svg"))
     options, words = parser.parse_known_args()
     words = ["train", *(words or ["quickstart"]), *OPTIONS]
     with tempfile.TemporaryDirectory() as temporary:
@@ -65,9 +65,9 @@ def digest(content: bytes) -> str:
 
 def train(run_dir: Path, words: Sequence[str], processes: int) -> None:
     """Trains to the end."""
-    training = Training(run_dir, words, processes=processes, env=CPU)
-    training.process.wait(ROW_TIMEOUT)
-    training.ended()
+    with Training(run_dir, words, processes=processes, env=CPU) as training:
+        training.process.wait()
+        training.ended()
 
 
 def train_with_kills(
@@ -78,9 +78,10 @@ def train_with_kills(
     launches: Launches = []
     for step in sorted(rng.sample(range(2, steps), kills)):
         processes = rng.choice(COUNTS)
-        training = Training(run_dir, words, processes=processes, env=CPU)
-        training.until_step(step, ROW_TIMEOUT)
-        training.kill()
+        with Training(run_dir, words, processes=processes, env=CPU) as training:
+            training.until(lambda: "parameters on" in training.output(), ROW_TIMEOUT)
+            training.until_step(step, ROW_TIMEOUT)
+            training.kill()
         launches.append((processes, int(training.rows()[-1][STEP])))
     processes = rng.choice(COUNTS)
     train(run_dir, words, processes)
@@ -102,11 +103,12 @@ def draw(runs: dict[str, list[Row]], launches: Launches, out: Path) -> None:
         name: {int(r[STEP]): r[TRAIN_LOSS] for r in rows if TRAIN_LOSS in r}
         for name, rows in runs.items()
     }
-    first = next(iter(losses.values()))
+    first, equal = next(iter(losses.values())), True
     for width, (name, loss) in zip((9, 6, 3.5, 1.2), losses.items(), strict=True):
         top.plot(list(loss), list(loss.values()), linewidth=width, label=name)
-        gap = [loss[step] - first[step] for step in loss]
-        bottom.plot(list(loss), gap, linewidth=width)
+        gap = [loss[step] - first[step] for step in loss if step in first]
+        equal &= not any(gap)
+        bottom.plot([step for step in loss if step in first], gap, linewidth=width)
     for _, step in launches[:-1]:
         top.axvline(step, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
     begin = 0
@@ -127,12 +129,9 @@ def draw(runs: dict[str, list[Row]], launches: Launches, out: Path) -> None:
         pad=16,
     )
     top.legend(fontsize=9)
-    bottom.set(
-        xlabel="step",
-        ylabel="loss less\nthe first run's",
-        ylim=(-2e-16, 2e-16),
-        yticks=(-1e-16, 0, 1e-16),
-    )
+    bottom.set(xlabel="step", ylabel="loss less\nthe first run's")
+    if equal:
+        bottom.set(ylim=(-2e-16, 2e-16), yticks=(-1e-16, 0, 1e-16))
     for axis in (top, bottom):
         axis.grid(alpha=0.25)
     figure.savefig(out, metadata={"Date": None})

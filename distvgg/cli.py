@@ -235,7 +235,9 @@ For runs that were offline or were killed, and for runs without W&B. Sends no ro
 def _sync(options: Namespace) -> str:
     from distvgg.tracking.wandb_sync import sync
 
-    return "\n".join(map(sync, options.run_dirs))
+    for run_dir in options.run_dirs[:-1]:
+        print(sync(run_dir), flush=True)
+    return sync(options.run_dirs[-1])
 
 
 def _doctor_parser(shown: Config) -> Parser:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Sequence
 
 PYTHON = (3, 11)
-_REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+?)(?:>=([0-9.]+))?")
+# `.dev0` admits the builds of a vendor, such as 2.8.0a0+34c6371d24.nv25.08.
+_REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+?)(?:>=([0-9.]+?)(?:\.dev0)?)?")
 
 
 def unmet(extra: str = "", only: Sequence[str] = ()) -> "list[str]":
@@ -40,6 +41,8 @@ def unmet(extra: str = "", only: Sequence[str] = ()) -> "list[str]":
         remedy = f"pip install '{name}>={lowest}'" if lowest else f"pip install {name}"
         try:
             found = version_of(name)
+            if not found:  # half removed
+                raise PackageNotFoundError(name)
         except PackageNotFoundError:
             lines.append(f"{name} is not installed: {remedy}")
             continue
@@ -64,14 +67,19 @@ def _requirements(extra: str) -> "list[tuple[str, str]]":
             text, _, marker = line.partition(";")
             if not marker or (extra and re.search(f"[\"']{extra}[\"']", marker)):
                 texts.append(text)
-    found = [_REQUIREMENT.fullmatch("".join(text.split())) for text in texts]
+    texts = ["".join(text.split()) for text in texts]
+    found = [_REQUIREMENT.fullmatch(text) for text in texts if text]
+    assert all(found), texts
     return [(match[1], match[2] or "") for match in found if match]
 
 
 def _release(version: str) -> "list[int]":
-    """Returns the numbers that a version begins with: 2.7.0a0+git -> 2, 7, 0."""
+    """Returns the numbers that a version begins with, less zeros at the end: 2.8.0a0 -> 2, 8."""
     found = re.match(r"\d+(\.\d+)*", version)
-    return [int(number) for number in found.group().split(".")] if found else []
+    numbers = [int(number) for number in found.group().split(".")] if found else []
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return numbers
 
 
 def main() -> int:

@@ -3,7 +3,8 @@
 #   use_environment [EXTRA]     afterwards $PYTHON is an interpreter that has it
 #
 # In this order:
-# - the `python` of the shell, if its packages are new enough: it is used as it is;
+# - the `python` of the shell, if its packages are new enough and DISTVGG_VENV is not set: it is used
+#   as it is;
 # - DISTVGG_VENV, else .venv in the checkout: made once, with distvgg and what it needs. If the base
 #   interpreter has a torch that is new enough, as a site's module may, that torch is used.
 #
@@ -21,9 +22,12 @@ fail() {
 meets() { "$1" -m distvgg.requirements "${@:2}" >/dev/null 2>&1; }
 
 find_base() {
-    local candidate found=""
-    for candidate in ${PYTHON:+"$PYTHON"} python python3.11 python3.12 python3.13 python3; do
-        candidate="$(command -v "$candidate")" || continue
+    local candidate candidates found=""
+    # Every interpreter on PATH: an active virtual environment has the first of each name.
+    mapfile -t candidates < <(type -aP python python3.11 python3.12 python3.13 python3)
+    [ -z "${PYTHON:-}" ] || candidates=("$(command -v "$PYTHON")")
+    for candidate in "${candidates[@]}"; do
+        [ -n "$candidate" ] || continue
         # A virtual environment is no base: what it has installed would not be seen.
         "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11) or sys.prefix != sys.base_prefix)' \
             >/dev/null 2>&1 || continue
@@ -75,11 +79,13 @@ use_environment() {
         ! command -v flock >/dev/null || flock 9
     fi
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-        if [ ! -x "$venv/bin/python" ]; then
+        if [ ! -x "$venv/bin/python" ] || [ -e "$venv/.making" ]; then
             base="$(find_base)" || exit 2
             ! meets "$base" --only torch || site="--system-site-packages"
             echo "Making a virtual environment in $venv${site:+ on top of $base, whose torch it uses}"
+            mkdir -p "$venv" && : >"$venv/.making" # left by a venv that was cut off
             "$base" -m venv $site "$venv"
+            rm "$venv/.making"
         fi
         echo "Installing distvgg${extra:+ with [$extra]}; a few minutes the first time"
         install "$venv" "$extra"

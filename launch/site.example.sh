@@ -19,4 +19,4 @@
 
 # Nodes without a network: distvgg doctor RECIPE --prepare on the login node, then these for the jobs.
 # export DISTVGG_CACHE="$HOME/distvgg-cache"   # on a file system that all nodes share
-# export WANDB_MODE=offline                    # afterwards, on the login node: distvgg sync RUN_DIR
+# export WANDB_MODE=offline                    # afterwards, on the login node: WANDB_MODE=online distvgg sync RUN_DIR

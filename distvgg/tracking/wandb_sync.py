@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError
 
-from distvgg import file_lock, metrics
+from distvgg import file_lock, metrics, preemption
 from distvgg.config import load
 from distvgg.errors import UserError
 from distvgg.reachability import behind_proxy, connects
@@ -55,7 +55,7 @@ class RunFile(BaseModel):
         online: a server may have rows of the W&B run.
     """
 
-    id: str = Field(pattern=r"^[\w-]{1,64}$")
+    id: str = Field(pattern=r"^[\w.-]{1,64}$")
     online: bool = True  # earlier versions wrote other fields
 
 
@@ -99,6 +99,8 @@ def sync(run_dir: Path) -> str:
     """
     if not (run_dir / CONFIG_FILE).exists():
         raise UserError(f"{run_dir}: not a run folder (no {CONFIG_FILE})")
+    if not (run_dir / METRICS_FILE).exists():
+        raise UserError(f"{run_dir}: no rows yet (no {METRICS_FILE})")
     with _locked(run_dir, wait=False):
         try:
             run = _start_online(run_dir)
@@ -243,7 +245,13 @@ def _read_run_file(run_dir: Path) -> RunFile:
             if isinstance(error, FileNotFoundError):
                 raise
             _say(f"W&B: a new run with every row, because {path} is damaged")
-    return RunFile(id=os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4), online=False)
+    id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    try:
+        return RunFile(id=id, online=False)
+    except ValidationError as error:
+        raise UserError(
+            f"WANDB_RUN_ID: {id!r} (expected at most 64 letters, digits, dots, - or _); unset it"
+        ) from error
 
 
 def _write_run_file(run_dir: Path, file: RunFile) -> None:
@@ -259,12 +267,16 @@ def _remove_offline_runs(run_dir: Path, id: str) -> None:
 def _locked(run_dir: Path, *, wait: bool) -> Iterator[None]:
     """Lets one process at a time send the rows of a run; that of a killed training may be alive."""
     folder = run_dir / "wandb"
-    folder.mkdir(exist_ok=True)
-    with (folder / LOCK_FILE).open("w") as file:
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = (folder / LOCK_FILE).open("w")
+    except OSError as error:
+        raise UserError(f"cannot write {folder} ({error.strerror})") from error
+    with lock as file:
         try:
             file_lock.lock(file.fileno(), wait=wait)
         except BlockingIOError as error:
-            raise UserError(f"{run_dir}: a training sends its rows already") from error
+            raise UserError(f"{run_dir}: its training is sending the rows") from error
         yield
 
 
@@ -280,8 +292,8 @@ def _one_line(error: Exception) -> str:
 def main(run_dir: Path) -> None:
     """Runs beside a training."""
     # The training decides when to end. A signal to all processes of a job must not end this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (*preemption.SIGNALS, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     try:
         follow(run_dir, Trainer())
     # Whatever the client raises, the rows are in metrics.jsonl and the training goes on.

@@ -77,6 +77,12 @@ def test_old_torch_of_the_site_is_not_used(tmp_path: Path, base: Path) -> None:
     assert done.returncode == 2
 
 
+def test_active_environment_without_packages_is_no_base(tmp_path: Path, base: Path) -> None:
+    subprocess.run([base / "python", "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    done = chosen(tmp_path / "bare" / "bin", base, DISTVGG_VENV=tmp_path / "venv")
+    assert f"Making a virtual environment in {tmp_path / 'venv'}\n" in done.stdout, done.stderr
+
+
 def test_no_room_is_one_line(tmp_path: Path, base: Path) -> None:
     venv = tmp_path / "venv"
     pip = venv / "bin" / "python"

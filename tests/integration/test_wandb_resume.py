@@ -177,7 +177,7 @@ def test_one_process_at_a_time_sends_rows(tmp_path: Path) -> None:
         done = run(["sync", str(tmp_path)], env=login(server))
         process.kill()
         assert done.returncode == 2
-        assert "a training sends its rows already" in done.stderr
+        assert "its training is sending the rows" in done.stderr
         until(lambda: any(len(run.rows()) == 10 for run in server.runs.values()))
         finished(tmp_path, 10, 12, login(server))
         only_run(server, tmp_path, rows=12)
