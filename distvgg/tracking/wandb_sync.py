@@ -218,7 +218,11 @@ def _init(run_dir: Path, id: str, mode: Literal["online", "offline"]) -> "Run":
 
 
 def _send(run: "Run", path: Path, ended: Callable[[float], bool]) -> int:
-    """Sends the rows of a file that grows until `ended(seconds)`, and returns their number."""
+    """Sends the rows of a file that grows until `ended(seconds)`, and returns their number.
+
+    Raises:
+        UserError: a line is not JSON, as after a power loss.
+    """
     index = sent = read = 0
     over = False
     while not over:
@@ -230,7 +234,13 @@ def _send(run: "Run", path: Path, ended: Callable[[float], bool]) -> int:
         read += len(content)
         for line in content.splitlines():
             if index >= run.starting_step:
-                run.log(json.loads(line))
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UserError(
+                        f"{path}, line {index + 1}: not JSON; the run's next launch replaces it"
+                    ) from error
+                run.log(row)
                 sent += 1
             index += 1
     return sent

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from distvgg.errors import UserError
 from distvgg.tracking import wandb_sync
 
 
@@ -48,3 +49,11 @@ def test_rows_are_sent_once_they_are_whole(tmp_path: Path) -> None:
 
     assert wandb_sync._send(run, path, ended) == 2
     assert sent == [2, 3]
+
+
+def test_line_that_is_no_row_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n\0\0\0\n')
+    run: Any = SimpleNamespace(starting_step=0, log=lambda row: None)
+    with pytest.raises(UserError, match="line 2: not JSON"):
+        wandb_sync._send(run, path, lambda _: True)
