@@ -567,10 +567,9 @@ def until_first_row(setting: Setting, *words: str, env: Mapping[str, str] | None
     with tempfile.TemporaryDirectory() as temporary:
         env = env or {"TORCHINDUCTOR_CACHE_DIR": f"{temporary}/kernels"}
         words = (*setting.words(), *words, "--track.every_steps", "1")
-        training = Training(Path(temporary) / "run", words, env=env)
-        training.until_step(1, ROW_TIMEOUT)
-        seconds = time.perf_counter() - training.began
-        training.kill()
+        with Training(Path(temporary) / "run", words, env=env) as training:
+            training.until_step(1, ROW_TIMEOUT)
+            seconds = time.perf_counter() - training.began
     return seconds
 
 

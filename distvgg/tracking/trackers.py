@@ -20,7 +20,7 @@ from distvgg.errors import UserError
 from distvgg.runs.layout import METRICS_FILE
 from distvgg.runs.metrics_file import Mark, MetricsFile
 from distvgg.tracking.console import Console
-from distvgg.tracking.wandb_process import WandBProcess
+from distvgg.tracking.wandb_process import WandBProcess, start_wandb
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,13 +53,12 @@ class Tracking:
             return
         self._console = Console(steps, done)
         self._file = MetricsFile(run_dir / METRICS_FILE, mark, self.say)
-        accelerator.log_with = [JsonLines(self._file), self._console]
+        if config.track.wandb and os.environ.get("WANDB_MODE") != "disabled":
+            self._wandb = start_wandb(run_dir, self.say)
+        accelerator.log_with = [JsonLines(self._file, self._wandb), self._console]
         if config.track.tensorboard:
             accelerator.log_with.append(require_tensorboard())
             self._local.append(f"tensorboard --logdir {run_dir / 'tensorboard'}")
-        if config.track.wandb and os.environ.get("WANDB_MODE") != "disabled":
-            self._wandb = WandBProcess(run_dir, self.say)
-            accelerator.log_with.append(WandB(self._wandb))
         flat = {k: v if v is not None else "none" for k, v in config.flat().items()}
         # Hide TensorBoard's rows of steps after the checkpoint, because those steps run again.
         purge = {"tensorboard": {"purge_step": done + 1}}
@@ -105,14 +104,14 @@ class Tracking:
 
 
 class JsonLines(GeneralTracker):
-    """The file metrics.jsonl as a tracker of accelerate."""
+    """The file metrics.jsonl, and the process that sends it to W&B, as a tracker of accelerate."""
 
     name = "jsonl"
     requires_logging_directory = False
 
-    def __init__(self, file: MetricsFile) -> None:
+    def __init__(self, file: MetricsFile, wandb: WandBProcess | None) -> None:
         super().__init__()
-        self._file = file
+        self._file, self._wandb = file, wandb
 
     @property
     def tracker(self) -> MetricsFile:
@@ -123,24 +122,8 @@ class JsonLines(GeneralTracker):
 
     def finish(self) -> None:
         self._file.close()
-
-
-class WandB(GeneralTracker):
-    """W&B as a tracker of accelerate: its process reads the rows from metrics.jsonl."""
-
-    name = "wandb"
-    requires_logging_directory = False
-
-    def __init__(self, process: WandBProcess) -> None:
-        super().__init__()
-        self._process = process
-
-    @property
-    def tracker(self) -> WandBProcess:
-        return self._process
-
-    def finish(self) -> None:
-        self._process.finish()
+        if self._wandb:
+            self._wandb.finish()
 
 
 def require_tensorboard() -> str:

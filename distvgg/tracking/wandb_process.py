@@ -25,6 +25,15 @@ GRACE_SECONDS = 3.0
 FIRST_LINE_SECONDS = 5.0
 
 
+def start_wandb(run_dir: Path, say: Callable[[str], None]) -> "WandBProcess | None":
+    """Starts the process; prints a line and returns None if the system refuses another process."""
+    try:
+        return WandBProcess(run_dir, say)
+    except OSError as error:
+        say(f"W&B: failed ({error.strerror}). To upload: {sync_command(run_dir)}")
+        return None
+
+
 class WandBProcess:
     """The process that sends the rows, and its lines on the terminal.
 

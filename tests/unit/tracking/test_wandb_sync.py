@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distvgg.errors import UserError
-from distvgg.tracking import wandb_sync
+from distvgg.tracking import wandb_process, wandb_sync
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,18 @@ def test_line_that_is_no_row_is_named(tmp_path: Path) -> None:
     run: Any = SimpleNamespace(starting_step=0, log=lambda row: None)
     with pytest.raises(UserError, match="line 2: not JSON"):
         wandb_sync._send(run, path, lambda _: True)
+
+
+def test_refused_process_is_a_line_and_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(wandb_process.subprocess, "Popen", refuse)
+    assert wandb_process.start_wandb(tmp_path, said.append) is None
+    assert said == [
+        f"W&B: failed (Resource temporarily unavailable). To upload: distvgg sync {tmp_path}"
+    ]
