@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from distvgg.config import load
-from processes import CPU, ROOT, rows, run, tiny
+from processes import CPU, ROOT, descendants, rows, run, tiny
 from processes import at_a_terminal as run_at_a_terminal
 from wandb_client import login, own, read_offline
 from wandb_server import ENTITY, KEY, ReceivedRun, WandbServer, serving
@@ -223,8 +222,7 @@ def test_neither_a_missing_server_nor_the_death_of_wandb_ends_a_run(
         shown = iter(process.stdout)
         missing = next(line.strip() for line in shown if line.startswith("W&B:"))
         # Before the run ends, which takes longer than the client's start.
-        offspring = psutil.Process(process.pid).children(recursive=True)
-        (victim,) = (p for p in offspring if which in " ".join(p.cmdline()))
+        (victim,) = descendants(process.pid, which)
         victim.kill()
         output = "".join(shown)
     assert process.returncode == 0, output

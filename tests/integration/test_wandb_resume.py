@@ -13,10 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from processes import CPU, ROOT, Started, measured, run
+from processes import CPU, ROOT, Started, kill_all, measured, run
 from wandb_client import client, login, own, read_offline
 from wandb_driver import row
 from wandb_server import ReceivedRun, WandbServer, serving
@@ -70,9 +69,7 @@ def killed(
             line = process.stdout.readline()
             awaited -= {line, line[:3]}
         until(when)
-        victims = psutil.Process(process.pid).children(recursive=True) if whole else []
-        for victim in (process, *victims):
-            victim.kill()
+        kill_all(process) if whole else process.kill()
 
 
 def until(condition: Callable[[], bool], within: float = 30) -> None:

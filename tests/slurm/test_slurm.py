@@ -6,7 +6,6 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -15,12 +14,11 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 
 from cluster import CONTROLLER, Cluster, default_proctrack, missing
 from distvgg.config import load
-from processes import ROOT, TINY, assert_same_run, rows
+from processes import ROOT, TINY, assert_same_run, descendants, rows
 from wandb_server import KEY, WandbServer
 
 pytestmark = [
@@ -350,10 +348,7 @@ def test_nodes_without_slurm_start_again_after_a_worker_died(login: Login, tmp_p
     while not any(row["step"] >= 25 for row in rows(tmp_path / "run")[-1:]):
         assert all(node.poll() is None for node in nodes)
         time.sleep(0.05)
-    workers = [
-        p for p in psutil.Process(nodes[1].pid).children(recursive=True) if "train" in p.cmdline()
-    ]
-    os.kill(workers[-1].pid, signal.SIGKILL)
+    descendants(nodes[1].pid, " train ")[-1].kill()
     said = [node.communicate(timeout=100)[0] for node in nodes]
     login.must_complete(synthetic)
     assert [node.returncode for node in nodes] == [0, 0], said

@@ -6,8 +6,11 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.runs import DISTVGG, ROOT, Training, command, differences, measured, rows
 
@@ -92,6 +95,23 @@ def assert_same_run(one: Path, other: Path) -> None:
     """Every row, and every byte of the weights."""
     assert measured(one) == measured(other)
     assert differences(one, other) == []
+
+
+def descendants(pid: int, word: str = "") -> list[psutil.Process]:
+    """The processes below one whose command line has a word; one that has just ended has none."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # W&B's client starts some that live for milliseconds
+            if word in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def kill_all(first: subprocess.Popen[str]) -> None:
+    """Kills a process and all below it, as the end of a machine does."""
+    for process in (psutil.Process(first.pid), *descendants(first.pid)):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            process.kill()
 
 
 def at_a_terminal(args: list[str]) -> str:

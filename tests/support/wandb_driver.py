@@ -12,6 +12,7 @@ import json
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -44,7 +45,7 @@ def main(run_dir: Path, written: int, total: int, end: str) -> None:
     if end == "crash":
         raise SystemError("as asked")
     if end == "stop":
-        while not (cores := [c for c in descendants() if c.name() == "wandb-core"]):
+        while not (cores := named("wandb-core")):
             time.sleep(0.05)
         for core in cores:
             core.send_signal(signal.SIGSTOP)
@@ -55,8 +56,13 @@ def main(run_dir: Path, written: int, total: int, end: str) -> None:
     wandb.finish()
 
 
-def descendants() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+def named(name: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            if process.name() == name:
+                found.append(process)
+    return found
 
 
 if __name__ == "__main__":
