@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from distvgg.config import OptimConfig
 from distvgg.distributed.reduction_plan import Ranks
 from distvgg.distributed.tree_sum import ExchangeQueue
+from distvgg.optim.eager import SGD, AdamW
 from distvgg.optim.muon import Muon
 
 
@@ -27,10 +28,8 @@ def build_optimizer(
         queue = queue or ExchangeQueue(next(model.parameters()).device)
         return Muon(groups, config.muon_steps, muon_dtype(precision), ranks or Ranks(), queue)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
-    sgd = torch.optim.SGD(
-        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
-    )
+        return AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
+    sgd = SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     if config.momentum:
         for p in model.parameters():
             # torch would use uninitialised memory if the first step is skipped (fp16).

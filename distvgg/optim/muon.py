@@ -21,6 +21,7 @@ from torch.optim.sgd import sgd
 from distvgg.distributed.reduction_plan import Ranks
 from distvgg.distributed.shared_results import PartitionedCompute
 from distvgg.distributed.tree_sum import ExchangeQueue
+from distvgg.optim.eager import EagerOptimizer
 
 # Coefficients of the quintic a x + b x^3 + c x^5, chosen in the source for its slope at zero.
 # Singular values end within 0.7 to 1.2 rather than at one.
@@ -67,7 +68,7 @@ def orthogonalise_flops(rows: int, columns: int, steps: int) -> int:
     return 2 * small**2 * (2 * large + (4 * steps - 3) * small)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(EagerOptimizer):
     """Muon's step for groups with `orthogonalised=True`, and SGD's step for other groups.
 
     Orthogonalised groups hold filters [out, in, h, w] and matrices [out, in]. A step first scales
