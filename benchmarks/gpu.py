@@ -1,25 +1,32 @@
 """All that needs a GPU, measured by one command.
 
-    python -m benchmarks.gpu [--data.path FOLDER] [--out FILE.json] [--only rate,throughput,...]
+    python -m benchmarks.gpu [--data.path FOLDER] [--out FILE.json] [--only rate,graphs,...]
     python -m benchmarks.gpu --quick        toy sizes on the device that is there, a CPU as well
 
+The sections, in order of value:
+
 rate        the best rate of large matrix products in bf16: the yardstick of what follows
+graphs      the training step with and without CUDA graphs: speed, time in kernels, same bytes
+target      how long a recipe trains until validation reaches an accuracy
+variants    forward and backward under changes that may make the kernels faster, and Muon's
+            iteration batched
 throughput  the real training step, eager and compiled, by micro-batch size, beside plain loops
             on one fixed batch (eager, cuDNN's fastest kernels, compiled, a CUDA graph: the limit)
             and behind a DataLoader
 traffic     copies between host and device in a step, kernels, how busy they keep the device; does
             anything in a step make the host wait?
 first_step  from the start of the process to the end of the first step
-target      how long a recipe trains until validation reaches an accuracy
 equal_bytes launch/prove.py in each precision: one run on 1, 2 and 4 processes, and one with kills;
             on one GPU they share it, over gloo
 
-Prints Markdown tables; --out is written after each section: what was measured stays measured.
+Prints Markdown tables. Each section has a process of its own, at most two minutes, and --out is
+written after it: what was measured stays measured. No section starts after --limit seconds.
 `benchmarks.peers` and `benchmarks.checkpoint_cost` run on a GPU as they are.
 """
 
 import argparse
 import gc
+import hashlib
 import json
 import os
 import subprocess
@@ -28,11 +35,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from accelerate.state import AcceleratorState
 from torch.profiler import ProfilerActivity, profile
@@ -47,6 +55,7 @@ from benchmarks.fixed_batch import (
     synchronize,
 )
 from benchmarks.measure import Samples, in_turns, ratio, report, save, spread
+from benchmarks.network_variants import VARIANTS, micro_batch, newton_schulz
 from benchmarks.runs import ROW_TIMEOUT, Training, words_of
 from distvgg.commands.text_tables import markdown_table
 from distvgg.config import Config, load
@@ -65,6 +74,9 @@ Findings = dict[str, Any]
 LR = 0.01  # small: what is timed must not diverge
 WARMUP = 5  # steps that do not count: allocation, compilation, cuDNN's choice
 REFERENCE = "fixed batch"
+COMPARED = 20  # steps after which the weights with and without CUDA graphs are compared
+SECTION_TIMEOUT = 120  # seconds
+LAUNCHERS = "cuda_runtime", "cuda_driver"
 
 FURTHER = (
     "python -m benchmarks.peers",
@@ -93,7 +105,7 @@ class Sizes:
     starts: int
 
 
-FULL = Sizes((4096, 8192, 16384), 4e13, (64, 128, 256, 512, 1024), 32768, 4, 10, 5, 3)
+FULL = Sizes((4096, 8192, 16384), 4e13, (128, 512), 16384, 4, 10, 3, 2)
 QUICK = Sizes((64, 128), 1e8, (8,), 32, 2, 4, 1, 1)
 # A network and a set of data that a CPU trains in seconds.
 TOY: dict[str, Any] = {
@@ -143,22 +155,61 @@ def main() -> int:
     target, epochs = options.target, options.epochs
     sections: dict[str, Callable[[], Findings]] = {
         "rate": lambda: measure_rate(setting),
-        "throughput": lambda: measure_throughput(setting, findings.get("rate")),
+        "graphs": lambda: measure_graphs(setting, options.rate),
+        "target": lambda: measure_target(setting, target, epochs),
+        "variants": lambda: measure_variants(setting, options.rate),
+        "throughput": lambda: measure_throughput(setting, options.rate),
         "traffic": lambda: measure_traffic(setting),
         "first_step": lambda: measure_first_step(setting),
-        "target": lambda: measure_target(setting, target, epochs),
         "equal_bytes": lambda: measure_equal_bytes(setting, options.quick),
     }
     unknown = set(options.only) - set(sections)
     if unknown:
         raise SystemExit(f"no section {', '.join(unknown)}: take some of {', '.join(sections)}")
     findings = report(device, card=card(device), quick=options.quick)
-    print(f"{findings['hardware']}  {json.dumps(findings['card'])}\n")
-    for name in options.only or sections:
+    if len(options.only) == 1:
+        (name,) = options.only
         findings[name] = sections[name]()
         save(findings, options.out)
+        return 0
+    print(f"{findings['hardware']}  {json.dumps(findings['card'])}\n", flush=True)
+    began, failed = time.monotonic(), 0
+    for name in options.only or sections:
+        if (elapsed := time.monotonic() - began) > options.limit:
+            print(f"{name}: left out after {elapsed:.0f} s\n", flush=True)
+            continue
+        findings[name] = in_own_process(name, findings.get("rate"))
+        seconds = time.monotonic() - began - elapsed
+        failed += findings[name] is None
+        print(f"{name}: {'failed' if findings[name] is None else 'took'} {seconds:.0f} s\n")
+        save(findings, options.out)
     print("To be run on the same card:\n\n" + "\n".join(f"    {words}" for words in FURTHER))
-    return 0
+    return min(failed, 1)
+
+
+def in_own_process(section: str, rate: Findings | None) -> Findings | None:
+    """Measures one section, whose failure then leaves the others a working GPU.
+
+    Returns:
+        Its findings; None if it failed or took longer than `SECTION_TIMEOUT`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "section.json"
+        words = [*sys.argv[1:], "--only", section, "--out", str(out)]
+        if rate is not None:
+            words += ["--rate", str(rate["best_tflops"])]
+        process = psutil.Popen([sys.executable, "-m", "benchmarks.gpu", *words])
+        try:
+            code = process.wait(SECTION_TIMEOUT)
+        except psutil.TimeoutExpired:
+            for child in (*process.children(recursive=True), process):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+            code = process.wait()
+        if code:
+            return None
+        findings: Findings = json.loads(out.read_text())[section]
+        return findings
 
 
 def parse() -> argparse.Namespace:
@@ -171,7 +222,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--target", type=float, default=0.75, help="validation top-1")
-    parser.add_argument("--epochs", type=float, help="of the target's run; None: the recipe's")
+    parser.add_argument("--epochs", type=float, default=12, help="of the target's run")
+    parser.add_argument(
+        "--rate", type=float, help="TFLOP/s of the section rate, if measured before"
+    )
+    parser.add_argument("--limit", type=float, default=420, help="seconds")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -231,9 +286,108 @@ def measure_rate(setting: Setting) -> Findings:
     return {"best_tflops": float(f"{best:.4g}")} | {k: spread(v) for k, v in samples.items()}
 
 
-def measure_throughput(setting: Setting, rate: Findings | None) -> Findings:
+def measure_graphs(setting: Setting, best: float | None) -> Findings:
+    """The recipe's training step with and without CUDA graphs, in turns."""
+    cases = {"with graphs": True, "without": False}
+    findings: Findings = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = {
+            name: fresh_run(setting.config(train__cuda_graphs=on), Path(temporary) / name)
+            for name, on in cases.items()
+        }
+        steps = {name: real_step(run) for name, run in runs.items()}
+        for step in steps.values():
+            for _ in range(COMPARED):
+                step()
+        digests = {name: digest(run) for name, run in runs.items()}
+        images = setting.config().train.global_batch_size
+        blocks = {name: speed(setting, Loop(step, images)) for name, step in steps.items()}
+        samples = in_turns(blocks, setting.sizes.rounds)
+        flops = training_flops(setting.config().model, runs["without"].dataset.num_classes)
+        for name, step in steps.items():
+            events = device_events(step, setting.sizes.profiled, setting.device)
+            found = describe_speed(samples, name, images, flops, best, reference="without")
+            found |= in_kernels(events, setting.sizes.profiled)
+            failure = (graphs := runs[name].graphs) and graphs.failure()
+            findings[name] = found | {"digest": digests[name], "failure": failure}
+    equal = len(set(digests.values())) == 1
+    header = ["step", "images/s", "step, ms", "in kernels, ms", "kernels", "of the rate", "bytes"]
+    rows = [
+        [
+            *(name, f"{f['images_per_sec']['median']:,.0f}", f"{f['step_ms']:.2f}"),
+            *(f"{f['kernel_ms']:.2f}", f"{f['kernels']:,.0f}", _cell(f["of_rate"])),
+            "equal" if equal else "DIFFERENT",
+        ]
+        for name, f in findings.items()
+    ]
+    print(markdown_table(header, rows) + "\n")
+    return findings | {"equal_after_steps": COMPARED if equal else None}
+
+
+def digest(run: Run) -> str:
+    """SHA-256 of the weights and BatchNorm's statistics."""
+    found = hashlib.sha256()
+    for name, value in run.vgg.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            found.update(value.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def in_kernels(events: Sequence[Mapping[str, Any]], steps: int) -> Findings:
+    """Kernels and their milliseconds a step, and the calls by which the host launched them.
+
+    Args:
+        events: in the format of chrome://tracing, times in microseconds.
+        steps: number of steps that `events` cover.
+    """
+    kernels = [e for e in events if e.get("cat") == "kernel"]
+    launches = [e for e in events if "Launch" in e.get("name", "") and e.get("cat") in LAUNCHERS]
+    return {
+        "kernels": len(kernels) / steps,
+        "kernel_ms": sum(e["dur"] for e in kernels) / steps / 1000,
+        "launches": len(launches) / steps,
+    }
+
+
+def measure_variants(setting: Setting, best: float | None) -> Findings:
+    """Forward and backward of a micro-batch under changes of the network, and Muon's iteration."""
+    config, device, sizes = setting.config(), setting.device, setting.sizes
+    classes = load_dataset(config.data).num_classes
+    flops = training_flops(config.model, classes)
+    findings: Findings = {}
+    rows = []
+    for size in sizes.micro_batches:
+        names = [n for n in VARIANTS if setting.compile or "compiled" not in n]
+        blocks = {
+            name: speed(
+                setting, Loop(micro_batch(config, classes, device, size, VARIANTS[name]), size)
+            )
+            for name in names
+        }
+        samples = in_turns(blocks, sizes.rounds)
+        found = {
+            name: describe_speed(samples, name, size, flops, best, reference=names[0])
+            for name in names
+        }
+        findings[str(size)] = found
+        rows += [speed_row(name, size, f) for name, f in found.items()]
+        forget()
+    header = ["forward and backward", "images", "images/s", "ms", "TFLOP/s", "of the rate", "ratio"]
+    print(markdown_table(header, rows) + "\n")
+    iterations = {
+        name: speed(setting, Loop(newton_schulz(config, device, batched=batched), 1024))
+        for name, batched in (("layer by layer", False), ("batched by shape", True))
+    }
+    samples = in_turns(iterations, sizes.rounds)
+    ms = {name: 1024e3 / spread(values)["median"] for name, values in samples.items()}
+    print(
+        markdown_table(["Muon's iterations", "ms"], [[n, f"{v:.3f}"] for n, v in ms.items()]) + "\n"
+    )
+    return findings | {"newton_schulz_ms": ms}
+
+
+def measure_throughput(setting: Setting, best: float | None) -> Findings:
     """Images a second of every loop at every micro-batch size."""
-    best = None if rate is None else rate["best_tflops"]
     classes = load_dataset(setting.config().data).num_classes
     flops = training_flops(setting.config().model, classes)
     findings: Findings = {"flops_per_image": flops}
@@ -354,7 +508,12 @@ def real_step(run: Run) -> Step:
 
 
 def describe_speed(
-    samples: Samples, name: str, images: int, flops: int, rate: float | None
+    samples: Samples,
+    name: str,
+    images: int,
+    flops: int,
+    rate: float | None,
+    reference: str = REFERENCE,
 ) -> Findings:
     """A loop's speed in all the units that it is compared by."""
     speeds = spread(samples[name])
@@ -364,7 +523,7 @@ def describe_speed(
         "step_ms": float(f"{1000 * images / speeds['median']:.4g}"),
         "tflops": float(f"{tflops:.4g}"),
         "of_rate": None if rate is None else round(tflops / rate, 4),
-        "of_fixed_batch": ratio(samples, name, REFERENCE),
+        "of_fixed_batch": ratio(samples, name, reference),
     }
 
 
@@ -573,9 +732,9 @@ def until_first_row(setting: Setting, *words: str, env: Mapping[str, str] | None
     return seconds
 
 
-def measure_target(setting: Setting, target: float, epochs: float | None) -> Findings:
+def measure_target(setting: Setting, target: float, epochs: float) -> Findings:
     """Trains the recipe to its end, and notes when validation first reached a top-1 accuracy."""
-    words = () if epochs is None else ("--train.epochs", str(epochs))
+    words = "--train.epochs", str(epochs)
     seen: dict[int, float] = {}  # seconds since the start of the process, by step of validation
     with tempfile.TemporaryDirectory() as temporary:
         training = Training(Path(temporary) / "run", [*setting.words(), *words])

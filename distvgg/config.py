@@ -163,6 +163,9 @@ class TrainConfig(FrozenModel):
     result, unlike the number of processes. OMP_NUM_THREADS has no effect on it."""
     channels_last: bool = True
     """Use NHWC memory order: with bf16 on a CPU, 2.2 times faster than NCHW."""
+    cuda_graphs: bool = True
+    """On a GPU, replay each micro-batch as a CUDA graph, with the same bits as without. Without
+    effect under detect_anomaly."""
     detect_anomaly: bool = False
     """Report the operation that produced a NaN in backward. Slow; for debugging."""
 

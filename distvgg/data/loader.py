@@ -57,6 +57,11 @@ class MicroBatch(NamedTuple):
     lam: float = 1.0
 
     @property
+    def loss_weights(self) -> tuple[float, float]:
+        """Weights of the losses for `labels` and `partner_labels`."""
+        return self.lam, 1 - self.lam
+
+    @property
     def hard_labels(self) -> Tensor:
         """Label with the larger mixing weight for each image, [m] int64."""
         if self.partner_labels is None or self.lam >= 0.5:

@@ -9,7 +9,7 @@ gradient of the complete step, with the same bits on every rank. The buckets do 
 since every element is summed along the same tree.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -53,6 +53,16 @@ class GradientReducer:
         while self._handles:
             self._handles.pop().remove()
 
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """Takes a micro-batch's gradients, which were not left in the parameters.
+
+        Args:
+            gradients: in the order of the parameters.
+        """
+        backwards = iter(gradients[::-1])
+        for number, bucket in enumerate(self._buckets):
+            self._take(number, [next(backwards) for _ in bucket])
+
     def finish(self) -> None:
         """Ends the step: sets each parameter's gradient to its sum over all micro-batches."""
         self._queue.finish()
@@ -64,15 +74,15 @@ class GradientReducer:
         self._missing[number] -= 1
         # In a fixed order, even if a later bucket is complete: it must be the same on all ranks.
         while self._missing[self._next] == 0:
-            self._take(self._next)
+            bucket = self._buckets[self._next]
+            self._take(self._next, [p.grad for p in bucket if p.grad is not None])
+            self._missing[self._next] = len(bucket)
+            for p in bucket:
+                p.grad = None
             self._next = (self._next + 1) % len(self._buckets)
 
-    def _take(self, number: int) -> None:
-        bucket, total = self._buckets[number], self._sums[number]
-        gradients = [p.grad for p in bucket if p.grad is not None]
+    def _take(self, number: int, gradients: list[Tensor]) -> None:
+        total = self._sums[number]
         total.add(gradients)
-        self._missing[number] = len(bucket)
-        for p in bucket:
-            p.grad = None
         if total.complete:
             self._queue.start(total.exchange())

@@ -16,6 +16,7 @@ from distvgg.runs.files import atomic_write
 from distvgg.runs.layout import CONFIG_FILE, FAILURE_FILE, LOCK_FILE, LOGS, REQUEUE_FILE, STOP_FILE
 
 AUTO = "train.precision"  # the only field whose value a run resolves
+WITHOUT_EFFECT_ON_RESULTS = ("train.cuda_graphs", "train.detect_anomaly")
 # Files that may exist before the config of a run: left by an interrupted launch, or created early
 # by the user.
 _BEFORE_CONFIG = {LOCK_FILE, LOGS, STOP_FILE, REQUEUE_FILE, f".{CONFIG_FILE}.tmp"}
@@ -24,8 +25,9 @@ _BEFORE_CONFIG = {LOCK_FILE, LOGS, STOP_FILE, REQUEUE_FILE, f".{CONFIG_FILE}.tmp
 def check_same_config(run_dir: Path, config: Config) -> Config:
     """Returns the config to run in a folder, and checks that it belongs to the folder.
 
-    A new folder takes the given config. Otherwise the folder's own config is returned, which may
-    differ from the given one only by a resolved `precision: auto`.
+    A new folder takes the given config. Otherwise the folder's own config is returned, with the
+    given values of the fields that change no result. Only these and a resolved `precision: auto`
+    may differ from the given config.
 
     Raises:
         UserError: the folder was made with another config. The message names the different keys.
@@ -37,13 +39,14 @@ def check_same_config(run_dir: Path, config: Config) -> Config:
     theirs, ours = kept.flat(), config.flat()
     if ours[AUTO] == "auto":
         ours[AUTO] = theirs[AUTO]
+    free = {name: ours.pop(name) for name in WITHOUT_EFFECT_ON_RESULTS}
     differ = [f"{k} is {theirs[k]} there, {v} here" for k, v in ours.items() if theirs[k] != v]
     if differ:
         raise UserError(
             f"run folder {run_dir} was made with another config ({'; '.join(differ)}): choose"
             " another --run-dir or the same values"
         )
-    return kept
+    return kept.replace(**{name.replace(".", "__"): value for name, value in free.items()})
 
 
 def check_is_run_dir(run_dir: Path) -> None:

@@ -47,6 +47,7 @@ from distvgg.training.checkpoint import (
     CheckpointManager,
     load_optimizer_tensors,
 )
+from distvgg.training.cuda_graphs import CudaRecorder, MicroBatchGraphs
 from distvgg.training.meters import Clock, TrainMeter
 from distvgg.training.nan_monitor import StepMonitor
 from distvgg.training.state import METER, TRAINED, Run, TrainState, parameter_names
@@ -119,6 +120,7 @@ def build(config: Config, folder: Path) -> Run:
         vgg=vgg,
         ema=ema,
         model=model,
+        graphs=_build_graphs(config, device, notes),
         optimizer=optimizer,
         tree=tree,
         queue=queue,
@@ -164,6 +166,17 @@ def _build_trainable(
     optimizer = build_optimizer(vgg, config.optim, config.train.precision, ranks, queue)
     ema = EMA(vgg, config.optim.ema_decay) if config.optim.ema_decay else None
     return _Trainable(vgg, ema, optimizer, TrainMeter(accelerator.device))
+
+
+def _build_graphs(
+    config: Config, device: torch.device, notes: list[str]
+) -> MicroBatchGraphs | None:
+    if device.type != "cuda" or not config.train.cuda_graphs:
+        return None
+    if config.train.detect_anomaly:
+        notes.append("train.detect_anomaly: the step runs without CUDA graphs")
+        return None
+    return MicroBatchGraphs(CudaRecorder(device))
 
 
 def _note_launch(

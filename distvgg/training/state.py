@@ -105,6 +105,7 @@ def of_global_batch(run: Run, size: int, pixels: DeviceImages, rows: np.ndarray)
         run,
         plan=plan,
         loader=DeviceLoader(run.config, pixels, rows, plan, run.accelerator.process_index),
+        graphs=run.graphs and run.graphs.fresh(),
         tree=tree,
         sums=StepReducer(run.accelerator, tree, batch_norm_layers(run.vgg), run.queue),
         gradients=GradientReducer(run.vgg.parameters(), tree, run.queue),

@@ -26,9 +26,14 @@ from distvgg.training.nan_monitor import StepMonitor
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from distvgg.training.cuda_graphs import InputBuffers, MicroBatchGraphs
+
 
 class GradientSum(Protocol):
     """Sums the gradients that backward leaves, micro-batch by micro-batch."""
+
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """Takes a micro-batch's gradients that backward did not leave, in order."""
 
     def finish(self) -> None:
         """Gives each parameter its gradient, summed over all micro-batches of the step."""
@@ -40,6 +45,7 @@ class StepParts:
 
     Attributes:
         model: the network with mixed precision and compilation.
+        graphs: of micro-batches, on a GPU; None: each operation is launched by the host.
         ema: the moving average of its weights, or None.
         failed: [] float32 on the device, 1 from the first non-finite step on; unused in fp16.
     """
@@ -47,6 +53,7 @@ class StepParts:
     config: Config
     accelerator: "Accelerator"
     model: nn.Module
+    graphs: "MicroBatchGraphs | None"
     optimizer: torch.optim.Optimizer
     ema: EMA | None
     gradients: GradientSum
@@ -71,11 +78,18 @@ def train_step(parts: StepParts, step: int, micro_batches: Sequence[MicroBatch],
         lr: learning rate of the step.
     """
     for batch in micro_batches:
-        loss, logits = forward(parts.model, batch, parts.config.train.label_smoothing)
+        computed = None if parts.graphs is None else parts.graphs.run(parts, batch)
+        if computed is None:
+            loss, logits = forward(parts.model, batch, parts.config.train.label_smoothing)
+        else:
+            loss, logits = computed.loss, computed.logits
         parts.sums.add(batch.k, loss, logits, batch.hard_labels)
         if batch is micro_batches[-1]:
             parts.sums.start(preemption.requested())  # overlaps with the last backward
-        parts.accelerator.backward(loss / parts.plan.global_batch_size)
+        if computed is None:
+            parts.accelerator.backward(loss / parts.plan.global_batch_size)
+        else:
+            parts.gradients.add(computed.gradients)
     parts.gradients.finish()
     losses, correct, stop = parts.sums.finish()
     parts.meter.add(losses.sum(), correct.sum(), parts.plan.global_batch_size)
@@ -102,10 +116,12 @@ def forward(model: nn.Module, batch: MicroBatch, label_smoothing: float) -> tupl
     return summed_loss(logits, batch, label_smoothing), logits
 
 
-def summed_loss(logits: Tensor, batch: MicroBatch, label_smoothing: float) -> Tensor:
+def summed_loss(
+    logits: Tensor, batch: "MicroBatch | InputBuffers", label_smoothing: float
+) -> Tensor:
     """Computes the cross-entropy summed over a micro-batch.
 
-    With MixUp or CutMix: `lam * CE(labels) + (1 - lam) * CE(partner_labels)`.
+    With MixUp or CutMix: the losses for `labels` and `partner_labels`, by `loss_weights`.
     """
 
     def cross_entropy(labels: Tensor) -> Tensor:
@@ -113,8 +129,10 @@ def summed_loss(logits: Tensor, batch: MicroBatch, label_smoothing: float) -> Te
 
     if batch.partner_labels is None:
         return cross_entropy(batch.labels)
-    lam = batch.lam
-    return lam * cross_entropy(batch.labels) + (1 - lam) * cross_entropy(batch.partner_labels)
+    weight, partner_weight = batch.loss_weights
+    return weight * cross_entropy(batch.labels) + partner_weight * cross_entropy(
+        batch.partner_labels
+    )
 
 
 def clip_gradients(parts: StepParts) -> Tensor:

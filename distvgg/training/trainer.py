@@ -96,8 +96,9 @@ def fit(run: Run, tracking: Tracking) -> Result:
         if due(state.step, config.track.every_steps, run.steps):
             run.monitor.drain()
             tracking.log(train_row(run, lr))
-        if run.checkpoints and (failure := run.checkpoints.failure()):
-            tracking.say(failure)
+        for part in (run.checkpoints, run.graphs):
+            if part and (failure := part.failure()):
+                tracking.say(failure)
 
 
 def train_row(run: Run, lr: float) -> metrics.Row:

@@ -12,17 +12,20 @@ from accelerate.state import AcceleratorState
 from benchmarks.gpu import (
     device_events,
     fresh_run,
+    in_kernels,
     no_host_sync,
     traffic,
     training_seconds,
     warmed_up,
     windows,
 )
+from benchmarks.network_variants import orthogonalise_batch
 from distvgg.config import load
 from distvgg.data.dataset import train_val_indices
 from distvgg.data.loader import DeviceImages, DeviceLoader
+from distvgg.optim.muon import orthogonalise
 from distvgg.training.state import Run
-from processes import TINY, assert_same_run, rows, run, train
+from processes import TINY, Started, assert_same_run, rows, run, train
 
 GPUS = torch.cuda.device_count()
 # What tests/support/processes.py says to a test's processes keeps them off the GPU.
@@ -36,7 +39,10 @@ def test_the_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     done = run(options, program=("-m", "benchmarks.gpu"), timeout=280)
     assert done.returncode == 0, done.stderr
     heads = [line for line in done.stdout.splitlines() if line.startswith("| ")]
-    for head in ("bf16 matrix product", "loop", "a step of the training loop", "from the start"):
+    for head in (
+        *("bf16 matrix product", "step", "forward and backward", "Muon's iterations", "loop"),
+        *("a step of the training loop", "from the start"),
+    ):
         assert any(line.startswith(f"| {head}") for line in heads), done.stdout
 
     found = json.loads(out.read_text())
@@ -49,7 +55,10 @@ def test_the_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
         in_units_of_rate = speed["tflops"] / found["rate"]["best_tflops"]
         assert speed["of_rate"] == pytest.approx(in_units_of_rate, rel=0.02, abs=1e-4)
     assert speeds["fixed batch"]["of_fixed_batch"] == 1
-    starts = found["first_step"]
+    assert found["graphs"]["equal_after_steps"] == 20
+    assert found["variants"]["8"]["as it is"]["of_fixed_batch"] == 1
+    starts = found.pop("first_step")
+    starts.pop("section_s")
     assert all(0.1 < seconds["median"] < 100 for seconds in starts.values())
     assert found["equal_bytes"]["bf16"]["verdict"] == "equal"
     # 16 images of 600 a step leave 75% out of reach in an epoch, and it says so.
@@ -93,6 +102,27 @@ def test_traffic_from_events_of_the_profiler() -> None:
     assert (found["DtoD"], found["DtoD_bytes"]) == (0.5, 32)
     assert found["busy"] == 1.0
     assert traffic(events[:2], 2)["busy"] is None
+
+
+def test_orthogonalisations_in_a_batch_are_those_one_by_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((3, 8, 20), (3, 20, 8)):
+        matrices = torch.randn(shape)
+        expected = torch.stack([orthogonalise(matrix, 3) for matrix in matrices])
+        torch.testing.assert_close(orthogonalise_batch(matrices, 3), expected)
+
+
+def test_kernels_and_launches_from_events_of_the_profiler() -> None:
+    events = [
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 0, "dur": 4},
+        {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 5, "dur": 40},
+        {"cat": "cuda_runtime", "name": "cudaMemcpyAsync", "ts": 5, "dur": 40},
+        {"cat": "cuda_driver", "name": "cuLaunchKernelEx", "ts": 9, "dur": 4},
+        {"cat": "kernel", "name": "conv", "ts": 10, "dur": 3000},
+        {"cat": "kernel", "name": "conv", "ts": 4000, "dur": 1000},
+        {"cat": "gpu_memcpy", "name": "Memcpy DtoD (Device -> Device)", "ts": 9000, "dur": 5},
+    ]
+    assert in_kernels(events, steps=2) == {"kernels": 1, "kernel_ms": 2, "launches": 1.5}
 
 
 @pytest.mark.long
@@ -191,6 +221,49 @@ def test_a_run_on_a_gpu_repeats_itself(tmp_path: Path, precision: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "no"])
+def test_cuda_graphs_train_the_run_of_eager_micro_batches(tmp_path: Path, precision: str) -> None:
+    """With dropout and mixed micro-batches, over 20 steps and a resume in the middle."""
+    args = (
+        *("--train.precision", precision, "--model.dropout", "0.5", "--data.train_size", "1400"),
+        *("--augment.cutmix_alpha", "1", "--augment.mix_probability", "0.5"),
+        *("--optim.name", "muon", "--optim.ema_decay", "0.9", "--checkpoint.every_steps", "5"),
+    )
+    eager, graphed = tmp_path / "eager", tmp_path / "graphed"
+    train(eager, *args, "--train.cuda_graphs", "false", env=ON_GPU)
+    started = Started(graphed, *args, env=ON_GPU)
+    started.until_step(12)
+    started.kill()
+    said = train(graphed, *args, env=ON_GPU)
+    assert "resumed after step" in said
+    assert "no CUDA graphs" not in started.output() + said
+    assert_same_run(eager, graphed)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_a_micro_batch_is_one_launch(tmp_path: Path) -> None:
+    found = {}
+    for on in (True, False):
+        made = on_gpu(tmp_path / str(on), train__cuda_graphs=on)
+        step = warmed_up(made, windows(made.plan, 1, 8)["within an epoch"])
+        found[on] = in_kernels(device_events(step, 8, made.accelerator.device), 8)
+        assert not (made.graphs and made.graphs.failure())
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert found[True]["launches"] < found[False]["launches"] / 2
+    # The same kernels, and the copies into and out of the graph's buffers.
+    assert found[True]["kernels"] < 1.2 * found[False]["kernels"]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_anomaly_detection_runs_without_graphs(tmp_path: Path) -> None:
+    said = train(tmp_path / "run", "--train.detect_anomaly", "true", env=ON_GPU)
+    assert "note: train.detect_anomaly: the step runs without CUDA graphs" in said
+
+
+@pytest.mark.gpu
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("gpu")
 def test_the_curve_is_that_of_a_cpu(tmp_path: Path) -> None:
@@ -239,12 +312,15 @@ def test_two_gpus_train_the_run_of_one(tmp_path: Path) -> None:
 def test_the_benchmark_runs_on_a_gpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     options = ["--quick", "--no-compile", "--workers", "1", "--out", str(out)]
-    only = "--only", "rate,throughput,traffic"
+    only = "--only", "rate,graphs,variants,throughput,traffic"
     done = run([*options, *only], program=("-m", "benchmarks.gpu"), env=ON_GPU)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["card"]["name"] == torch.cuda.get_device_name()
     assert "fixed batch, CUDA graph" in found["throughput"]["8"]
+    assert found["graphs"]["equal_after_steps"] == 20
+    assert found["graphs"]["with graphs"]["failure"] is None
+    found["traffic"].pop("section_s")
     assert {place["sync"] for place in found["traffic"].values()} == {"no"}
 
 

@@ -1,0 +1,216 @@
+"""Micro-batches as CUDA graphs: forward, loss and backward in one launch of the host.
+
+Owns the capture, the buffers of its input and output, and the comparison that admits a graph.
+
+Invariant: a replay gives the bytes of the eager computation. Each graph is compared with it before
+its first use. A graph that differs or cannot be captured ends the use of graphs in this process.
+What is captured depends on shapes alone, not on the rank or the number of processes.
+
+A micro-batch is a pure function of weights, input and dropout seed: its gradients are not added to
+others, and BatchNorm's buffers, whose momentum is 1, are overwritten. Capture and comparison
+therefore need no snapshot. Gradients come from torch.autograd.grad, so that neither a `.grad` nor
+a hook is part of a graph. torch.cuda.make_graphed_callables is not used: gradients accumulated from
+its buffers were wrong (pytorch issue 181723).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from distvgg.data.loader import MicroBatch
+from distvgg.training.step import StepParts, summed_loss
+
+
+class Computed(NamedTuple):
+    """What a micro-batch gives; a graph's are buffers that its next replay overwrites.
+
+    Attributes:
+        loss: [] summed over samples.
+        logits: [m, classes].
+        gradients: one for each parameter, in the order of the network.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    gradients: tuple[Tensor, ...]
+
+
+Compute = Callable[[], Computed]
+
+
+class InputBuffers(NamedTuple):
+    """The input of a micro-batch at fixed addresses; the fields are those of `MicroBatch`."""
+
+    images: Tensor
+    labels: Tensor
+    partner_labels: Tensor | None
+    loss_weights: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, batch: MicroBatch) -> "InputBuffers":
+        """Allocates the buffers of micro-batches like this one, and loads it."""
+        partner = batch.partner_labels
+        weights = torch.empty(2, dtype=torch.get_default_dtype(), device=batch.images.device)
+        buffers = cls(
+            torch.empty_like(batch.images),
+            torch.empty_like(batch.labels),
+            None if partner is None else torch.empty_like(partner),
+            (weights[0], weights[1]),
+        )
+        buffers.load(batch)
+        return buffers
+
+    def load(self, batch: MicroBatch) -> None:
+        """Copies a micro-batch into the buffers."""
+        self.images.copy_(batch.images)
+        self.labels.copy_(batch.labels)
+        if self.partner_labels is not None:
+            assert batch.partner_labels is not None
+            self.partner_labels.copy_(batch.partner_labels)
+            for buffer, weight in zip(self.loss_weights, batch.loss_weights, strict=True):
+                buffer.fill_(weight)  # a kernel with an argument, not a copy from the host
+
+
+class Recorder(Protocol):
+    """Records a computation on fixed buffers."""
+
+    def warm_up(self, compute: Compute) -> Computed:
+        """Computes eagerly, and allocates what a capture must find: workspaces, plans."""
+
+    def capture(self, compute: Compute) -> tuple[Callable[[], None], Computed]:
+        """Records without computing.
+
+        Returns:
+            The replay, and the buffers that it fills.
+
+        Raises:
+            RuntimeError: the computation cannot be recorded, or there is no memory for it.
+        """
+
+
+class CudaRecorder:
+    """Records CUDA graphs, on one stream and in one memory pool.
+
+    Graphs may share the pool because each one's output is read before the next replay.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, compute: Compute) -> Computed:
+        """Computes eagerly on the stream of the capture, where cuBLAS then has its workspace."""
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            computed = compute()
+        current.wait_stream(self._stream)
+        return computed
+
+    def capture(self, compute: Compute) -> tuple[Callable[[], None], Computed]:
+        """Records a graph; threads that copy a checkpoint meanwhile do not disturb it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            computed = compute()
+        return graph.replay, computed
+
+
+class _Graph(NamedTuple):
+    buffers: InputBuffers
+    replay: Callable[[], None]
+    computed: Computed
+
+
+class MicroBatchGraphs:
+    """The graphs of a run: one for each shape of images, mixed and not.
+
+    Args:
+        recorder: of the device.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._graphs: dict[tuple[torch.Size, bool], _Graph] = {}
+        self._failed = False
+        self._failure: str | None = None
+
+    def run(self, parts: StepParts, batch: MicroBatch) -> Computed | None:
+        """Computes a micro-batch, by a replay from the second of its kind on.
+
+        Returns:
+            The result; None if graphs are not used any more.
+        """
+        if self._failed:
+            return None
+        kind = batch.images.shape, batch.partner_labels is not None
+        if kind not in self._graphs:
+            return self._admit(parts, batch, kind)
+        graph = self._graphs[kind]
+        graph.buffers.load(batch)
+        torch.manual_seed(batch.dropout_seed)  # a replay reads the generator's seed
+        graph.replay()
+        return graph.computed
+
+    def fresh(self) -> "MicroBatchGraphs":
+        """Returns graphs for another batch size or loader, which must be recorded again."""
+        return MicroBatchGraphs(self._recorder)
+
+    def failure(self) -> str | None:
+        """Returns a line for the user when graphs were given up, once."""
+        line, self._failure = self._failure, None
+        return line
+
+    def _admit(
+        self, parts: StepParts, batch: MicroBatch, kind: tuple[torch.Size, bool]
+    ) -> Computed:
+        """Computes a micro-batch eagerly, and records it for the later ones of its kind."""
+        buffers = InputBuffers.of(batch)
+        compute = partial(forward_backward, parts, buffers)
+        torch.manual_seed(batch.dropout_seed)
+        expected = self._recorder.warm_up(compute)
+        try:
+            replay, computed = self._recorder.capture(compute)
+            torch.manual_seed(batch.dropout_seed)
+            replay()
+            equal = same_bytes(expected, computed)
+        except RuntimeError as error:
+            self._give_up((str(error).splitlines() or [type(error).__name__])[0])
+        else:
+            if equal:
+                self._graphs[kind] = _Graph(buffers, replay, computed)
+            else:
+                self._give_up("the graph of a micro-batch gives other bits than its operations")
+        return expected
+
+    def _give_up(self, reason: str) -> None:
+        self._failed = True
+        self._graphs.clear()
+        self._failure = f"no CUDA graphs, the step runs eagerly with the same bits: {reason}"
+
+
+def forward_backward(parts: StepParts, batch: InputBuffers) -> Computed:
+    """Computes loss and gradients of a micro-batch, with the generator's dropout masks."""
+    logits = parts.model(batch.images)
+    loss = summed_loss(logits, batch, parts.config.train.label_smoothing)
+    scaled = loss / parts.plan.global_batch_size
+    if parts.accelerator.scaler is not None:
+        scaled = parts.accelerator.scaler.scale(scaled)
+    gradients = torch.autograd.grad(scaled, list(parts.model.parameters()))
+    return Computed(loss.detach(), logits.detach(), gradients)
+
+
+def same_bytes(one: Computed, other: Computed) -> bool:
+    """Returns True if both have the same bytes."""
+
+    def bytes_of(tensor: Tensor) -> Tensor:
+        return tensor.flatten().view(torch.uint8)
+
+    pairs = zip(
+        (one.loss, one.logits, *one.gradients),
+        (other.loss, other.logits, *other.gradients),
+        strict=True,
+    )
+    return all(torch.equal(bytes_of(a), bytes_of(b)) for a, b in pairs)
