@@ -13,7 +13,7 @@ from distvgg.data.dataset import train_val_indices
 from distvgg.data.loader import DeviceImages, EvalLoader
 from distvgg.distributed.device import place
 from distvgg.distributed.peer_failure import clean_shutdown, translate_peer_failure
-from distvgg.distributed.process_group import start
+from distvgg.distributed.process_group import prepare_model, start
 from distvgg.errors import UserError
 from distvgg.models.pretrained import run_with_weights
 from distvgg.models.vgg import VGG
@@ -73,11 +73,11 @@ def _measure(path: Path, split: SplitName) -> tuple[Evaluation, Confusion]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path / WEIGHTS_FILE} cannot be loaded: {reason}") from error
     place(model, accelerator, config)
-    model = accelerator.prepare_model(model, evaluation_mode=True)
+    prepared = prepare_model(accelerator, model)
     pixels = DeviceImages(dataset, data, config.model.image_size, accelerator.device)
     loader = EvalLoader(pixels, rows, config.eval.batch_size)
     flip = config.eval.tta == "flip"
-    found = evaluate_over_ranks(accelerator, model, loader, dataset, flip=flip)
+    found = evaluate_over_ranks(accelerator, prepared, loader, dataset, flip=flip)
     accelerator.end_training()
     return found, Confusion.of(dataset, split, found.confusion)
 

@@ -27,7 +27,7 @@ from distvgg.distributed.collectives import (
 )
 from distvgg.distributed.device import place
 from distvgg.distributed.gradients import GradientReducer
-from distvgg.distributed.process_group import distribute, ranks_of, start
+from distvgg.distributed.process_group import prepare_model, ranks_of, start
 from distvgg.distributed.reduction_plan import Ranks, TreePlan
 from distvgg.distributed.step_sums import StepReducer
 from distvgg.distributed.tree_sum import ExchangeQueue
@@ -99,10 +99,11 @@ def build(config: Config, folder: Path) -> Run:
 
     vgg, ema, device = trainable.vgg, trainable.ema, accelerator.device
     torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
-    model, optimizer = distribute(accelerator, vgg, trainable.optimizer)
+    model = prepare_model(accelerator, vgg)
+    optimizer = accelerator.prepare_optimizer(trainable.optimizer, device_placement=False)
     model.train()
     if ema is not None:
-        accelerator.prepare_model(ema.network, evaluation_mode=True)
+        prepare_model(accelerator, ema.network)
     tree = TreePlan(plan.micro_batches, ranks)
     gradients = GradientReducer(vgg.parameters(), tree, queue)
     gradients.attach()

@@ -32,7 +32,7 @@ from distvgg.distributed import cost_model, process_group
 from distvgg.distributed.cost_model import Fabric, Gpu, Job, Layer, Link, Setup
 from distvgg.distributed.device import place
 from distvgg.distributed.gradients import GradientReducer
-from distvgg.distributed.process_group import distribute, start
+from distvgg.distributed.process_group import prepare_model, start
 from distvgg.distributed.reduction_plan import MIB, Ranks, TreePlan, levels_of
 from distvgg.distributed.shared_results import PartitionedCompute
 from distvgg.distributed.step_sums import StepReducer
@@ -450,7 +450,7 @@ def test_a_step_of_one_rank_of_a_thousand(rank: int) -> None:
         tree = TreePlan(plan.micro_batches, Ranks(rank, RANKS, cost_model.levels(RANKS, 8)))
         silent, recorder = Recorder(carries_out=False), Recorder()
         optimizer = build_optimizer(vgg, config.optim, "no", tree.ranks, recorder)
-        model, _ = distribute(accelerator, vgg, optimizer)
+        model = prepare_model(accelerator, vgg)
         norms = batch_norm_layers(vgg)
         for queue in (recorder, silent):
             gradients = GradientReducer(vgg.parameters(), tree, queue)
