@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from distvgg import environment
-from distvgg.commands.bench_options import BenchOptions, gpu_spec, interconnect
+from distvgg.commands.bench_options import BenchOptions, gpu_spec, interconnect, peak_share
 from distvgg.commands.text_tables import plain_table
 from distvgg.config import Config
 from distvgg.distributed.cost_model import (
@@ -282,10 +282,11 @@ def origins(setup: Setup, options: BenchOptions, source: str, alone: int) -> lis
     words = {
         "measured": f"measured on {hardware(_device())}",
         "given": "given by images_per_sec, nothing measured",
-        "assumed": f"ASSUMED, an {named.name.split(',')[0]} at {options.peak_share:.0%} of its"
-        f" peak of {named.peak / 1e12:.0f} TFLOP/s; small micro-batches reach less",
+        "assumed": "ASSUMED",
     }
     lines = [f"one GPU   {takes} ({words[source]})"]
+    if source == "assumed":
+        lines.append(f"          {assumption(options, setup.job)}")
     if not gpu.jitter:
         lines.append("          jitter unknown: stragglers are not modelled; --jitter 0.02")
     given = options.nvlink is not None and options.network is not None
@@ -295,6 +296,28 @@ def origins(setup: Setup, options: BenchOptions, source: str, alone: int) -> lis
         f" ({'given' if given else f'ASSUMED, {named.name}'})"
     )
     return lines
+
+
+def assumption(options: BenchOptions, job: Job) -> str:
+    """Returns how the throughput of a GPU was assumed, and what was measured."""
+    assert options.gpu is not None
+    gpu = HARDWARE[options.gpu]
+    at = (
+        f"an {gpu.name.split(',')[0]} at {peak_share(options):.1%} of its peak of"
+        f" {gpu.peak / 1e12:.0f} TFLOP/s"
+    )
+    found = gpu.measured
+    if options.peak_share is not None:
+        return f"{at}, as given"
+    if found is None:
+        return f"{at}: distvgg was never measured on this GPU; small micro-batches reach less"
+    measured = (
+        f"{at}, as measured on {found.date}: {found.images_per_sec:,.0f} images/s of"
+        f" {found.network} (distvgg {found.version})"
+    )
+    if job.flops == found.flops:
+        return measured
+    return f"{measured}; that this network reaches the same share is assumed"
 
 
 def _device() -> torch.device:

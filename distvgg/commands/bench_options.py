@@ -23,9 +23,10 @@ class BenchOptions(FrozenModel):
     """Options of `distvgg bench` in addition to a config."""
 
     gpu: Literal["h100", "a100"] | None = None
-    """GPU to predict for, at an assumed share of its peak. None: measure the device here."""
-    peak_share: float = Field(PEAK_SHARE, gt=0, le=1)
-    """Assumed share of the peak of `gpu`. A measured `images_per_sec` is better, if you have it."""
+    """GPU to predict for, at a share of its peak. None: measure the device here."""
+    peak_share: float | None = Field(None, gt=0, le=1)
+    """Share of the peak of `gpu`. None: the share that distvgg was measured to reach on this GPU,
+    else an assumed one. `images_per_sec` of your own network is better, if you have it."""
     images_per_sec: float | None = Field(None, ge=0.01, le=1e8)
     """Images per second of one GPU in training, measured elsewhere (perf/images_per_sec). None: see
     `gpu`."""
@@ -60,6 +61,12 @@ def interconnect(options: BenchOptions) -> Fabric:
     )
 
 
+def peak_share(options: BenchOptions) -> float:
+    """Returns the share of the peak of `gpu`: given, else measured, else assumed."""
+    assert options.gpu is not None
+    return options.peak_share or HARDWARE[options.gpu].measured_share or PEAK_SHARE
+
+
 def gpu_spec(options: BenchOptions, job: Job, accumulation: int) -> Gpu:
     """Returns the GPU that the options give by `images_per_sec`, else by name.
 
@@ -71,7 +78,7 @@ def gpu_spec(options: BenchOptions, job: Job, accumulation: int) -> Gpu:
     fixed, jitter = options.fixed_ms / 1000, options.jitter or 0.0
     if options.images_per_sec is None:
         assert options.gpu is not None
-        speed = options.peak_share * HARDWARE[options.gpu].peak
+        speed = peak_share(options) * HARDWARE[options.gpu].peak
         micro_batch = job.micro_batch_size * job.flops / speed
         return Gpu(micro_batch, fixed, jitter, sum(job.shared) / speed)
     seconds = accumulation * job.micro_batch_size / options.images_per_sec

@@ -1,10 +1,27 @@
 """GPUs and links by name, with the sources of their figures.
 
-Invariant: no figure here was measured by this project, and reports that use one state so. Imports
-no torch.
+Invariant: only a `Measurement` was measured by this project, and reports state that the rest is
+assumed. Imports no torch.
 """
 
 from typing import NamedTuple
+
+
+class Measurement(NamedTuple):
+    """Training throughput of one GPU, measured by this project.
+
+    Attributes:
+        images_per_sec: of the training step.
+        flops: operations of an image.
+        network: what was trained, and how.
+        date, version: of the measurement, and of distvgg.
+    """
+
+    images_per_sec: float
+    flops: int
+    network: str
+    date: str
+    version: str
 
 
 class Hardware(NamedTuple):
@@ -14,6 +31,14 @@ class Hardware(NamedTuple):
     peak: float
     inside: float
     between: float
+    measured: Measurement | None = None
+
+    @property
+    def measured_share(self) -> float | None:
+        """Share of the peak that training was measured to reach."""
+        if self.measured is None:
+            return None
+        return self.measured.images_per_sec * self.measured.flops / self.peak
 
 
 # Peak: dense bf16 of the tensor cores, from NVIDIA's data sheets of H100 SXM (2022) and A100 SXM
@@ -25,12 +50,19 @@ class Hardware(NamedTuple):
 # 46 to 48 of 50 GB/s (NVIDIA in NVIDIA/nccl-tests issue 290, 2025). The same share of 25 GB/s is
 # assumed for HDR.
 HARDWARE = {
-    "h100": Hardware("NVIDIA H100 SXM, NVLink 4, NDR InfiniBand", 989e12, 370e9, 47e9),
+    "h100": Hardware(
+        *("NVIDIA H100 SXM, NVLink 4, NDR InfiniBand", 989e12, 370e9, 47e9),
+        # docs/performance.md, "On a GPU"
+        Measurement(
+            *(8883, 5_786_087_424, "fast with max_pools 1,3,4,5 without CUDA graphs"),
+            *("2026-11-26", "0.2.0"),
+        ),
+    ),
     "a100": Hardware("NVIDIA A100 SXM, NVLink 3, HDR InfiniBand", 312e12, 235e9, 23.5e9),
 }
-# Share of the peak that a small convolutional network on 32x32 images reached without compilation:
-# 0.36 PFLOP in 3.83 s on an A100, in batches of 1,024 (Jordan, "94% on CIFAR-10 in 3.29 seconds on
-# a single GPU", 2024).
+# Share of the peak that is assumed of a GPU without a measurement. A small convolutional network on
+# 32x32 images reached it without compilation: 0.36 PFLOP in 3.83 s on an A100, in batches of 1,024
+# (Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", 2024).
 PEAK_SHARE = 0.30
 # Seconds from NCCL's own model (src/graph/tuning.cc, 2022), as (within a node, between nodes).
 # All-reduces are small and use NCCL's protocol LL128: a launch, and a hop of a ring or of a tree.

@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.scaling import compare
-from distvgg.commands.bench import FEW, MANY, describe_workload, fit_gpu, measure
+from distvgg.commands.bench import FEW, MANY, assumption, describe_workload, fit_gpu, measure
 from distvgg.commands.bench_options import BenchOptions, gpu_spec, interconnect
 from distvgg.config import Config, load
 from distvgg.data.dataset import Dataset, Split
@@ -32,6 +32,7 @@ from distvgg.distributed import cost_model, process_group
 from distvgg.distributed.cost_model import Fabric, Gpu, Job, Layer, Link, Setup
 from distvgg.distributed.device import place
 from distvgg.distributed.gradients import GradientReducer
+from distvgg.distributed.hardware import HARDWARE
 from distvgg.distributed.process_group import prepare_model, start
 from distvgg.distributed.reduction_plan import MIB, Ranks, TreePlan, levels_of
 from distvgg.distributed.shared_results import PartitionedCompute
@@ -368,9 +369,30 @@ def test_measuring_runs_real_steps_and_leaves_nothing(tmp_path: Path) -> None:
     assert gpu.fixed < 1
 
 
+def test_what_was_measured_on_a_gpu_and_what_is_assumed_is_said() -> None:
+    as_measured = load("fast", {"model.max_pools": [1, 3, 4, 5]})
+    job = describe_workload(as_measured)
+    h100 = BenchOptions(gpu="h100")
+    alone = Setup(job, gpu_spec(h100, job, 4), interconnect(h100))
+    measured = HARDWARE["h100"].measured
+    assert measured is not None
+    # Muon's part is computed at the same rate on top.
+    rate = cost_model.step(alone, 1, 4).rate
+    assert 0.98 * measured.images_per_sec < rate <= measured.images_per_sec
+    assert measured.date in assumption(h100, job)
+    assert "assumed" not in assumption(h100, job)
+    assert "never measured" in assumption(BenchOptions(gpu="a100"), job)
+    assert "at 20.0% of its peak" in assumption(BenchOptions(gpu="h100", peak_share=0.2), job)
+    assert assumption(BenchOptions(gpu="h100", peak_share=0.2), job).endswith("as given")
+
+
 def test_the_command_answers_with_tables_and_with_curves() -> None:
     text = run(["bench", "fast", "--gpu", "h100", "--jitter", "0.02"]).stdout
-    assert "ASSUMED, an NVIDIA H100 SXM at 30% of its peak" in text
+    assert (
+        "(ASSUMED)\n          an NVIDIA H100 SXM at 5.2% of its peak of 989 TFLOP/s, as measured"
+        in text
+    )
+    assert "that this network reaches the same share is assumed" in text
     assert "512 GPUs: " in text
     done = run(["bench", "fast", "--images_per_sec", "9000", "--json"])
     assert done.returncode == 0, done.stderr

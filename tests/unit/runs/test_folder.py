@@ -30,6 +30,10 @@ def test_a_run_folder_keeps_to_its_config(tmp_path: Path) -> None:
     assert "seed" not in str(error.value)
     with pytest.raises(UserError, match=r"train\.precision is bf16 there, no here"):
         check_same_config(folder, auto.replace(train__precision="no"))
+    # These change no result: a run goes on with the values that are given now.
+    debugged = auto.replace(train__detect_anomaly=True, train__cuda_graphs=False)
+    expected = resolved.replace(train__detect_anomaly=True, train__cuda_graphs=False)
+    assert check_same_config(folder, debugged) == expected
 
 
 def test_a_folder_of_other_things_is_not_taken(tmp_path: Path) -> None:
