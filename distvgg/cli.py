@@ -36,6 +36,7 @@ usage: distvgg COMMAND ...
 
   train RECIPE [--run-dir DIR] [--section.field VALUE ...]   run again: resumes, or shows the result
   evaluate RUN_DIR [--split test|val|train]                  its weights, or a checkpoint's
+  replay RUN_DIR --step S [--micro-batch K] [--break]        a step again, on one device
   compare RUN_DIR... [--out FILE]                            runs as one table, seeds averaged
   curves RUN_DIR... --out FILE                               their curves in one picture
   tables RUN_DIR...                                          results over seeds, as Markdown
@@ -160,6 +161,45 @@ def _evaluate(options: Namespace) -> str:
     from distvgg.commands.evaluate import evaluate_run
 
     return evaluate_run(options.run_dir, options.split)
+
+
+def _replay_parser(_: Config) -> Parser:
+    parser = Parser(
+        "replay",
+        """Computes one step of a run again, on one device, whatever number of processes ran it.
+
+Training starts from the newest checkpoint before the step. Rows on the way are compared with those
+of the run, to the last bit. With --micro_batch, the command also prints the activations, gradients
+and samples of one micro-batch, and draws its images.""",
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")
+    parser.add_argument(
+        "--step", type=int, required=True, metavar="INT", help="as in the rows: the first is 1"
+    )
+    parser.add_argument(
+        "--micro_batch", type=int, metavar="INT", help="index in the step, from 0; default: all"
+    )
+    parser.add_argument(
+        "--break",
+        dest="pause",
+        action="store_true",
+        help="stop in the debugger before the forward of each micro-batch shown",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        type=Path,
+        help="folder of the picture and the numbers (default: RUN_DIR/replay/step_*)",
+    )
+    return parser
+
+
+def _replay(options: Namespace) -> str:
+    from distvgg.commands.replay import replay
+
+    return replay(
+        options.run_dir, options.step, options.micro_batch, options.out, pause=options.pause
+    )
 
 
 def _parser_of_runs(command: str, description: str) -> Parser:
@@ -347,6 +387,7 @@ def _bench(options: Namespace) -> str:
 COMMANDS = {
     "train": Command(train_parser, _train),
     "evaluate": Command(_evaluate_parser, _evaluate),
+    "replay": Command(_replay_parser, _replay),
     "compare": Command(_compare_parser, _compare),
     "curves": Command(_curves_parser, _curves),
     "tables": Command(_tables_parser, _tables),

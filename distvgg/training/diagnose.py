@@ -45,7 +45,8 @@ def diagnose(run: Run, failure: NonFiniteError) -> str:
     return (
         f"step {step}: the {what} of {place} is {failure.value} at learning rate"
         f" {facts['lr']:.3g}. Lower optim.lr or set optim.clip_norm. Train samples:"
-        f" {first or 'all of the step'} (all in {run.folder / FAILURE_FILE})"
+        f" {first or 'all of the step'} (all in {run.folder / FAILURE_FILE}). To look into it:"
+        f" distvgg replay {run.folder} --step {step}" + ("" if k is None else f" --micro-batch {k}")
     )
 
 

@@ -117,15 +117,18 @@ def forward(model: nn.Module, batch: MicroBatch, label_smoothing: float) -> tupl
 
 
 def summed_loss(
-    logits: Tensor, batch: "MicroBatch | InputBuffers", label_smoothing: float
+    logits: Tensor,
+    batch: "MicroBatch | InputBuffers",
+    label_smoothing: float,
+    reduction: str = "sum",
 ) -> Tensor:
-    """Computes the cross-entropy summed over a micro-batch.
+    """Computes the cross-entropy summed over a micro-batch; with reduction `none`, of each sample.
 
     With MixUp or CutMix: the losses for `labels` and `partner_labels`, by `loss_weights`.
     """
 
     def cross_entropy(labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+        return F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
 
     if batch.partner_labels is None:
         return cross_entropy(batch.labels)
