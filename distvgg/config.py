@@ -166,6 +166,13 @@ class TrainConfig(FrozenModel):
     cuda_graphs: bool = True
     """On a GPU, replay each micro-batch as a CUDA graph, with the same bits as without. Without
     effect under detect_anomaly."""
+    overfit_batches: int = Field(0, ge=0)
+    """Train on the first N global batches over and over, with the same augmentation and dropout
+    masks each time. 0: on all of the training split. For debugging: at its end the run says whether
+    the loss came near zero, and if not, why."""
+    profile_steps: int = Field(0, ge=0)
+    """Profile N steps of the main process, from the twelfth after the start on. Writes a trace to
+    the run folder and prints the ten most expensive operators. 0: none."""
     detect_anomaly: bool = False
     """Report the operation that produced a NaN in backward. Slow; for debugging."""
 

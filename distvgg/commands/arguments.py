@@ -218,10 +218,10 @@ def default_run_dir(recipe: str, config: Config) -> Path:
     """Returns the default run folder of a config, the same on every process and at any time.
 
     Its name hashes only the values that differ from the defaults, so that a new field changes no
-    name. CUDA graphs change no result, and no name. A folder that version 0.1 named is used if it
-    exists and the new one does not.
+    name. CUDA graphs and profiles change no result, and no name. A folder that version 0.1 named is
+    used if it exists and the new one does not.
     """
-    config = config.replace(train__cuda_graphs=True)
+    config = config.replace(train__cuda_graphs=True, train__profile_steps=0)
     folder, old = (
         Path("runs") / f"{Path(recipe).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         for text in (config.to_yaml(exclude_defaults=True), _yaml_of_0_1(config))
@@ -233,7 +233,8 @@ def _yaml_of_0_1(config: Config) -> str:
     """Returns a config as YAML with all fields of version 0.1, which named run folders by it."""
     values = config.model_dump()
     train = values["train"]
-    del train["cpu_threads"], train["cuda_graphs"]
+    for name in ("cpu_threads", "cuda_graphs", "overfit_batches", "profile_steps"):
+        del train[name]
     at = list(train).index("precision") + 1
     fields = [*train.items()]
     fields.insert(at, ("gradient_compression", "no"))

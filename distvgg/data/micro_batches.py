@@ -1,5 +1,6 @@
 """Interface of micro-batch sources: device-resident, streamed or replayed data."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -18,3 +19,19 @@ class MicroBatchSource(Protocol):
 
     def rows(self, step: int, k: int) -> Tensor:
         """Returns the sample indices of micro-batch `k` of a step, on any rank: [m] int64."""
+
+
+@dataclass(frozen=True)
+class RepeatedSteps:
+    """The micro-batches of the first `steps` steps of a source, over and over."""
+
+    source: MicroBatchSource
+    steps: int
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """Returns the micro-batches of step `step % steps`."""
+        return self.source.micro_batches(step % self.steps)
+
+    def rows(self, step: int, k: int) -> Tensor:
+        """Returns the sample indices of micro-batch `k` of step `step % steps`."""
+        return self.source.rows(step % self.steps, k)

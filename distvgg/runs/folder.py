@@ -16,7 +16,7 @@ from distvgg.runs.files import atomic_write
 from distvgg.runs.layout import CONFIG_FILE, FAILURE_FILE, LOCK_FILE, LOGS, REQUEUE_FILE, STOP_FILE
 
 AUTO = "train.precision"  # the only field whose value a run resolves
-WITHOUT_EFFECT_ON_RESULTS = ("train.cuda_graphs", "train.detect_anomaly")
+WITHOUT_EFFECT_ON_RESULTS = ("train.cuda_graphs", "train.detect_anomaly", "train.profile_steps")
 # Files that may exist before the config of a run: left by an interrupted launch, or created early
 # by the user.
 _BEFORE_CONFIG = {LOCK_FILE, LOGS, STOP_FILE, REQUEUE_FILE, f".{CONFIG_FILE}.tmp"}

@@ -17,6 +17,7 @@ from distvgg.config import Config
 from distvgg.data.cache import cache_entry, load_dataset
 from distvgg.data.dataset import Dataset, train_val_indices
 from distvgg.data.loader import DeviceImages, DeviceLoader, EvalLoader
+from distvgg.data.micro_batches import MicroBatchSource, RepeatedSteps
 from distvgg.data.plan import BatchPlan
 from distvgg.distributed.collectives import (
     any_rank,
@@ -145,13 +146,17 @@ def build(config: Config, folder: Path) -> Run:
 
 def _build_loaders(
     config: Config, dataset: Dataset, accelerator: "Accelerator"
-) -> tuple[BatchPlan, DeviceLoader, EvalLoader]:
+) -> tuple[BatchPlan, MicroBatchSource, EvalLoader]:
     """Splits the dataset, and moves its images to the device."""
     train_rows, val_rows = train_val_indices(dataset.train.labels, config.data)
     batch, world_size = config.train, accelerator.num_processes
     plan = BatchPlan(len(train_rows), batch.global_batch_size, batch.micro_batch_size, world_size)
     pixels = DeviceImages(dataset, dataset.train, config.model.image_size, accelerator.device)
-    loader = DeviceLoader(config, pixels, train_rows, plan, accelerator.process_index)
+    loader: MicroBatchSource = DeviceLoader(
+        config, pixels, train_rows, plan, accelerator.process_index
+    )
+    if batch.overfit_batches:
+        loader = RepeatedSteps(loader, batch.overfit_batches)
     return plan, loader, EvalLoader(pixels, val_rows, config.eval.batch_size)
 
 

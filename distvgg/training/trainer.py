@@ -25,6 +25,8 @@ from distvgg.tracking.trackers import Tracking
 from distvgg.training.diagnose import diagnose
 from distvgg.training.evaluation import Evaluation, evaluate_over_ranks
 from distvgg.training.nan_monitor import NonFiniteError
+from distvgg.training.overfit import overfit_verdict
+from distvgg.training.profiling import StepProfiler
 from distvgg.training.setup import build
 from distvgg.training.state import Run, checkpoint_tensors, synchronized_eval_model, warmup_steps
 from distvgg.training.step import train_step
@@ -73,6 +75,7 @@ def fit(run: Run, tracking: Tracking) -> Result:
     """Takes the remaining steps, with rows, validations and checkpoints when they are due."""
     config, state = run.config, run.state
     warmup = warmup_steps(run)
+    profiler = StepProfiler(run, tracking.say)
     while True:
         # Before the step, so that a resumed run first does what was due when it stopped.
         if validation_due(run):
@@ -92,6 +95,7 @@ def fit(run: Run, tracking: Tracking) -> Result:
         state.step += 1
         run.clock.step_done()
         tracking.step_done()
+        profiler.step_done()
         run.monitor.poll()
         if due(state.step, config.track.every_steps, run.steps):
             run.monitor.drain()
@@ -239,6 +243,8 @@ def finish(run: Run, tracking: Tracking) -> Result:
             tracking.say(failure)
         try:
             tracking.flush()
+            if run.config.train.overfit_batches:
+                tracking.say(overfit_verdict(run))
             weights, _ = checkpoint_tensors(run, kept)
             save_weights(weights, run.preprocessing.metadata(), run.folder)
             mark_stopped(run.folder, requeue=False)
