@@ -103,13 +103,18 @@ def test_on_a_fresh_machine_the_first_command_makes_its_own_environment(tmp_path
     assert "Installing" not in again.stdout
 
 
-def test_debugging_trains_on_one_process_without_trackers(checkout: Path) -> None:
+@pytest.mark.parametrize("flags", ["", "--profile --train.overfit_batches 2"])
+def test_debugging_trains_on_one_process_without_trackers(checkout: Path, flags: str) -> None:
     done = shell(
-        "./launch/single_gpu.sh quickstart --train.epochs 0.1 --run-dir runs/debug", checkout
+        f"./launch/single_gpu.sh quickstart --train.epochs 0.1 --run-dir runs/debug{len(flags)} "
+        + flags,
+        checkout,
     )
     assert done.returncode == 0, done.stderr
     assert "1 process(es)" in done.stdout
-    assert not (checkout / "runs" / "debug" / "wandb").exists()
+    assert not (checkout / "runs" / f"debug{len(flags)}" / "wandb").exists()
+    assert ("5 of train.profile_steps" in done.stdout) is ("--profile" in flags)
+    assert ("on 2 fixed batch(es)" in done.stdout) is ("overfit" in flags)
 
 
 @pytest.mark.parametrize("script", ["multi_gpu.sh", "single_gpu.sh"])
