@@ -33,7 +33,7 @@ from benchmarks.measure import in_turns, ratio, report, save, spread
 from distvgg.commands.text_tables import markdown_table
 from distvgg.config import Config, load
 from distvgg.data.cache import load_dataset
-from distvgg.data.dataset import Dataset, Split, train_val_indices
+from distvgg.data.dataset import Dataset, Split, train_and_val
 from distvgg.data.loader import DeviceImages, DeviceLoader
 from distvgg.data.plan import BatchPlan
 from distvgg.distributed.device import device_here
@@ -56,7 +56,7 @@ def main() -> int:
     dataset = noise(QUICK_IMAGES) if options.quick else load_dataset(config.data)
     rows = np.arange(len(dataset.train))
     if not options.quick:
-        rows, _ = train_val_indices(dataset.train.labels, config.data)
+        rows, _, _ = train_and_val(dataset, config.data)
     device, batch = device_here(), config.train.global_batch_size
 
     cases = {OURS: device_loader(config, dataset, rows, device)}

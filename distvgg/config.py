@@ -76,10 +76,15 @@ class DataConfig(FrozenModel):
     name: Literal["cifar100", "cifar10", "synthetic", "custom"] = "cifar100"
     """The dataset. `custom` accepts any classes and image size, from `data.path`."""
     path: str | None = None
-    """A folder that `datasets.load_dataset` reads (Parquet or an image folder), or a hub id. None:
-    the dataset's own id on the hub."""
+    """A folder of Parquet files, of images in class folders, or of the original CIFAR files; or a
+    hub id. None: the dataset's own id on the hub."""
+    image_column: str | None = None
+    """Column of images in a table. None: the only one by type."""
+    label_column: str | None = None
+    """Column of labels in a table. None: fine_label, label or labels, else the only one by type."""
     val_size: int = Field(5000, ge=1)
-    """Images held out of the train split for validation, stratified by class."""
+    """Images held out of the train split for validation, stratified by class. Without effect if the
+    data has a validation split of its own."""
     train_size: int | None = Field(None, ge=1)
     """Size of a training subset, stratified by class. None: all images except validation."""
     split_seed: int = Field(0, ge=0)
@@ -88,6 +93,10 @@ class DataConfig(FrozenModel):
     resize: int | None = Field(None, ge=16)
     """Side, in pixels, of the square images that are stored: shorter side resized, then centre
     cropped. None: all images must have one shape already."""
+    on_error: Literal["refuse", "skip"] = "refuse"
+    """Images that cannot be decoded: refuse names them, skip leaves them out and counts them."""
+    max_pixels: int = Field(500_000_000, ge=1)
+    """Largest image that is decoded, in pixels, as a guard against files made to fill memory."""
 
     @model_validator(mode="after")
     def _path_fits_name(self) -> "DataConfig":

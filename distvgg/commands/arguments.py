@@ -235,6 +235,8 @@ def _yaml_of_0_1(config: Config) -> str:
     train = values["train"]
     for name in ("cpu_threads", "cuda_graphs", "overfit_batches", "profile_steps"):
         del train[name]
+    for name in ("image_column", "label_column", "on_error", "max_pixels"):
+        del values["data"][name]
     at = list(train).index("precision") + 1
     fields = [*train.items()]
     fields.insert(at, ("gradient_compression", "no"))

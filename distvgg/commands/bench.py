@@ -193,13 +193,13 @@ def step_times(
     Returns:
         For each length, the seconds per step, [rounds].
     """
-    from distvgg.data.dataset import train_val_indices
+    from distvgg.data.dataset import train_and_val
     from distvgg.data.loader import DeviceImages
     from distvgg.training.state import of_global_batch
     from distvgg.training.step import train_step
 
     config, device = run.config, run.accelerator.device
-    rows, _ = train_val_indices(run.dataset.train.labels, config.data)
+    rows, _, _ = train_and_val(run.dataset, config.data)
     pixels = DeviceImages(run.dataset, run.dataset.train, config.model.image_size, device)
     each = run.plan.world_size * run.plan.micro_batch_size
     run.gradients.detach()

@@ -28,7 +28,7 @@ from distvgg.data.cache import (
     open_entry,
     source_of,
 )
-from distvgg.data.dataset import train_val_indices
+from distvgg.data.dataset import train_and_val
 from distvgg.data.plan import BatchPlan, valid_world_sizes
 from distvgg.distributed.device import device_here, has_nvidia_hardware, resolve_precision
 from distvgg.errors import RunError, UserError
@@ -41,6 +41,7 @@ from distvgg.tracking.trackers import require_tensorboard
 from distvgg.tracking.wandb_sync import OfflineError, check_online, sync_command
 
 # The result of a check. A check raises UserError if there is something to fix.
+INDENT = 19  # columns before the text of a line
 Finding = tuple[Literal["ok", "note"], str]
 
 
@@ -79,7 +80,7 @@ def run_checks(recipe: Config | None, run_dir: Path, *, prepare: bool) -> str:
         except UserError as error:
             verdict, text = "fix", str(error)
             to_fix += 1
-        print(f"{verdict:<4}  {name:<11}  {text}", flush=True)
+        print(f"{verdict:<4}  {name:<{INDENT - 8}}  {text}", flush=True)
     if to_fix:
         raise RunError(f"{to_fix} of {len(checks)} checks found something to fix")
     return "nothing to fix"
@@ -179,10 +180,12 @@ def images(config: DataConfig, entry: Path, prepare: bool) -> Finding:
         load_dataset(config)
     if is_complete(entry):
         dataset = open_entry(entry)
-        train, val = train_val_indices(dataset.train.labels, config)
+        train, _, val = train_and_val(dataset, config)
         counts = f"{len(train):,} train, {len(val):,} val, {len(dataset.test or ()):,} test"
         taken = _size(sum(file.stat().st_size for file in entry.iterdir()))
-        return "ok", f"decoded in {entry}, {taken}: {counts}, {dataset.num_classes} classes"
+        lines = [f"decoded in {entry}, {taken}: {counts}, {dataset.num_classes} classes"]
+        lines += [*dataset.card, *(f"note: {note}" for note in dataset.notes)]
+        return "ok", f"\n{' ' * INDENT}".join(lines)
     source = source_of(config)
     if source is None:
         return "ok", f"{config.name}, made in code at the first start"

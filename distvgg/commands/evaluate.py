@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from distvgg import metrics
 from distvgg.config import Config, SplitName
 from distvgg.data.cache import load_dataset
-from distvgg.data.dataset import train_val_indices
+from distvgg.data.dataset import train_and_val
 from distvgg.data.loader import DeviceImages, EvalLoader
 from distvgg.distributed.device import place
 from distvgg.distributed.peer_failure import clean_shutdown, translate_peer_failure
@@ -61,8 +61,8 @@ def _measure(path: Path, split: SplitName) -> tuple[Evaluation, Confusion]:
     dataset = load_dataset(config.data)
     data, rows = dataset.test, None
     if split != "test":
-        train, val = train_val_indices(dataset.train.labels, config.data)
-        data, rows = dataset.train, train if split == "train" else val
+        train, val_split, val = train_and_val(dataset, config.data)
+        data, rows = (dataset.train, train) if split == "train" else (val_split, val)
     if data is None:
         raise UserError(f"{config.data.path} has no test split: take --split val")
     model = VGG(config.model, dataset.num_classes)

@@ -25,7 +25,7 @@ from distvgg.errors import UserError
 from distvgg.file_lock import lock
 
 # Part of every fingerprint. Increase it when a code change alters the decoded arrays.
-FORMAT = 2
+FORMAT = 3
 HUB_IDS = {"cifar100": "uoft-cs/cifar100", "cifar10": "uoft-cs/cifar10"}
 
 
@@ -100,7 +100,10 @@ def _fingerprint(config: DataConfig) -> str:
     sizes and modification times of its files. A hub id counts by name only, so a warm start needs
     no network.
     """
-    facts: list[Any] = [FORMAT, config.name, config.resize]
+    columns = config.image_column, config.label_column
+    facts: list[Any] = [FORMAT, config.name, config.resize, *columns]
+    if config.on_error == "skip":
+        facts.append("skip")
     source = source_of(config)
     if source is None:
         from distvgg.data import synthetic
@@ -200,6 +203,9 @@ def open_entry(entry: Path) -> Dataset:
         mean=tuple(meta["mean"]),
         std=tuple(meta["std"]),
         fingerprint=entry.name.rpartition("-")[2],
+        val=split("val") if "val_labels.npy" in meta["files"] else None,
+        notes=tuple(meta.get("notes", ())),
+        card=tuple(meta.get("card", ())),
     )
 
 

@@ -37,6 +37,9 @@ class Dataset:
         mean: Per-channel mean over the complete train split, in 0..1.
         std: Per-channel standard deviation over the complete train split, in 0..1.
         fingerprint: The hash in the name of the cache entry.
+        val: The validation split of the source, or None: then validation is held out of train.
+        notes: Lines for the user about the source.
+        card: Lines that describe the source: splits, classes, sizes.
     """
 
     train: Split
@@ -47,10 +50,38 @@ class Dataset:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     fingerprint: str
+    val: Split | None = None
+    notes: tuple[str, ...] = ()
+    card: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+
+def train_and_val(dataset: Dataset, config: DataConfig) -> tuple[np.ndarray, Split, np.ndarray]:
+    """Returns what is trained on and what is validated on.
+
+    Returns:
+        Training rows of the train split; the split that validation is part of, and its rows there:
+        all rows of the source's own validation split, else rows held out of train.
+
+    Raises:
+        UserError: The requested sizes exceed the train split.
+    """
+    if dataset.val is None:
+        train, val = train_val_indices(dataset.train.labels, config)
+        return train, dataset.train, val
+    train = np.arange(len(dataset.train))
+    if config.train_size is not None:
+        labels = dataset.train.labels
+        if config.train_size > len(train):
+            raise UserError(
+                f"data.train_size {config.train_size} is more than the {len(train)} images of the"
+                " train split"
+            )
+        train, _ = _stratified(labels, train, config.train_size, config.split_seed, "train_size")
+    return train, dataset.val, np.arange(len(dataset.val))
 
 
 def train_val_indices(labels: np.ndarray, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -8,27 +8,28 @@ every class or for none.
 import io
 import zlib
 from collections.abc import Iterator
-from itertools import chain
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from distvgg import preemption
 from distvgg.config import DataConfig
+from distvgg.data.card import Card
 from distvgg.data.cifar import (
     CIFAR100_SUPERCLASS_OF,
     CIFAR100_SUPERCLASSES,
     CLASSES,
     SIDE,
-    SPELLING,
 )
-from distvgg.data.readers import Labels, Rows, read, reason
+from distvgg.data.classes import integers, join_classes, number_names
+from distvgg.data.readers import Rows, read, reason
 from distvgg.errors import UserError
 
+DAMAGED_SHOWN = 10  # damaged images named in an error
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -36,53 +37,44 @@ def write(config: DataConfig, source: str, folder: Path) -> dict[str, Any]:
     """Decodes a folder or hub id into arrays in `folder`.
 
     The arrays are `{split}_images.npy` [n, height, width, 3] uint8 and `{split}_labels.npy` [n]
-    int64. They are written for train and, if the source has a held-out split, for test.
+    int64. They are written for train and, if the source has them, for val and test.
 
     Returns:
-        The fields class_names, superclass_names and superclass_of of `Dataset`, for JSON.
+        The fields class_names, superclass_names, superclass_of and notes of `Dataset`, and the
+        data card, for JSON.
 
     Raises:
         UserError: The source cannot be read, or has an invalid image or label.
         OSError: `folder` cannot be written.
     """
     with TemporaryDirectory(dir=folder) as scratch:
-        splits = read(source, Path(scratch))
+        splits = read(config, source, Path(scratch))
         # All labels are checked before the first image, so a wrong label is found quickly.
-        class_names = _class_names(config, source, splits["train"])
-        labels = {
-            name: _integers(rows.where, rows.label, len(class_names))
-            for name, rows in splits.items()
-        }
-        superclass_names, superclass_of = _superclasses(splits, labels, class_names)
+        classes = join_classes(config, source, splits)
+        splits = {name: splits[name] for name in classes.labels}  # without hidden labels
+        superclass_names, superclass_of = _superclasses(splits, classes.labels, classes.names)
         side = config.resize or SIDE
         shape: tuple[int, ...] | None = (side, side, 3) if config.name in CLASSES else None
+        card, notes = Card(classes.names), list(classes.notes)
         for name, rows in splits.items():
-            np.save(folder / f"{name}_labels.npy", labels[name])
-            shape = _write_images(rows, config.resize, shape, folder / f"{name}_images.npy")
+            decoder = Decoder(config, rows, card)
+            kept, shape = decoder.write(shape, folder / f"{name}_images.npy")
+            labels = classes.labels[name][kept]
+            np.save(folder / f"{name}_labels.npy", labels)
+            card.add_split(name, labels, rows.left_out, decoder.damaged)
+        missing = sorted(set(classes.labels["train"]) - set(np.load(folder / "train_labels.npy")))
+        if missing:
+            raise UserError(
+                f"{splits['train'].where}: all images of class {classes.names[missing[0]]} are"
+                " damaged: fix them, or remove the class"
+            )
     return {
-        "class_names": class_names,
+        "class_names": classes.names,
         "superclass_names": superclass_names,
         "superclass_of": superclass_of,
+        "notes": notes + card.notes(),
+        "card": card.lines(),
     }
-
-
-def _class_names(config: DataConfig, source: str, train: Rows) -> list[str]:
-    """Returns the class names from the source's metadata, else known or generated names.
-
-    Without metadata, CIFAR-100 has its known names, and other datasets get numbers.
-    """
-    expected = CLASSES.get(config.name)
-    names = [SPELLING.get(n, n) for n in train.label.class_names]
-    if not names and config.name == "cifar100":
-        names = sorted(CIFAR100_SUPERCLASS_OF)
-    if not names:
-        names = _numbers(expected or _count(train.where, train.label, len(train)))
-    if expected is not None and len(names) != expected:
-        raise UserError(
-            f"{source} has {len(names)} classes, {config.name} has {expected}: give that set's"
-            " folder as --data.path, or take --data.name custom"
-        )
-    return names
 
 
 def _superclasses(
@@ -102,12 +94,13 @@ def _superclasses(
     names = train.superclass.class_names or (
         list(CIFAR100_SUPERCLASSES)
         if is_cifar100
-        else _numbers(_count(train.where, train.superclass, len(class_names)))
+        else number_names(train.where, train.superclass, len(class_names))
     )
     of = np.full(len(class_names), -1)
     for name, rows in splits.items():
-        assert rows.superclass is not None
-        fine, coarse = labels[name], _integers(rows.where, rows.superclass, len(names))
+        if rows.superclass is None:
+            continue
+        fine, coarse = labels[name], integers(rows.where, rows.superclass, len(names))
         new = of[fine] < 0
         of[fine[new]] = coarse[new]
         if (wrong := np.flatnonzero(of[fine] != coarse)).size:
@@ -126,74 +119,90 @@ def _superclasses(
     return names, of.tolist()
 
 
-def _numbers(n: int) -> list[str]:
-    return [str(i) for i in range(n)]
+class Decoder:
+    """The images of one split, decoded into a file.
 
-
-def _count(where: str, column: Labels, limit: int) -> int:
-    """Returns the number of classes in a column without names, numbered from 0: at most `limit`."""
-    return int(_integers(where, column, limit).max()) + 1
-
-
-def _integers(where: str, column: Labels, n: int) -> np.ndarray:
-    """Returns a column as [rows] int64, checked to be in 0..n-1."""
-    values = column.values
-    if values.null_count:
-        i = int(np.flatnonzero(values.is_null().to_numpy())[0])
-        raise UserError(f"{where}: image {i} has no {column.column}: fix or drop that row")
-    if not pa.types.is_integer(values.type):
-        raise UserError(
-            f"{where}: column {column.column} is of type {values.type}: number the classes from 0"
-        )
-    labels: np.ndarray = values.to_numpy().astype(np.int64)
-    if (wrong := np.flatnonzero((labels < 0) | (labels >= n))).size:
-        i = int(wrong[0])
-        raise UserError(
-            f"{where}: image {i} has {column.column} {labels[i]}, out of range 0 to {n - 1}: fix"
-            " or drop that row"
-        )
-    return labels
-
-
-def _write_images(
-    rows: Rows, resize: int | None, shape: tuple[int, ...] | None, path: Path
-) -> tuple[int, ...]:
-    """Decodes images into a file of [n, *shape] uint8 and returns the shape.
-
-    The first image sets the shape if none is given. The file is written, not memory-mapped: on a
-    full disk, a memory map raises a signal that kills the process.
+    Attributes:
+        damaged: a line for each image that cannot be decoded.
     """
-    images = _decoded(rows, resize)
-    first = next(images)
-    shape = shape or (first.height, first.width, 3)
-    height, width, _ = shape
-    with path.open("wb", buffering=2**20) as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *shape)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for i, image in enumerate(chain([first], images)):
-            if image.size != (width, height):
-                raise UserError(
-                    f"{rows.where}: image {i} is {image.width}x{image.height} pixels, expected"
-                    f" {width}x{height}: fix it, or bring all to one size with"
-                    f" --data.resize {max(16, min(width, height))}"
-                )
-            file.write(image.tobytes())
-    return shape
+
+    def __init__(self, config: DataConfig, rows: Rows, card: Card) -> None:
+        self._config, self._rows, self._card = config, rows, card
+        self.damaged: list[str] = []
+
+    def write(
+        self, shape: tuple[int, ...] | None, path: Path
+    ) -> tuple[np.ndarray, tuple[int, ...]]:
+        """Decodes images into a file of [n, *shape] uint8.
+
+        The first image sets the shape if none is given. The file is written, not memory-mapped: on
+        a full disk, a memory map raises a signal that kills the process.
+
+        Returns:
+            The rows that were decoded, [n] int64, and the shape.
+
+        Raises:
+            UserError: images are damaged, unless `data.on_error` is skip; or an image has another
+                shape.
+        """
+        kept = []
+        with path.open("wb", buffering=2**20) as file:
+            file.write(npy_header((0, 0, 0, 3)))
+            for i, image in self._decoded():
+                shape = shape or (image.height, image.width, 3)
+                height, width, _ = shape
+                if image.size != (width, height):
+                    raise UserError(
+                        f"{self._rows.where}: image {i} is {image.width}x{image.height} pixels,"
+                        f" expected {width}x{height}: fix it, or bring all to one size with"
+                        f" --data.resize {max(16, min(width, height))}"
+                    )
+                kept.append(i)
+                pixels = image.tobytes()
+                self._card.add_pixels(pixels)
+                if not self.damaged or self._config.on_error == "skip":
+                    file.write(pixels)
+            if self.damaged and (self._config.on_error == "refuse" or not kept):
+                raise UserError(self._refusal())
+            assert shape is not None
+            file.seek(0)
+            file.write(npy_header((len(kept), *shape)))
+        return np.array(kept, dtype=np.int64), shape
+
+    def _decoded(self) -> Iterator[tuple[int, Image.Image]]:
+        """Yields row and RGB image, resized to a square if `data.resize` is given."""
+        resize = self._config.resize
+        for i, encoded in enumerate(self._rows.images()):
+            preemption.check()
+            name = ""
+            try:
+                if isinstance(encoded, np.ndarray):
+                    image = Image.fromarray(encoded)
+                else:
+                    name = f" ({encoded['path']})" if encoded and encoded["path"] else ""
+                    image = decode_image(_bytes_of(encoded), self._config.max_pixels)
+            except Exception as error:  # corrupt bytes make Pillow raise any type
+                why = "not an image" if isinstance(error, UnidentifiedImageError) else reason(error)
+                self.damaged.append(f"image {i}{name} cannot be decoded: {why}")
+                continue
+            self._card.add_image(image)
+            yield i, _square(image, resize) if resize else image
+
+    def _refusal(self) -> str:
+        n = len(self.damaged)
+        shown = "; ".join(self.damaged[:DAMAGED_SHOWN]) + ("; ..." if n > DAMAGED_SHOWN else "")
+        count = "" if n == 1 else f"{n} of {len(self._rows)} images: "
+        them = "it" if n == 1 else "them"
+        return (
+            f"{self._rows.where}: {count}{shown}; fix or drop {them}, or leave {them} out with"
+            " --data.on_error skip"
+        )
 
 
-def _decoded(rows: Rows, resize: int | None) -> Iterator[Image.Image]:
-    """Yields the images as RGB, resized to squares if `resize` is given."""
-    for i, encoded in enumerate(rows.images()):
-        preemption.check()
-        try:
-            image = _rgb(_bytes_of(encoded))
-        except Exception as error:  # corrupt bytes make Pillow raise any type
-            name = f" ({encoded['path']})" if encoded and encoded["path"] else ""
-            why = "not an image" if isinstance(error, UnidentifiedImageError) else reason(error)
-            raise UserError(
-                f"{rows.where}: image {i}{name} cannot be decoded: {why}; fix or drop it"
-            ) from error
-        yield _square(image, resize) if resize else image
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """Returns the header of a uint8 array file, of the same length for any shape."""
+    text = repr({"descr": "|u1", "fortran_order": False, "shape": shape})
+    return np.lib.format.magic(1, 0) + (118).to_bytes(2, "little") + f"{text:<117}\n".encode()
 
 
 def _bytes_of(encoded: dict[str, Any] | None) -> bytes:
@@ -220,14 +229,38 @@ def _check_png(data: bytes) -> None:
         at = end + 4
 
 
-def _rgb(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data))
+def decode_image(data: bytes, max_pixels: int) -> Image.Image:
+    """Decodes an image to RGB: upright by its EXIF orientation, transparent pixels on white.
+
+    Raises:
+        ValueError: it has more than 8 bits a channel, or more than `max_pixels`.
+        Exception: of any type, for corrupt bytes.
+    """
+    with _any_size():
+        image: Image.Image = Image.open(io.BytesIO(data))
+    if image.width * image.height > max_pixels:
+        raise ValueError(
+            f"{image.width}x{image.height} pixels are more than data.max_pixels {max_pixels}"
+        )
     if image.mode[0] in "IF":
         raise ValueError("more than 8 bits a channel, which would be clipped")
-    if image.mode == "RGB":
-        image.load()
-        return image
-    return image.convert("RGB")
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        page = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(page, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Lifts Pillow's limit on pixels, for which `data.max_pixels` stands."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _square(image: Image.Image, side: int) -> Image.Image:

@@ -1,35 +1,51 @@
-"""Readers of the train and test rows of a local folder or hub id, with undecoded images.
+"""Readers of the rows of a local folder or hub id by split, with undecoded images.
 
-This module owns the use of the `datasets` library and of the network: file locations, column names
-and error messages. It is imported only when the cache is cold. Invariant: no file is in both
-splits.
+This module owns the choice of a reader, the use of the `datasets` library and of the network:
+tables, column names and error messages. It is imported only when the cache is cold. Invariant: no
+file is in two splits.
 """
 
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from errno import EDQUOT, ENOSPC
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from distvgg.config import DataConfig
+from distvgg.data.cifar_files import CifarFiles, find_cifar
+from distvgg.data.folders import (
+    SPLITS,
+    ImageFiles,
+    describe_without_images,
+    endings,
+    find_images,
+)
 from distvgg.errors import UserError
 from distvgg.reachability import within
 
-# Names of these columns in existing datasets.
-IMAGE_COLUMNS = ("img", "image")
+# Names of these columns in existing datasets, which are taken without a look at their types.
 LABEL_COLUMNS = ("fine_label", "label", "labels")
 SUPERCLASS_COLUMN = "coarse_label"
-# Names of held-out splits and top-level folders. The first that exists becomes the test split.
-HELD_OUT = ("test", "validation", "valid", "val")
+IMAGE_PATH_COLUMNS = ("img", "image")
+TABLES = {".parquet", ".arrow"}
+TEXT_TABLES = {".csv", ".tsv", ".json", ".jsonl"}
 PROBE_SECONDS = 5
 T = TypeVar("T")
+# An encoded image with its `bytes`, else the `path` of its file; or pixels, [height, width, 3]
+# uint8.
+Encoded = dict[str, Any] | np.ndarray | None
 
 
 class Labels(NamedTuple):
@@ -50,56 +66,100 @@ class Rows:
 
     Attributes:
         where: Name of the split in messages.
+        images: Yields each image, unchecked.
+        files: Files of the images that are not stored in the source itself.
+        left_out: Number of files that are no images of a class, by reason.
     """
 
     where: str
     label: Labels
     superclass: Labels | None
-    _images: Any
+    images: Callable[[], Iterator[Encoded]]
+    files: frozenset[str] = frozenset()
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.label.values)
 
-    def images(self) -> Iterator[dict[str, Any] | None]:
-        """Yields each image, unchecked: its encoded `bytes`, else the `path` of its file."""
-        for batch in self._images.iter(batch_size=1000):
-            yield from batch.column(0).to_pylist()
 
-    def files(self) -> set[str]:
-        """Returns the files of the images that are not stored in the table itself."""
-        images = self._images[:].column(0)
-        outside = pc.is_null(pc.struct_field(images, "bytes"))
-        return set(pc.struct_field(images, "path").filter(outside).to_pylist()) - {None}
-
-
-def read(source: str, scratch: Path) -> dict[str, Rows]:
-    """Reads a folder or hub id by split: `train`, and `test` if there is a held-out split.
+def read(config: DataConfig, source: str, scratch: Path) -> dict[str, Rows]:
+    """Reads a folder or hub id by split: `train`, and `test` and `val` if the source has them.
 
     Args:
+        config: The columns to take, if any are set.
         source: A folder that holds Parquet files or images, or a hub id.
         scratch: An existing directory for the library's copy of the data, which the rows need.
 
     Raises:
         UserError: The source cannot be read, lacks a train split, an image or a label column, or
-            has a file in both splits.
+            has a file in two splits.
     """
-    splits = _load_folder(source, scratch) if Path(source).is_dir() else _load_hub_id(source)
-    if "train" not in splits:
+    if not Path(source).is_dir():
+        splits = _rows_of_tables(config, source, _load_hub_id(source))
+    else:
+        splits = _read_folder(config, source, scratch)
+    for one, other in combinations(splits.values(), 2):
+        if shared := sorted(one.files & other.files):
+            raise UserError(
+                f"{source}: {shared[0]} is in the {one.where} and in the {other.where}: give the"
+                " folder that train/ and test/ stand in as data.path"
+            )
+    return splits
+
+
+def _read_folder(config: DataConfig, source: str, scratch: Path) -> dict[str, Rows]:
+    """Reads the original CIFAR files, tables, or images."""
+    root = Path(source)
+    if (cifar := find_cifar(root)) is not None:
+        return _rows_of_cifar(source, cifar)
+    found = endings(root)
+    if TABLES.isdisjoint(found):
+        if images := find_images(root):
+            return {split: _rows_of_files(source, split, files) for split, files in images.items()}
+        if TEXT_TABLES.isdisjoint(found):
+            raise UserError(f"data.path {source} holds no data: {describe_without_images(root)}")
+    # Absolute, because `csv` alone names a reader of the library.
+    return _rows_of_tables(config, source, _load_folder(source, root.resolve(), scratch))
+
+
+def _rows_of_cifar(source: str, cifar: CifarFiles) -> dict[str, Rows]:
+    def labels(column: str, values: np.ndarray, names: list[str]) -> Labels:
+        return Labels(column, pa.chunked_array([pa.array(values)]), names)
+
+    return {
+        split: Rows(
+            f"{source} ({split} split)",
+            labels("label", data.labels, cifar.class_names),
+            None
+            if data.coarse is None
+            else labels(SUPERCLASS_COLUMN, data.coarse, cifar.superclass_names),
+            partial(iter, data.images),
+        )
+        for split, data in cifar.splits.items()
+    }
+
+
+def _rows_of_files(source: str, split: str, found: ImageFiles) -> Rows:
+    return Rows(
+        f"{source} ({split} split)",
+        Labels("class folder", pa.chunked_array([pa.array(found.classes, pa.string())]), []),
+        None,
+        lambda: ({"bytes": None, "path": file} for file in found.files),
+        frozenset(map(os.path.realpath, found.files)),
+        found.left_out,
+    )
+
+
+def _rows_of_tables(config: DataConfig, source: str, tables: dict[str, Any]) -> dict[str, Rows]:
+    named = {
+        SPLITS[name.lower()]: table for name, table in tables.items() if name.lower() in SPLITS
+    }
+    if "train" not in named:
         raise UserError(
-            f"{source} has no train split, only {', '.join(splits)}: put its files in a folder"
+            f"{source} has no train split, only {', '.join(tables)}: put its files in a folder"
             " train/, or name them train-*.parquet"
         )
-    held_out = next((splits[name] for name in HELD_OUT if name in splits), None)
-    train = _rows(f"{source} (train split)", splits["train"])
-    if held_out is None:
-        return {"train": train}
-    test = _rows(f"{source} (test split)", held_out)
-    if shared := sorted(train.files() & test.files()):
-        raise UserError(
-            f"{source}: {shared[0]} is in the train and in the test split: give the folder that"
-            " train/ and test/ stand in as data.path"
-        )
-    return {"train": train, "test": test}
+    return {split: _rows(config, f"{source} ({split} split)", t) for split, t in named.items()}
 
 
 def check_hub_id(source: str) -> None:
@@ -113,22 +173,16 @@ def check_hub_id(source: str) -> None:
     _from_hub(source, datasets.load_dataset_builder)
 
 
-def _load_folder(source: str, scratch: Path) -> dict[str, Any]:
-    import datasets
-
-    folder = Path(source).resolve()  # absolute, because `csv` alone names a reader of the library
+def _load_folder(source: str, folder: Path, scratch: Path) -> dict[str, Any]:
     # By default, the library takes any folder with a split's name for that split. It would put
-    # test/train/, where `train` is a class of CIFAR-100, into both splits.
-    split_folders = {n: f"{n}/**" for n in ("train", *HELD_OUT) if _has_files(folder / n)}
+    # test/train/, where `train` is a class of CIFAR-100, into two splits.
+    split_folders = {
+        split: f"{path.name}/**"
+        for path in sorted(folder.iterdir())
+        if (split := SPLITS.get(path.name.lower())) and _has_files(path)
+    }
     try:
-        return dict(
-            _silently(
-                datasets.load_dataset,
-                str(folder),
-                cache_dir=str(scratch),
-                data_files=split_folders if "train" in split_folders else None,
-            )
-        )
+        return _load_tables(folder, split_folders if "train" in split_folders else None, scratch)
     except FileNotFoundError as error:
         raise UserError(
             f"data.path {source} holds no data: it needs Parquet files, or one folder of images"
@@ -145,10 +199,49 @@ def _load_folder(source: str, scratch: Path) -> dict[str, Any]:
         raise UserError(f"data.path {source} cannot be read: {reason(error)}") from error
 
 
+def _load_tables(folder: Path, data_files: dict[str, str] | None, scratch: Path) -> dict[str, Any]:
+    """Loads the tables of a folder by split.
+
+    The library gives all splits the class names of the first file. Parquet files whose own metadata
+    differ are therefore loaded split by split.
+    """
+    import datasets
+
+    where: dict[str, Any] = {"cache_dir": str(scratch), "data_files": data_files}
+    builder = _silently(datasets.load_dataset_builder, str(folder), **where)
+    files = {
+        str(split): list(map(str, group)) for split, group in builder.config.data_files.items()
+    }
+    parquet = [file for group in files.values() for file in group if file.endswith(".parquet")]
+    if len({_features(file) for file in parquet}) <= 1:
+        # A card may describe more than this copy has.
+        found = _silently(
+            datasets.load_dataset, str(folder), **where, verification_mode="no_checks"
+        )
+        return dict(found)
+    return {
+        split: _silently(
+            datasets.load_dataset,
+            "parquet",
+            cache_dir=str(scratch),
+            data_files={split: group},
+            split=split,
+            verification_mode="no_checks",
+        )
+        for split, group in files.items()
+    }
+
+
+def _features(file: str) -> bytes | None:
+    """Returns the features that `datasets` wrote into a Parquet file, class names among them."""
+    return (pq.read_schema(file).metadata or {}).get(b"huggingface")
+
+
 def _load_hub_id(source: str) -> dict[str, Any]:
     import datasets
 
-    return dict(_from_hub(source, datasets.load_dataset))
+    load = partial(datasets.load_dataset, verification_mode="no_checks")
+    return dict(_from_hub(source, load))
 
 
 def _from_hub(source: str, load: Callable[..., T]) -> T:
@@ -187,22 +280,12 @@ def _silently(load: Callable[..., T], path: str, **arguments: Any) -> T:
         return load(path, **arguments)
 
 
-def _rows(where: str, table: Any) -> Rows:
+def _rows(config: DataConfig, where: str, table: Any) -> Rows:
     """Returns the rows of a `datasets.Dataset` after finding its columns."""
     import datasets
 
-    # Parquet not written by `datasets` has no Image feature, so the column is found by name.
-    images = [n for n, f in table.features.items() if isinstance(f, datasets.Image)]
-    images += [n for n in IMAGE_COLUMNS if n in table.column_names]
-    labels = [n for n in LABEL_COLUMNS if n in table.column_names]
-    has = f"only {', '.join(table.column_names)}"
-    if not images:
-        raise UserError(f"{where} has no image column, {has}: name it {' or '.join(IMAGE_COLUMNS)}")
-    if not labels:
-        raise UserError(
-            f"{where} has no label column, {has}: name it {' or '.join(LABEL_COLUMNS)}, or put the"
-            " images of each class in one folder each below train/ and test/"
-        )
+    image = _image_column(config, where, table)
+    label = _label_column(config, where, table, image)
     if not len(table):
         raise UserError(f"{where} holds no images: add some")
 
@@ -210,19 +293,87 @@ def _rows(where: str, table: Any) -> Rows:
         values = table.select_columns([name]).with_format("arrow")[:][name]
         return Labels(name, values, getattr(table.features[name], "names", None) or [])
 
-    encoded = table.select_columns([images[0]])
+    encoded = table.select_columns([image])
     try:
-        encoded = encoded.cast_column(images[0], datasets.Image(decode=False))
+        encoded = encoded.cast_column(image, datasets.Image(decode=False))
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise UserError(
-            f"{where}: column {images[0]} holds no image files ({reason(error)}): store the bytes"
+            f"{where}: column {image} holds no image files ({reason(error)}): store the bytes"
             " of PNG or JPEG there"
         ) from error
-    return Rows(
-        where,
-        column(labels[0]),
-        column(SUPERCLASS_COLUMN) if SUPERCLASS_COLUMN in table.column_names else None,
-        encoded.with_format("arrow"),
+    encoded = encoded.with_format("arrow")
+
+    def images() -> Iterator[Encoded]:
+        for batch in encoded.iter(batch_size=1000):
+            yield from batch.column(0).to_pylist()
+
+    stored = encoded[:].column(0)
+    outside = pc.is_null(pc.struct_field(stored, "bytes"))
+    files = set(pc.struct_field(stored, "path").filter(outside).to_pylist()) - {None}
+    has_superclass = SUPERCLASS_COLUMN in table.column_names and label != SUPERCLASS_COLUMN
+    superclass = column(SUPERCLASS_COLUMN) if has_superclass else None
+    return Rows(where, column(label), superclass, images, frozenset(files))
+
+
+def _image_column(config: DataConfig, where: str, table: Any) -> str:
+    """Returns the name of the column of images: the one that is set, else the only one by type."""
+    import datasets
+
+    def is_image(feature: Any) -> bool:
+        if isinstance(feature, datasets.Image):
+            return True
+        # Parquet not written by `datasets` has no Image feature.
+        if isinstance(feature, dict):
+            return {"bytes", "path"} <= set(feature)
+        return getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+    if config.image_column is not None:
+        return _existing(table, where, "image_column", config.image_column)
+    found: list[str] = [n for n, feature in table.features.items() if is_image(feature)]
+    found = found or [name for name in IMAGE_PATH_COLUMNS if name in table.column_names]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(
+            f"{where} has the image columns {' and '.join(found)}: choose one with"
+            f" --data.image_column {found[-1]}"
+        )
+    raise UserError(
+        f"{where} has no image column, only {', '.join(table.column_names)}: store the bytes of PNG"
+        " or JPEG in one, or name it with --data.image_column"
+    )
+
+
+def _label_column(config: DataConfig, where: str, table: Any, image: str) -> str:
+    """Returns the name of the column of labels: set, known by its name, or the only one by type."""
+    import datasets
+
+    if config.label_column is not None:
+        return _existing(table, where, "label_column", config.label_column)
+    features = {n: f for n, f in table.features.items() if n != image}
+    named = [name for name in LABEL_COLUMNS if name in features]
+    classes = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)]
+    values = [
+        n
+        for n, f in features.items()
+        if re.fullmatch(r"u?int\d+|bool|(large_)?string|float\d+", getattr(f, "dtype", ""))
+    ]
+    found: list[str] = next((names for names in (named, classes, values) if names), [])
+    if len(found) == 1:
+        return found[0]
+    has = f"only {', '.join(table.column_names)}" if not found else f"{' and '.join(found)} may be"
+    raise UserError(
+        f"{where} has no single label column ({has}): choose one with --data.label_column, or put"
+        " the images of each class in one folder each below train/ and test/"
+    )
+
+
+def _existing(table: Any, where: str, field_name: str, column: str) -> str:
+    if column in table.column_names:
+        return column
+    raise UserError(
+        f"{where} has no column {column}, only {', '.join(table.column_names)}: change"
+        f" data.{field_name}"
     )
 
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 
 from distvgg import environment, preemption
 from distvgg.config import Config
-from distvgg.data.cache import cache_entry, load_dataset
-from distvgg.data.dataset import Dataset, train_val_indices
+from distvgg.data.cache import cache_entry, is_complete, load_dataset
+from distvgg.data.dataset import Dataset, train_and_val
 from distvgg.data.loader import DeviceImages, DeviceLoader, EvalLoader
 from distvgg.data.micro_batches import MicroBatchSource, RepeatedSteps
 from distvgg.data.plan import BatchPlan
@@ -81,7 +81,7 @@ def build(config: Config, folder: Path) -> Run:
     config = config.replace(train__precision=accelerator.mixed_precision)
     locks: list[int] = []  # on the main process only
     broadcast_from_main(accelerator, lambda: locks.append(claim_run_dir(folder, config)))
-    dataset = _load_dataset(config, accelerator, folder)
+    dataset, is_new = _load_dataset(config, accelerator, folder)
     plan, loader, val_loader = _build_loaders(config, dataset, accelerator)
     ranks, queue = ranks_of(accelerator), ExchangeQueue(accelerator.device)
     trainable = _build_trainable(config, dataset.num_classes, accelerator, ranks, queue)
@@ -97,6 +97,7 @@ def build(config: Config, folder: Path) -> Run:
     # After the digest of the data was compared: other data must not overwrite the file.
     broadcast_from_main(accelerator, lambda: _write_preprocessing(preprocessing, folder))
     notes = _note_launch(state, accelerator, config, requested, resumed=found is not None)
+    notes += (*dataset.card, *dataset.notes) if is_new else dataset.notes
 
     vgg, ema, device = trainable.vgg, trainable.ema, accelerator.device
     torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
@@ -148,7 +149,7 @@ def _build_loaders(
     config: Config, dataset: Dataset, accelerator: "Accelerator"
 ) -> tuple[BatchPlan, MicroBatchSource, EvalLoader]:
     """Splits the dataset, and moves its images to the device."""
-    train_rows, val_rows = train_val_indices(dataset.train.labels, config.data)
+    train_rows, val_split, val_rows = train_and_val(dataset, config.data)
     batch, world_size = config.train, accelerator.num_processes
     plan = BatchPlan(len(train_rows), batch.global_batch_size, batch.micro_batch_size, world_size)
     pixels = DeviceImages(dataset, dataset.train, config.model.image_size, accelerator.device)
@@ -157,7 +158,10 @@ def _build_loaders(
     )
     if batch.overfit_batches:
         loader = RepeatedSteps(loader, batch.overfit_batches)
-    return plan, loader, EvalLoader(pixels, val_rows, config.eval.batch_size)
+    val_pixels = pixels
+    if val_split is not dataset.train:
+        val_pixels = DeviceImages(dataset, val_split, config.model.image_size, accelerator.device)
+    return plan, loader, EvalLoader(val_pixels, val_rows, config.eval.batch_size)
 
 
 def _build_trainable(
@@ -207,8 +211,11 @@ def _note_launch(
     return notes
 
 
-def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> Dataset:
+def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> tuple[Dataset, bool]:
     """Loads the dataset on every rank, unless a stop is requested on any of them.
+
+    Returns:
+        The dataset, and whether it was decoded just now.
 
     Raises:
         Preempted: a stop was requested; every rank raises it.
@@ -221,6 +228,7 @@ def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> D
     except Preempted:
         pass
     entry = from_local_main(accelerator, entry)
+    is_new = entry is not None and not is_complete(entry)
     try:
         with preemption.interruptible():
             if entry is not None:
@@ -237,7 +245,7 @@ def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> D
     if not accelerator.is_main_process:
         preemption.stop_watching()
     assert dataset is not None
-    return dataset
+    return dataset, is_new
 
 
 def _write_preprocessing(preprocessing: Preprocessing, folder: Path) -> None:
@@ -321,7 +329,7 @@ def _digest(dataset: Dataset) -> str:
     Cheap, and sensitive to almost any change of the training pixels; of test, to its labels.
     """
     digest = hashlib.sha256(repr((dataset.mean, dataset.std, dataset.class_names)).encode())
-    for split in (dataset.train, dataset.test):
+    for split in (dataset.train, dataset.val, dataset.test):
         if split is not None:
             digest.update(split.labels.tobytes())
     return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""The data card: what was read, by split, class, size and mode, and what was left out.
+
+Invariant: every file of the source is counted, as an image or as left out with a reason.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+from PIL import Image
+
+IMBALANCE = 5
+"""Ratio of the largest to the smallest class of the train split from which a note is made."""
+SHOWN = 3
+
+
+class Card:
+    """Counts of a data set, filled while it is decoded.
+
+    Args:
+        class_names: by label.
+    """
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self._names = class_names
+        self._sizes: Counter[str] = Counter()
+        self._modes: Counter[str] = Counter()
+        self._digests: dict[str, set[bytes]] = {}
+        self._decoding: set[bytes] = set()
+        self._lines: list[str] = []
+        self._notes: list[str] = []
+
+    def add_image(self, image: Image.Image) -> None:
+        """Counts an image as it was decoded, before any resize."""
+        self._sizes[f"{image.width}x{image.height}"] += 1
+
+    def add_pixels(self, pixels: bytes) -> None:
+        """Remembers the stored pixels of an image, to find it in another split."""
+        self._decoding.add(hashlib.blake2b(pixels, digest_size=8).digest())
+
+    def add_split(
+        self, name: str, labels: np.ndarray, left_out: Mapping[str, int], damaged: Sequence[str]
+    ) -> None:
+        """Ends a split.
+
+        Args:
+            name: of the split.
+            labels: [n] of the images that were decoded.
+            left_out: number of files by reason.
+            damaged: a line for each damaged image that was left out.
+        """
+        self._digests[name], self._decoding = self._decoding, set()
+        counts = np.bincount(labels, minlength=len(self._names))
+        small, large = int(counts.argmin()), int(counts.argmax())
+        self._lines.append(
+            f"{name}: {len(labels):,} images of {int((counts > 0).sum())} classes, from"
+            f" {counts[small]:,} ({self._names[small]}) to {counts[large]:,}"
+            f" ({self._names[large]}) each"
+        )
+        reasons = dict(left_out) | ({"damaged": len(damaged)} if damaged else {})
+        if reasons:
+            listed = ", ".join(f"{n:,} {reason}" for reason, n in sorted(reasons.items()))
+            self._notes.append(f"left out of {name}: {listed}")
+        if name == "train" and counts[small] * IMBALANCE < counts[large]:
+            self._notes.append(
+                f"classes are not balanced: {self._names[small]} has {counts[small]:,} images,"
+                f" {self._names[large]} {counts[large]:,}"
+            )
+
+    def notes(self) -> list[str]:
+        """Returns what a user must know: files left out, unbalanced classes."""
+        return self._notes
+
+    def lines(self) -> list[str]:
+        """Returns the counts by split, the sizes, and the images that two splits share."""
+        shared = [
+            f"{len(self._digests[one] & self._digests[other]):,} images are in {one} and in {other}"
+            for one, other in combinations(self._digests, 2)
+            if self._digests[one] & self._digests[other]
+        ]
+        sizes = self._sizes.most_common(SHOWN)
+        listed = ", ".join(f"{n:,} of {size}" for size, n in sizes)
+        more = len(self._sizes) - len(sizes)
+        size_line = f"sizes: {listed}" + (f", {more} more sizes" if more else "")
+        return [*self._lines, size_line, *shared]

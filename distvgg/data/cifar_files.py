@@ -1,0 +1,173 @@
+"""CIFAR-10 and CIFAR-100 in the files that their authors publish, as torchvision unpacks them.
+
+Both versions are read: Python (pickled dictionaries) and binary. Invariant: a pickle can name
+nothing but numpy's arrays, so that reading one runs no code of its own.
+
+Source: cs.toronto.edu/~kriz/cifar.html.
+"""
+
+import codecs
+import pickle
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distvgg.errors import UserError
+
+PIXELS = 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class CifarSplit:
+    """One split.
+
+    Attributes:
+        images: [n, 32, 32, 3] uint8.
+        labels: [n] int64.
+        coarse: superclasses, [n] int64; None for CIFAR-10.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    coarse: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class CifarFiles:
+    """Both splits with the names of their classes.
+
+    Attributes:
+        class_names, superclass_names: by label; superclasses are empty for CIFAR-10.
+    """
+
+    splits: dict[str, CifarSplit]
+    class_names: list[str]
+    superclass_names: list[str]
+
+
+class _Layout(NamedTuple):
+    """The files of one version.
+
+    Attributes:
+        files: of each split.
+        names: the file with the names of the classes.
+        fine, coarse: keys of these names in `names`; in the binary version, files.
+        label_bytes: before the pixels of an image, in the binary version.
+    """
+
+    files: dict[str, list[str]]
+    names: str
+    fine: str
+    coarse: str | None
+    label_bytes: int = 0
+
+
+_BATCHES = [f"data_batch_{n}" for n in range(1, 6)]
+# By the name of their folder.
+_LAYOUTS = {
+    "cifar-100-python": _Layout(
+        {"train": ["train"], "test": ["test"]}, "meta", "fine_label_names", "coarse_label_names"
+    ),
+    "cifar-10-batches-py": _Layout(
+        {"train": _BATCHES, "test": ["test_batch"]}, "batches.meta", "label_names", None
+    ),
+    "cifar-100-binary": _Layout(
+        {"train": ["train.bin"], "test": ["test.bin"]},
+        *("fine_label_names.txt", "fine_label_names.txt", "coarse_label_names.txt", 2),
+    ),
+    "cifar-10-batches-bin": _Layout(
+        {"train": [f"{b}.bin" for b in _BATCHES], "test": ["test_batch.bin"]},
+        *("batches.meta.txt", "batches.meta.txt", None, 1),
+    ),
+}
+
+
+def find_cifar(root: Path) -> CifarFiles | None:
+    """Reads the original files in a folder, or in their own folder below it; None without any.
+
+    Raises:
+        UserError: a file is damaged, or a pickle names something else than arrays.
+    """
+    for name, layout in _LAYOUTS.items():
+        needed = [layout.names, *chain.from_iterable(layout.files.values())]
+        for folder in (root, root / name):
+            if all((folder / file).is_file() for file in needed):
+                return (_read_binary if layout.label_bytes else _read_python)(folder, layout)
+    return None
+
+
+def _read_python(folder: Path, layout: _Layout) -> CifarFiles:
+    names, splits = _unpickle(folder / layout.names), {}
+    for split, group in layout.files.items():
+        parts = [_unpickle(folder / file) for file in group]
+        labels = "fine_labels" if layout.coarse else "labels"
+        try:
+            splits[split] = CifarSplit(
+                _images(np.concatenate([part["data"] for part in parts])),
+                np.concatenate([np.asarray(part[labels], np.int64) for part in parts]),
+                np.asarray(parts[0]["coarse_labels"], np.int64) if layout.coarse else None,
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            raise _damaged(folder / group[0], repr(error)) from error
+    return CifarFiles(
+        splits,
+        _texts(names.get(layout.fine, [])),
+        _texts(names.get(layout.coarse, [])) if layout.coarse else [],
+    )
+
+
+def _read_binary(folder: Path, layout: _Layout) -> CifarFiles:
+    splits = {}
+    record = layout.label_bytes + PIXELS
+    for split, group in layout.files.items():
+        content = b"".join((folder / file).read_bytes() for file in group)
+        if not content or len(content) % record:
+            raise _damaged(folder / group[0], f"{len(content)} bytes are no whole images")
+        records = np.frombuffer(content, np.uint8).reshape(-1, record)
+        labels = records[:, : layout.label_bytes].astype(np.int64)
+        # The coarse label comes before the fine one.
+        coarse = labels[:, 0] if layout.coarse else None
+        splits[split] = CifarSplit(_images(records[:, layout.label_bytes :]), labels[:, -1], coarse)
+
+    def names(file: str | None) -> list[str]:
+        return (folder / file).read_text().split() if file and (folder / file).exists() else []
+
+    return CifarFiles(splits, names(layout.fine), names(layout.coarse))
+
+
+def _images(pixels: np.ndarray) -> np.ndarray:
+    """[n, 3 * 32 * 32], channel by channel -> [n, 32, 32, 3]."""
+    return np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            from numpy._core.multiarray import _reconstruct
+
+            return _reconstruct
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
+            return codecs.encode
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no CIFAR file does")
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+    try:
+        found = _ArraysOnly(BytesIO(path.read_bytes()), encoding="bytes").load()
+        return {k.decode() if isinstance(k, bytes) else k: v for k, v in found.items()}
+    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _texts(values: list[Any]) -> list[str]:
+    return [v.decode() if isinstance(v, bytes) else str(v) for v in values]
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} cannot be read: {reason}; download and unpack it again")
