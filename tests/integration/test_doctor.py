@@ -29,10 +29,13 @@ def findings(done: subprocess.CompletedProcess[str]) -> Findings:
     """The lines of the checks, by their names: verdict and text. Nothing else may be said but how
     it ends, and that not against the exit code."""
     *lines, last = done.stdout.splitlines() + done.stderr.splitlines()
+    card = [line for line in lines if line.startswith(" " * 19)]  # of the data, below its line
+    lines = [line for line in lines if line not in card]
     parsed = [re.fullmatch(r"(ok|note|fix) +(\S+(?: \S+)?)  +(.+)", line) for line in lines]
     assert all(parsed), done.stdout + done.stderr
     assert len({match.start(3) for match in parsed if match}) == 1  # aligned
     found = {match[2]: (match[1], match[3]) for match in parsed if match}
+    assert bool(card) is ("decoded in" in found.get("data", ("", ""))[1])
     to_fix = [name for name, (verdict, _) in found.items() if verdict == "fix"]
     assert done.returncode == (1 if to_fix else 0)
     if to_fix:
