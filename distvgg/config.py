@@ -289,6 +289,8 @@ class TrackConfig(FrozenModel):
     wandb: bool = True
     """Use Weights & Biases: online when logged in, else offline in the run folder. The variable
     WANDB_MODE is honoured."""
+    wandb_artifact: bool = False
+    """Upload model.safetensors and preprocessing.json to W&B as an artifact at the end."""
     tensorboard: bool = False
     """Write TensorBoard event files in the run folder."""
     project: str = Field("distvgg", max_length=128, pattern=r"^[^/\\#?%:]+$")
