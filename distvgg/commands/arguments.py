@@ -247,7 +247,7 @@ def _yaml_of_0_1(config: Config) -> str:
     values = config.model_dump()
     train = values["train"]
     del train["cpu_threads"], train["cuda_graphs"]
-    del values["track"]["wandb_artifact"]
+    del values["track"]["wandb_artifact"], values["track"]["also"]
     at = list(train).index("precision") + 1
     fields = [*train.items()]
     fields.insert(at, ("gradient_compression", "no"))

@@ -58,9 +58,11 @@ command: ["${env}", python, -m, distvgg, train, quickstart, "${args}"]
 def search(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     (folder / "space.yaml").write_text(SPACE)
     return subprocess.run(
-        [sys.executable, ROOT / "launch" / "search.py", folder / "space.yaml", *words]
-        + ["--dir", str(folder / "found"), *TINY, "--train.epochs", "20"]
-        + ["--optim.warmup_epochs", "0", "--eval.every_epochs", "2"],
+        [
+            *(sys.executable, ROOT / "launch" / "search.py", folder / "space.yaml", *words),
+            *("--dir", str(folder / "found"), *TINY, "--train.epochs", "20"),
+            *("--optim.warmup_epochs", "0", "--eval.every_epochs", "2"),
+        ],
         env=os.environ | CPU,
         capture_output=True,
         text=True,
