@@ -57,7 +57,7 @@ class Search:
             words = [str(word) for word in sweep["command"]]
             self.recipe = words[words.index("train") + 1]
             self.metric = str(sweep["metric"]["name"])
-            self.direction = str(sweep["metric"].get("goal", "minimize"))
+            goal = optuna.study.StudyDirection[sweep["metric"].get("goal", "minimize").upper()]
             self.parameters: dict[str, dict[str, Any]] = sweep["parameters"]
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}") from error
@@ -65,7 +65,7 @@ class Search:
             raise UserError(
                 f"{file}: not a sweep file such as launch/sweep.yaml ({error})"
             ) from error
-        self.options = options
+        self.direction, self.options = goal, options
         self.parameters = {n: p for n, p in self.parameters.items() if n not in options}
         for name, parameter in self.parameters.items():
             if parameter.get("distribution", "uniform") not in DISTRIBUTIONS:
@@ -230,7 +230,10 @@ def report(study: optuna.Study, search: Search) -> None:
     if not counts["complete"]:
         return
     best = study.best_trial
-    words = [f"--{name}={value}" for name, value in (best.params | search.options).items()]
+    fixed = {n: p["value"] for n, p in search.parameters.items() if "value" in p}
+    fixed.pop("eval.test", None)  # once the search is over, test may be read
+    values = fixed | best.params | search.options
+    words = [f"--{name}={value}" for name, value in values.items()]
     print(f"best: trial {best.number}, {search.metric} {best.value:.4f}")
     print(f"  python -m distvgg train {search.recipe} {' '.join(words)}")
 

@@ -80,7 +80,7 @@ class OtherTracker(GeneralTracker):
     def begin(self) -> None:
         """Starts or continues the tracker's run.
 
-        Not `start`, which accelerate before 1.10 does not call.
+        Not `start`, which older versions of accelerate do not call.
         """
         self._guarded(self._begin)
 
@@ -116,7 +116,7 @@ class OtherTracker(GeneralTracker):
         if tracker_class.requires_logging_directory:
             words.append(str(self._run_dir / self.name))
         inner = tracker_class(*words, **options)
-        if hasattr(inner, "start"):  # in accelerate before 1.10, its construction starts it
+        if hasattr(inner, "start"):  # older versions of accelerate start it when it is made
             inner.start()
         if there is None:
             flat = self._config.flat().items()

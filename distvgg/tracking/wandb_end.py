@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distvgg import metrics
+from distvgg.errors import UserError
 from distvgg.runs.confusion import Confusion, by_superclass, read_confusion
 from distvgg.runs.layout import (
+    CONFIG_FILE,
     CONFUSION_FILE,
     PREPROCESSING_FILE,
     REPORT_FILE,
@@ -51,7 +53,7 @@ def send(run: "Run", run_dir: Path, *, weights: bool) -> None:
         weights: send weights and preprocessing as an artifact as well.
 
     Raises:
-        UserError: a file of the run folder is corrupt.
+        UserError: a file of the run folder is corrupt or gone.
     """
     import wandb
 
@@ -61,10 +63,16 @@ def send(run: "Run", run_dir: Path, *, weights: bool) -> None:
     if confusion := read_confusion(run_dir):
         run.summary[CONFUSION] = wandb.Table(columns=list(COLUMNS), data=cells(confusion))
     if (report := run_dir / REPORT_FILE).exists():
-        run.summary[REPORT] = wandb.Html(report.read_text(encoding="utf-8"), inject=False)
+        with report.open(encoding="utf-8") as file:
+            run.summary[REPORT] = wandb.Html(file, inject=False)
     if weights:
         artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=summary(result))
         for name in (WEIGHTS_FILE, PREPROCESSING_FILE):
+            if not (run_dir / name).exists():
+                raise UserError(
+                    f"{run_dir / name} is gone: put it back, or set track.wandb_artifact to false"
+                    f" in {CONFIG_FILE}"
+                )
             artifact.add_file(str(run_dir / name), name=name, policy="immutable")
         run.log_artifact(artifact)
 

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,19 +57,18 @@ command: ["${env}", python, -m, distvgg, train, quickstart, "${args}"]
 """
 
 
-def search(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def command(folder: Path, *words: str) -> tuple[list[str], dict[str, str]]:
+    """A search over SPACE that keeps its runs in `found`, and its environment."""
     (folder / "space.yaml").write_text(SPACE)
-    return subprocess.run(
-        [
-            *(sys.executable, ROOT / "launch" / "search.py", folder / "space.yaml", *words),
-            *("--dir", str(folder / "found"), *TINY, "--train.epochs", "20"),
-            *("--optim.warmup_epochs", "0", "--eval.every_epochs", "2"),
-        ],
-        env=os.environ | CPU,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    program = (sys.executable, str(ROOT / "launch" / "search.py"), str(folder / "space.yaml"))
+    where = ("--dir", str(folder / "found"))
+    long = ("--train.epochs", "20", "--optim.warmup_epochs", "0", "--eval.every_epochs", "2")
+    return [*program, *words, *where, *TINY, *long], os.environ | CPU
+
+
+def search(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    program, env = command(folder, *words)
+    return subprocess.run(program, env=env, capture_output=True, text=True, timeout=120)
 
 
 def test_a_trial_worse_than_the_median_is_stopped_and_a_search_continues(tmp_path: Path) -> None:
@@ -90,6 +91,22 @@ def test_a_trial_worse_than_the_median_is_stopped_and_a_search_continues(tmp_pat
     )
     again = search(tmp_path, "--trials", "0")
     assert again.stdout.splitlines()[-2:] == first.stdout.splitlines()[-2:]
+
+
+def test_a_stopped_search_goes_on_where_it_was(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    words, env = command(tmp_path, "--trials", "1")
+    with subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 60
+        while not rows(tmp_path / "found" / "0") and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert (tmp_path / "found" / "0" / "REQUEUE").exists()
+    again = search(tmp_path, "--trials", "1")
+    assert f"into {tmp_path / 'found' / '0'}\ntrial 1: complete" in again.stdout, again.stdout
+    assert "resumed after step" in (tmp_path / "found" / "0.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -156,8 +156,9 @@ def test_the_environment_of_the_first_start_names_the_run_for_ever(
         assert re.findall(r"W&B: note: (.+)", said) == [ignored]
         (received,) = server.runs.values()
         assert (received.id, received.name, received.project) == ("chosen", LONG[:-1], "other")
-        named = ("tags", "notes", "groupName", "entity")
-        assert [received.said[name] for name in named] == [["a", "b"], "why", "g", "team"]
+        assert received.entity == "team"
+        named = ("tags", "notes", "groupName")
+        assert [received.said[name] for name in named] == [["a", "b"], "why", "g"]
 
 
 def test_the_config_wins_over_the_environment(tmp_path: Path) -> None:

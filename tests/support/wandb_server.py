@@ -36,6 +36,7 @@ class ReceivedRun:
     id: str
     project: str
     name: str
+    entity: str = ENTITY
     config: dict[str, Any] = field(default_factory=dict)
     # Lines by their offset, as the file stream numbers them: one sent again replaces itself.
     files: dict[str, dict[int, str]] = field(default_factory=dict)
@@ -71,7 +72,11 @@ class ReceivedRun:
             "displayName": self.name,
             "config": json.dumps(self.config),
             "historyLineCount": len(self.lines(HISTORY)),
-            "project": {"id": "p", "name": self.project, "entity": {"id": "e", "name": ENTITY}},
+            "project": {
+                "id": "p",
+                "name": self.project,
+                "entity": {"id": "e", "name": self.entity},
+            },
         }
 
     def resume_status(self) -> dict[str, Any]:
@@ -242,7 +247,8 @@ class WandbServer(ThreadingHTTPServer):
         inserted = id not in self.runs
         if inserted:
             name = values.get("displayName") or id
-            self.runs[id] = ReceivedRun(id, values.get("project") or "uncategorized", name)
+            project = values.get("project") or "uncategorized"
+            self.runs[id] = ReceivedRun(id, project, name, values.get("entity") or ENTITY)
         if values.get("config"):
             self.runs[id].config = json.loads(values["config"])
         self.runs[id].said |= {k: v for k, v in values.items() if v is not None and k != "config"}
