@@ -211,7 +211,7 @@ def _start_online(run_dir: Path, file: RunFile) -> "Run":
     except (wandb.Error, OSError) as error:
         wandb.teardown()  # the client's process refuses a second run with the same id
         raise OfflineError(_one_line(error)) from error
-    file.online = True
+    file.online, file.project, file.entity = True, run.project, run.entity
     _write_run_file(run_dir, file)
     _remove_offline_runs(run_dir, file.id)
     return run
@@ -338,7 +338,8 @@ def _config(run_dir: Path) -> Config:
 def _run_file(run_dir: Path) -> RunFile:
     """Returns the W&B run of a run folder, described by config and environment if it is new.
 
-    A project or name that the config sets wins over the environment.
+    A project or name that the config sets wins over the environment, except that a sweep has its
+    own project.
 
     Raises:
         UserError: WANDB_RUN_ID is no id.
@@ -348,11 +349,16 @@ def _run_file(run_dir: Path) -> RunFile:
         return file
     track = _config(run_dir).track
     given = {} if file.online else os.environ  # a run of an earlier version had no choice
-    of_config = "" if track.project == TrackConfig().project else track.project
-    file.project = of_config or given.get("WANDB_PROJECT") or track.project
+    in_sweep = "WANDB_SWEEP_ID" in given
+    if in_sweep:  # the W&B run exists, in the sweep's project and with a name
+        file.project = given.get("WANDB_PROJECT", "")
+    elif track.project == TrackConfig().project:
+        file.project = given.get("WANDB_PROJECT") or track.project
+    else:
+        file.project = track.project
     file.entity = given.get("WANDB_ENTITY")
     name = track.name or given.get("WANDB_NAME")
-    if not name and "WANDB_SWEEP_ID" not in given:  # a sweep has named the W&B run
+    if not name and not in_sweep:
         name = run_dir.name
     file.name = _shortened("WANDB_NAME" if name == given.get("WANDB_NAME") else "name", name)
     file.group = _shortened("WANDB_RUN_GROUP", given.get("WANDB_RUN_GROUP"))
