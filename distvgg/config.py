@@ -60,6 +60,33 @@ Stages = Annotated[
 # YAML 1.1 reads an unquoted `no` as false.
 _no = BeforeValidator(lambda v: "no" if v is False else v)
 Precision = Annotated[Literal["auto", "no", "fp16", "bf16"], _no]
+# accelerate's trackers without those that have a field of their own. Its list costs an import of
+# torch, and depends on what is installed.
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")
+
+
+def _tracker(value: str) -> str:
+    """Returns the name of a tracker.
+
+    Raises:
+        ValueError: accelerate has no such tracker, or it has a field of its own.
+    """
+    name = value.strip()
+    if name in ("wandb", "tensorboard"):
+        raise ValueError(f"track.also: {name} has a field of its own: --track.{name} true")
+    if name not in TRACKERS:
+        near = nearest(name, TRACKERS)
+        raise ValueError(
+            f"track.also: no tracker {name!r}{near}: give some of {', '.join(TRACKERS)}"
+        )
+    return name
+
+
+Trackers = Annotated[
+    tuple[Annotated[str, AfterValidator(_tracker)], ...],
+    _list,
+    AfterValidator(lambda v: tuple(sorted(set(v)))),
+]
 SplitName = Literal["test", "val", "train"]
 # `flip` was a boolean before it had three values.
 _SWITCH = {True: "random", False: "no", "true": "random", "false": "no"}
@@ -305,8 +332,13 @@ class TrackConfig(FrozenModel):
     wandb: bool = True
     """Use Weights & Biases: online when logged in, else offline in the run folder. The variable
     WANDB_MODE is honoured."""
+    wandb_artifact: bool = False
+    """Upload model.safetensors and preprocessing.json to W&B as an artifact at the end."""
     tensorboard: bool = False
     """Write TensorBoard event files in the run folder."""
+    also: Trackers = ()
+    """Other trackers of accelerate, such as trackio,mlflow: of aim, clearml, comet_ml, dvclive,
+    mlflow, swanlab, trackio."""
     project: str = Field("distvgg", max_length=128, pattern=r"^[^/\\#?%:]+$")
     """Project on the trackers. W&B rejects slash, backslash, #, ?, % and colon."""
     name: str | None = None

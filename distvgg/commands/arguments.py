@@ -6,6 +6,7 @@ Values stay text here. They are merged over the recipe and validated by pydantic
 
 import argparse
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,7 +166,8 @@ def add_run_options(parser: Parser, config: Config) -> None:
     parser.add_argument(
         "--run-dir",
         metavar="DIR",
-        help="folder of the run (default: in runs/, named after the recipe and its values)",
+        help="folder of the run (default: in runs/, named after the recipe and its values, or after"
+        " the trial of a W&B sweep)",
     )
     parser.add_config_options(config)
 
@@ -184,7 +186,8 @@ def resolve(options: argparse.Namespace) -> tuple[str, Config, Path]:
     """
     recipe = one_recipe(options.recipe)
     config = load(recipe, overrides(options))
-    return recipe, config, Path(options.run_dir or default_run_dir(recipe, config))
+    run_dir = options.run_dir or trial_run_dir() or default_run_dir(recipe, config)
+    return recipe, config, Path(run_dir)
 
 
 def one_recipe(recipes: Sequence[str]) -> str:
@@ -214,6 +217,16 @@ def config_to_show(words: Sequence[str]) -> Config:
     return Config()
 
 
+def trial_run_dir() -> Path | None:
+    """Returns the run folder of a trial that W&B's sweep agent starts; None without the agent.
+
+    Two trials may have equal values, so that a name made of the values would not do.
+    """
+    sweep, run = (os.environ.get(name, "") for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID"))
+    names = all(re.fullmatch(r"[\w-][\w.-]*", name) for name in (sweep, run))
+    return Path("runs") / f"sweep-{sweep}" / run if names else None
+
+
 def default_run_dir(recipe: str, config: Config) -> Path:
     """Returns the default run folder of a config, the same on every process and at any time.
 
@@ -233,10 +246,14 @@ def _yaml_of_0_1(config: Config) -> str:
     """Returns a config as YAML with all fields of version 0.1, which named run folders by it."""
     values = config.model_dump()
     train = values["train"]
-    for name in ("cpu_threads", "cuda_graphs", "overfit_batches", "profile_steps"):
-        del train[name]
-    for name in ("image_column", "label_column", "on_error", "max_pixels"):
-        del values["data"][name]
+    newer = {
+        "train": ("cpu_threads", "cuda_graphs", "overfit_batches", "profile_steps"),
+        "data": ("image_column", "label_column", "on_error", "max_pixels"),
+        "track": ("wandb_artifact", "also"),
+    }
+    for section, names in newer.items():
+        for name in names:
+            del values[section][name]
     at = list(train).index("precision") + 1
     fields = [*train.items()]
     fields.insert(at, ("gradient_compression", "no"))

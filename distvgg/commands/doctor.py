@@ -37,6 +37,7 @@ from distvgg.requirements import unmet
 from distvgg.runs.files import free_space
 from distvgg.runs.folder import check_is_run_dir, check_same_config
 from distvgg.runs.layout import CHECKPOINTS
+from distvgg.tracking.others import require_others
 from distvgg.tracking.trackers import require_tensorboard
 from distvgg.tracking.wandb_sync import OfflineError, check_online, sync_command
 
@@ -73,6 +74,8 @@ def run_checks(recipe: Config | None, run_dir: Path, *, prepare: bool) -> str:
     checks["W&B"] = partial(wandb, config, run_dir if recipe else Path("RUN_DIR"))
     if config.track.tensorboard:
         checks["TensorBoard"] = lambda: ("ok", f"{require_tensorboard()} is installed")
+    if config.track.also:
+        checks["other trackers"] = partial(other_trackers, config)
     verdict, to_fix = "", 0
     for name, check in checks.items():
         try:
@@ -265,6 +268,12 @@ def wandb(config: Config, run_dir: Path) -> Finding:
             return "ok", "off, as set"
         return "note", f"offline ({error}); to upload: {sync_command(run_dir)}"
     return "ok", "online: a key, and a way to its server"
+
+
+def other_trackers(config: Config) -> Finding:
+    """Reports whether the trackers of `track.also` are installed."""
+    require_others(config.track.also)
+    return "ok", f"{', '.join(config.track.also)}: installed"
 
 
 def _size(size: int) -> str:

@@ -1,11 +1,11 @@
-"""Destinations of rows: metrics.jsonl, the terminal or log, W&B and TensorBoard.
+"""Destinations of rows: metrics.jsonl, the terminal or log, W&B, TensorBoard and others.
 
 Every destination, distvgg's own included, is a tracker of accelerate. Rows always go to
 `metrics.jsonl` and to the terminal or log.
 
 Invariant: `metrics.jsonl` is written first, flushed row by row, by the main process only. No
-destination prompts the user. W&B, the only remote destination, cannot end a run or delay a run for
-long.
+destination prompts the user. W&B cannot end a run or delay a run for long. The trackers of
+`track.also` cannot end a run either, but they run in this process, which waits for them.
 """
 
 import os
@@ -18,8 +18,9 @@ from distvgg import metrics
 from distvgg.config import Config
 from distvgg.errors import UserError
 from distvgg.runs.layout import METRICS_FILE
-from distvgg.runs.metrics_file import Mark, MetricsFile
+from distvgg.runs.metrics_file import Mark, MetricsFile, read_rows
 from distvgg.tracking.console import Console
+from distvgg.tracking.others import OtherTracker, require_others
 from distvgg.tracking.wandb_process import WandBProcess, start_wandb
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Tracking:
         if not accelerator.is_main_process:
             return
         self._console = Console(steps, done)
+        require_others(config.track.also)
         self._file = MetricsFile(run_dir / METRICS_FILE, mark, self.say)
         if config.track.wandb and os.environ.get("WANDB_MODE") != "disabled":
             self._wandb = start_wandb(run_dir, self.say)
@@ -59,6 +61,12 @@ class Tracking:
         if config.track.tensorboard:
             accelerator.log_with.append(require_tensorboard())
             self._local.append(f"tensorboard --logdir {run_dir / 'tensorboard'}")
+        rows = read_rows(run_dir / METRICS_FILE) if config.track.also else []
+        others = [OtherTracker(n, config, run_dir, rows, self.say) for n in config.track.also]
+        for other in others:
+            other.begin()
+            self._local += other.curves()
+        accelerator.log_with += others
         flat = {k: v if v is not None else "none" for k, v in config.flat().items()}
         # Hide TensorBoard's rows of steps after the checkpoint, because those steps run again.
         purge = {"tensorboard": {"purge_step": done + 1}}
@@ -74,7 +82,7 @@ class Tracking:
         for tracker in list(self._trackers):
             try:
                 tracker.log(row, step=int(row[metrics.STEP]))
-            except OSError as error:  # TensorBoard only, e.g. on a full disk
+            except OSError as error:  # TensorBoard, e.g. on a full disk
                 self._trackers.remove(tracker)
                 self.say(f"{tracker.name}: {error.strerror}; rows still go to {METRICS_FILE}")
 

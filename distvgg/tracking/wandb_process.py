@@ -17,7 +17,8 @@ from pathlib import Path
 from signal import SIGALRM
 from typing import IO
 
-from distvgg.tracking.wandb_sync import finish_timeout, sync_command
+from distvgg import preemption
+from distvgg.tracking.wandb_sync import NOTE, finish_timeout, sync_command
 
 COMMAND = (sys.executable, "-m", "distvgg.tracking.wandb_sync")
 # Seconds that the process has beyond its own limit.
@@ -72,8 +73,9 @@ class WandBProcess:
         return self._curves
 
     def finish(self) -> None:
-        """Waits until the rows are sent."""
-        self._end(b"finished\n")
+        """Says how the training ended, and waits until all is sent."""
+        word = preemption.stop_reason() if preemption.requested() else "finished"
+        self._end(f"{word}\n".encode())
 
     def _end(self, word: bytes) -> None:
         atexit.unregister(self._end)
@@ -103,6 +105,8 @@ class WandBProcess:
                 self._last = line.strip() or self._last
                 continue
             self._say(line.rstrip())
+            if line.startswith(NOTE):
+                continue
             url = re.fullmatch(r"W&B: (https?://\S+)\n", line)
             self._curves = [url[1] if url else sync_command(self._run_dir)]
             self._spoke.set()

@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -27,11 +27,12 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, Field, ValidationError
 
 from distvgg import file_lock, metrics, preemption
-from distvgg.config import load
+from distvgg.config import Config, TrackConfig, load
 from distvgg.errors import UserError
 from distvgg.reachability import behind_proxy, connects
 from distvgg.runs.files import atomic_write
-from distvgg.runs.layout import CONFIG_FILE, METRICS_FILE, RESULT_FILE
+from distvgg.runs.layout import CONFIG_FILE, METRICS_FILE, REQUEUE_FILE, RESULT_FILE
+from distvgg.tracking import wandb_end
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -41,6 +42,8 @@ LOCK_FILE = ".lock"
 # W&B's settings, unless the environment sets them. W&B's own limit for a server's answer is 90 s.
 WANDB_DEFAULTS = {"WANDB_INIT_TIMEOUT": "20", "WANDB_CONSOLE": "off", "WANDB_SILENT": "true"}
 POLL_SECONDS = 1.0
+NOTE = "W&B: note: "
+MAX_NAME = 128  # characters of a name or group that W&B accepts
 
 
 class OfflineError(Exception):
@@ -53,17 +56,32 @@ class RunFile(BaseModel):
     Attributes:
         id: of the W&B run.
         online: a server may have rows of the W&B run.
+        project: of the W&B run; None until the run's first start. This and the next five fields
+            come from the config and the environment of that start.
+        end: hash of the end of the run that a server has; see `wandb_end.digest`.
     """
 
     id: str = Field(pattern=r"^[\w.-]{1,64}$")
     online: bool = True  # earlier versions wrote other fields
+    project: str | None = None
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    tags: str | None = None
+    notes: str | None = None
+    end: str = ""
 
 
 class Trainer:
-    """The training that started this process, as seen from the other end of a pipe."""
+    """The training that started this process, as seen from the other end of a pipe.
+
+    Attributes:
+        word: `finished`, the reason of a stop request, or empty if the training crashed or was
+            killed. Empty until the end.
+    """
 
     def __init__(self) -> None:
-        self.succeeded = False
+        self.word = ""
         self._ended = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -72,7 +90,7 @@ class Trainer:
         return self._ended.wait(within)
 
     def _watch(self) -> None:
-        self.succeeded = bool(os.read(0, 1))  # nothing if the training crashed or was killed
+        self.word = os.read(0, 100).decode(errors="replace").strip()
         self._ended.set()
         # The client may block forever. SIGALRM ends this process wherever it is; 0 is no limit.
         signal.setitimer(signal.ITIMER_REAL, finish_timeout())
@@ -92,7 +110,7 @@ def sync_command(run_dir: Path) -> str:
 
 
 def sync(run_dir: Path) -> str:
-    """Sends the rows that the W&B server lacks, and returns a line for the user.
+    """Sends what the W&B server lacks of a run, and returns a line for the user.
 
     Raises:
         UserError: the folder is not a run, W&B is not online, or another process sends the rows.
@@ -102,14 +120,16 @@ def sync(run_dir: Path) -> str:
     if not (run_dir / METRICS_FILE).exists():
         raise UserError(f"{run_dir}: no rows yet (no {METRICS_FILE})")
     with _locked(run_dir, wait=False):
-        try:
-            run = _start_online(run_dir)
-        except OfflineError as error:
-            why = f"offline ({error})" if str(error) else "disabled by its settings"
-            raise UserError(f"W&B: {why}; see wandb login and WANDB_MODE") from error
-        had, url = run.starting_step, run.url
-        sent = _send(run, run_dir / METRICS_FILE, lambda _: True)
-        run.finish(0 if (run_dir / RESULT_FILE).exists() else 1)
+        file = _run_file(run_dir)
+        with _environment(file):
+            try:
+                run = _start_online(run_dir, file)
+            except OfflineError as error:
+                why = f"offline ({error})" if str(error) else "disabled by its settings"
+                raise UserError(f"W&B: {why}; see wandb login and WANDB_MODE") from error
+            had, url = run.starting_step, run.url
+            sent = _send(run, run_dir / METRICS_FILE, lambda _: True)
+            _finish(run, run_dir, file)
     return f"W&B: {url} has {had + sent:,} rows, {sent:,} of them new"
 
 
@@ -117,17 +137,19 @@ def follow(run_dir: Path, trainer: Trainer) -> None:
     """Sends the rows of a training until it ends. Prints lines for the user."""
     with _locked(run_dir, wait=True):
         run: Run | None
-        try:
-            run = _start_online(run_dir)
-            _say(f"W&B: {run.url}")
-        except OfflineError as error:
-            if not str(error):
-                return
-            run = _start_offline(run_dir)
-            _say(f"W&B: offline ({error}). To upload: {sync_command(run_dir)}")
-        if run:
-            _send(run, run_dir / METRICS_FILE, trainer.ended)
-            run.finish(0 if trainer.succeeded else 1)
+        file = _run_file(run_dir)
+        with _environment(file):
+            try:
+                run = _start_online(run_dir, file)
+                _say(f"W&B: {run.url}")
+            except OfflineError as error:
+                if not str(error):
+                    return
+                run = _start_offline(run_dir, file)
+                _say(f"W&B: offline ({error}). To upload: {sync_command(run_dir)}")
+            if run:
+                _send(run, run_dir / METRICS_FILE, trainer.ended)
+                _finish(run, run_dir, file, trainer.word)
 
 
 def check_online() -> None:
@@ -154,7 +176,7 @@ def check_online() -> None:
     except ValidationError as error:
         setting, message = error.errors()[0]["loc"][0], error.errors()[0]["msg"]
         raise UserError(
-            f"W&B's setting {setting}: {message}; fix WANDB_{str(setting).upper()}, or"
+            f"W&B's setting {setting}: {message}; fix {_variable(str(setting))}, or"
             " --track.wandb false"
         ) from error
     except wandb.Error as error:  # no key, or a malformed one
@@ -168,7 +190,13 @@ def check_online() -> None:
         raise OfflineError(f"no connection to {host}:{port}")
 
 
-def _start_online(run_dir: Path) -> "Run":
+def _variable(setting: str) -> str:
+    """Returns the environment variable of one of the client's settings."""
+    renamed = {"run_tags": "WANDB_TAGS", "run_name": "WANDB_NAME", "run_notes": "WANDB_NOTES"}
+    return renamed.get(setting, f"WANDB_{setting.upper()}")
+
+
+def _start_online(run_dir: Path, file: RunFile) -> "Run":
     """Continues or creates the W&B run on the server.
 
     Raises:
@@ -177,37 +205,67 @@ def _start_online(run_dir: Path) -> "Run":
     import wandb
 
     check_online()
-    file = _read_run_file(run_dir)
     _write_run_file(run_dir, file)  # before a server has the id
     try:
-        run = _init(run_dir, file.id, "online")
+        run = _init(run_dir, "online")
     except (wandb.Error, OSError) as error:
         wandb.teardown()  # the client's process refuses a second run with the same id
         raise OfflineError(_one_line(error)) from error
-    _write_run_file(run_dir, RunFile(id=file.id))
+    file.online, file.project, file.entity = True, run.project, run.entity
+    _write_run_file(run_dir, file)
     _remove_offline_runs(run_dir, file.id)
     return run
 
 
-def _start_offline(run_dir: Path) -> "Run | None":
+def _start_offline(run_dir: Path, file: RunFile) -> "Run | None":
     """Starts a file for all rows; none if a server may have some of the rows already."""
-    file = _read_run_file(run_dir)
     if file.online or any(run_dir.glob(f"wandb/offline-run-*-{file.id}/*.synced")):
         return None
     _write_run_file(run_dir, file)
     _remove_offline_runs(run_dir, file.id)
-    return _init(run_dir, file.id, "offline")
+    return _init(run_dir, "offline")
 
 
-def _init(run_dir: Path, id: str, mode: Literal["online", "offline"]) -> "Run":
+@contextmanager
+def _environment(file: RunFile) -> Iterator[None]:
+    """Makes the W&B run the one of the file, and describes the W&B run if no server has it.
+
+    By the environment and not by arguments, because in a sweep the client ignores arguments. A
+    server that has the W&B run also has its name, tags and notes, maybe changed by the user.
+    """
+    new = not file.online
+    values = {
+        "WANDB_RUN_ID": file.id,
+        "WANDB_PROJECT": file.project,
+        "WANDB_ENTITY": file.entity,
+        "WANDB_RUN_GROUP": file.group,
+        "WANDB_NAME": file.name if new else None,
+        "WANDB_TAGS": file.tags if new else None,
+        "WANDB_NOTES": file.notes if new else None,
+    }
+    before = {name: os.environ.get(name) for name in values}
+    _set_variables(values)
+    try:
+        yield
+    finally:
+        if wandb := sys.modules.get("wandb"):
+            wandb.teardown()  # the client has read the environment
+        _set_variables(before)
+
+
+def _set_variables(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value:
+            os.environ[name] = value
+
+
+def _init(run_dir: Path, mode: Literal["online", "offline"]) -> "Run":
     import wandb
 
-    config = load(str(run_dir / CONFIG_FILE))
+    config = _config(run_dir)
     run = wandb.init(
-        project=config.track.project,
-        name=config.track.name or run_dir.name,
         dir=str(run_dir),
-        id=id,
         resume="allow",
         mode=mode,
         config={k: "none" if v is None else v for k, v in config.flat().items()},
@@ -215,6 +273,33 @@ def _init(run_dir: Path, id: str, mode: Literal["online", "offline"]) -> "Run":
     # The client drops rows whose W&B step decreases, as after a resume: `step` is sent as a value.
     run.define_metric("*", step_metric=metrics.STEP)
     return run
+
+
+def _finish(run: "Run", run_dir: Path, file: RunFile, word: str = "") -> None:
+    """Sends the end of a finished run, and ends the W&B run in the state of the run.
+
+    Args:
+        run: the W&B run.
+        run_dir: the run folder.
+        file: the run file, which notes that a server has the end.
+        word: how the training ended; see `Trainer`.
+    """
+    # In a sweep, W&B's agent stops a trial by SIGTERM. A preempted trial would be queued again.
+    by_agent = word == "SIGTERM" and "WANDB_SWEEP_ID" in os.environ
+    if (run_dir / RESULT_FILE).exists():
+        weights = _config(run_dir).track.wandb_artifact
+        end = wandb_end.digest(run_dir, weights=weights)
+        if end != file.end:
+            wandb_end.send(run, run_dir, weights=weights)
+        run.finish(0)
+        if file.online:
+            file.end = end
+            _write_run_file(run_dir, file)
+    elif (run_dir / REQUEUE_FILE).exists() and not by_agent:
+        run.mark_preempting()
+        run.finish(1)  # preempted for W&B, where 0 is finished
+    else:
+        run.finish(0 if word else 1)
 
 
 def _send(run: "Run", path: Path, ended: Callable[[float], bool]) -> int:
@@ -246,16 +331,61 @@ def _send(run: "Run", path: Path, ended: Callable[[float], bool]) -> int:
     return sent
 
 
+def _config(run_dir: Path) -> Config:
+    return load(str(run_dir / CONFIG_FILE))
+
+
+def _run_file(run_dir: Path) -> RunFile:
+    """Returns the W&B run of a run folder, described by config and environment if it is new.
+
+    A project or name that the config sets wins over the environment, except that a sweep has its
+    own project.
+
+    Raises:
+        UserError: WANDB_RUN_ID is no id.
+    """
+    file = _read_run_file(run_dir)
+    if file.project is not None:
+        return file
+    track = _config(run_dir).track
+    given = {} if file.online else os.environ  # a run of an earlier version had no choice
+    in_sweep = "WANDB_SWEEP_ID" in given
+    if in_sweep:  # the W&B run exists, in the sweep's project and with a name
+        file.project = given.get("WANDB_PROJECT", "")
+    elif track.project == TrackConfig().project:
+        file.project = given.get("WANDB_PROJECT") or track.project
+    else:
+        file.project = track.project
+    file.entity = given.get("WANDB_ENTITY")
+    name = track.name or given.get("WANDB_NAME")
+    if not name and not in_sweep:
+        name = run_dir.name
+    file.name = _shortened("WANDB_NAME" if name == given.get("WANDB_NAME") else "name", name)
+    file.group = _shortened("WANDB_RUN_GROUP", given.get("WANDB_RUN_GROUP"))
+    file.tags, file.notes = given.get("WANDB_TAGS"), given.get("WANDB_NOTES")
+    return file
+
+
+def _shortened(what: str, text: str | None) -> str | None:
+    if text and len(text) > MAX_NAME:
+        _say(f"{NOTE}{what} shortened from {len(text)} to {MAX_NAME} characters, W&B's limit")
+    return text and text[:MAX_NAME]
+
+
 def _read_run_file(run_dir: Path) -> RunFile:
     path = run_dir / "wandb" / RUN_FILE
+    asked = os.environ.get("WANDB_RUN_ID")
     with suppress(FileNotFoundError):
         try:
-            return RunFile.model_validate_json(path.read_bytes())
+            file = RunFile.model_validate_json(path.read_bytes())
+            if asked and asked != file.id:
+                _say(f"{NOTE}WANDB_RUN_ID={asked} is ignored: the run folder continues {file.id}")
+            return file
         except (OSError, ValidationError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
             _say(f"W&B: a new run with every row, because {path} is damaged")
-    id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    id = asked or secrets.token_hex(4)
     try:
         return RunFile(id=id, online=False)
     except ValidationError as error:

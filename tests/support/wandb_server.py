@@ -1,8 +1,9 @@
 """A W&B server on the loopback interface, for tests: the unmodified client talks to it online.
 
-It takes what a run of scalars needs (log-in, features, create or resume a run, config, the stream
-of rows and summaries, small files, finish) and remembers it. Anything else gets an empty answer and
-a place in `unknown`: what the client asks for moves between its releases.
+It takes what a run needs (log-in, features, create or resume a run, config, the stream of rows and
+summaries, files, artifacts, finish) and remembers it; to the agent of a sweep it hands out trials.
+Anything else gets an empty answer and a place in `unknown`: what the client asks for moves between
+its releases.
 """
 
 import base64
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 ENTITY = "tester"
 KEY = "k" * 40
@@ -34,10 +36,14 @@ class ReceivedRun:
     id: str
     project: str
     name: str
+    entity: str = ENTITY
     config: dict[str, Any] = field(default_factory=dict)
     # Lines by their offset, as the file stream numbers them: one sent again replaces itself.
     files: dict[str, dict[int, str]] = field(default_factory=dict)
-    uploads: set[str] = field(default_factory=set)
+    uploads: dict[str, bytes] = field(default_factory=dict)
+    # What else was said of the run, such as its tags, by the name in the GraphQL schema.
+    said: dict[str, Any] = field(default_factory=dict)
+    preempting: bool = False
     exit_code: int | None = None
 
     def lines(self, file: str) -> list[str]:
@@ -66,7 +72,11 @@ class ReceivedRun:
             "displayName": self.name,
             "config": json.dumps(self.config),
             "historyLineCount": len(self.lines(HISTORY)),
-            "project": {"id": "p", "name": self.project, "entity": {"id": "e", "name": ENTITY}},
+            "project": {
+                "id": "p",
+                "name": self.project,
+                "entity": {"id": "e", "name": self.entity},
+            },
         }
 
     def resume_status(self) -> dict[str, Any]:
@@ -77,8 +87,38 @@ class ReceivedRun:
             "historyTail": json.dumps(self.lines(HISTORY)[-1:]),
             "eventsTail": json.dumps(self.lines(EVENTS)[-1:]),
             "wandbConfig": json.dumps({"t": 1}),
-            "tags": [],
+            "tags": self.said.get("tags") or [],
         }
+
+
+@dataclass
+class ReceivedArtifact:
+    """One version of an artifact."""
+
+    type: str
+    name: str
+    digest: str
+    run: str
+    files: dict[str, bytes] = field(default_factory=dict)
+    manifest: bytes = b""
+    committed: bool = False
+
+
+@dataclass
+class Sweep:
+    """A sweep whose trials are known before.
+
+    Attributes:
+        config: its file, as text.
+        trials: values by config field, of each trial that no agent has taken yet.
+        taken: the ids of the runs of the others.
+    """
+
+    id: str
+    project: str
+    config: str
+    trials: list[dict[str, Any]]
+    taken: list[str] = field(default_factory=list)
 
 
 class WandbServer(ThreadingHTTPServer):
@@ -99,6 +139,8 @@ class WandbServer(ThreadingHTTPServer):
         self.answers = answers
         self.last_operation = stops_answering_after
         self.runs: dict[str, ReceivedRun] = {}
+        self.artifacts: dict[str, ReceivedArtifact] = {}
+        self.sweep: Sweep | None = None
         self.operations: list[str] = []
         self.unknown: set[str] = set()
         self.lock = threading.Lock()
@@ -136,7 +178,68 @@ class WandbServer(ThreadingHTTPServer):
                 files = [{"name": name, "uploadUrl": at + name} for name in values["files"]]
                 created = {"runID": "r", "uploadHeaders": [], "files": files}
                 return {"createRunFiles": created}
+            case "ArtifactType":
+                return {"project": {"artifact": None}}
+            case "CreateArtifact":
+                return {"createArtifact": {"artifact": self._artifact(values)}}
+            case "CreateArtifactManifest" | "UpdateArtifactManifest":
+                id = values.get("artifactID") or values["artifactManifestID"].split("-", 1)[1]
+                file = {"id": "f", "uploadUrl": f"{self.url}/manifest/{id}", "uploadHeaders": []}
+                manifest = {"id": f"manifest-{id}", "file": file}
+                return {operation[0].lower() + operation[1:]: {"artifactManifest": manifest}}
+            case "CreateArtifactFiles":
+                nodes = [
+                    {
+                        "storagePath": None,
+                        "uploadUrl": f"{self.url}/artifact/{file['artifactID']}/{file['name']}",
+                        "uploadHeaders": [],
+                        "uploadMultipartUrls": None,
+                        "artifact": {"id": file["artifactID"]},
+                    }
+                    for file in values["artifactFiles"]
+                ]
+                return {"createArtifactFiles": {"files": {"edges": [{"node": n} for n in nodes]}}}
+            case "CommitArtifact":
+                artifact = self.artifacts[values["artifactID"]]
+                artifact.committed = True
+                done = {"id": values["artifactID"], "digest": artifact.digest}
+                return {"commitArtifact": {"artifact": done}}
+            case "SweepWithRuns" if self.sweep:
+                sweep = {"id": "s", "config": self.sweep.config, "runs": {"edges": []}}
+                return {"project": {"sweep": sweep}}
+            case "CreateAgent":
+                return {"createAgent": {"agent": {"id": "agent"}}}
+            case "Heartbeat" if self.sweep:
+                busy = json.loads(values["runState"])
+                commands = [] if busy else self._next_trial(self.sweep)
+                heartbeat = {"agent": {"id": "agent"}, "commands": json.dumps(commands)}
+                return {"agentHeartbeat": heartbeat}
         return {}
+
+    def _next_trial(self, sweep: Sweep) -> list[dict[str, Any]]:
+        """The command to an agent that starts the next trial, whose run is there from then on."""
+        if not sweep.trials:
+            return [{"type": "exit"}]
+        id = f"trial{len(sweep.taken)}"
+        self.runs[id] = ReceivedRun(id, sweep.project, f"breezy-sweep-{len(sweep.taken)}")
+        sweep.taken.append(id)
+        values = {name: {"value": value} for name, value in sweep.trials.pop(0).items()}
+        return [{"type": "run", "run_id": id, "program": None, "args": values}]
+
+    def _artifact(self, values: dict[str, Any]) -> dict[str, Any]:
+        """A new version, or the last one where its content is the same."""
+        name, digest = values["artifactCollectionName"], values["digest"]
+        for id, artifact in self.artifacts.items():
+            if (artifact.name, artifact.digest, artifact.committed) == (name, digest, True):
+                return {
+                    "id": id,
+                    "state": "COMMITTED",
+                    "artifactSequence": {"latestArtifact": None},
+                }
+        id = f"a{len(self.artifacts)}"
+        type, run = values["artifactTypeName"], values["runName"]
+        self.artifacts[id] = ReceivedArtifact(type, name, digest, run)
+        return {"id": id, "state": "PENDING", "artifactSequence": {"latestArtifact": None}}
 
     def _upsert(self, values: dict[str, Any]) -> dict[str, Any]:
         nodes = {f"node-{run.id}": run.id for run in self.runs.values()}
@@ -144,15 +247,18 @@ class WandbServer(ThreadingHTTPServer):
         inserted = id not in self.runs
         if inserted:
             name = values.get("displayName") or id
-            self.runs[id] = ReceivedRun(id, values.get("project") or "uncategorized", name)
+            project = values.get("project") or "uncategorized"
+            self.runs[id] = ReceivedRun(id, project, name, values.get("entity") or ENTITY)
         if values.get("config"):
             self.runs[id].config = json.loads(values["config"])
+        self.runs[id].said |= {k: v for k, v in values.items() if v is not None and k != "config"}
         return {"bucket": self.runs[id].bucket(), "inserted": inserted}
 
     def stream(self, run: ReceivedRun, body: dict[str, Any]) -> None:
         """Takes a piece of the file stream, by which rows and the end of a run arrive."""
         for name, piece in (body.get("files") or {}).items():
             run.files.setdefault(name, {}).update(enumerate(piece["content"], piece["offset"]))
+        run.preempting |= bool(body.get("preempting"))
         if body.get("complete"):
             run.exit_code = body["exitcode"]
 
@@ -191,14 +297,21 @@ class _Handler(BaseHTTPRequestHandler):
                 self._refuse()
 
     def do_PUT(self) -> None:
-        self._body()
+        body = self._body()
         with self.server.lock:
-            if upload := re.fullmatch(r"/upload/([^/]+)/(.+)", self.path):
-                self.server.runs[upload.group(1)].uploads.add(upload.group(2))
-                self._record("upload")
-                self._reply({})
-            else:
+            found = re.fullmatch(r"/(upload|artifact|manifest)/([^/]+)(?:/(.+))?", self.path)
+            if found is None:
                 self._refuse()
+                return
+            kind, id, name = found.groups()
+            if kind == "upload":
+                self.server.runs[id].uploads[unquote(name)] = body
+            elif kind == "artifact":
+                self.server.artifacts[id].files[unquote(name)] = body
+            else:
+                self.server.artifacts[id].manifest = body
+            self._record(kind)
+            self._reply({})
 
     def do_GET(self) -> None:
         with self.server.lock:
