@@ -84,7 +84,7 @@ def build(config: Config, folder: Path) -> Run:
     plan, loader, val_loader = _build_loaders(config, dataset, accelerator)
     ranks, queue = ranks_of(accelerator), ExchangeQueue(accelerator.device)
     trainable = _build_trainable(config, dataset.num_classes, accelerator, ranks, queue)
-    preprocessing = Preprocessing.of(dataset, config.model.image_size)
+    preprocessing = Preprocessing.of(dataset, config.model)
     checkpoints = None
     if locks:
         metadata, keep = preprocessing.metadata(), config.checkpoint.keep
