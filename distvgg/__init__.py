@@ -9,16 +9,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distvgg.commands.evaluate import evaluate
     from distvgg.config import load as load_config
+    from distvgg.errors import RunError, UserError
+    from distvgg.models.classifier import load
     from distvgg.models.pretrained import load_model
+    from distvgg.runs.metrics_file import read_metrics
     from distvgg.training.trainer import train
 
 __version__ = "0.2.0"
-__all__ = ["__version__", "evaluate", "load_config", "load_model", "train"]
+__all__ = [
+    "RunError",
+    "UserError",
+    "__version__",
+    "evaluate",
+    "load",
+    "load_config",
+    "load_model",
+    "read_metrics",
+    "train",
+]
 
 _PUBLIC = {
+    "RunError": ("distvgg.errors", "RunError"),
+    "UserError": ("distvgg.errors", "UserError"),
     "evaluate": ("distvgg.commands.evaluate", "evaluate"),
+    "load": ("distvgg.models.classifier", "load"),
     "load_config": ("distvgg.config", "load"),
     "load_model": ("distvgg.models.pretrained", "load_model"),
+    "read_metrics": ("distvgg.runs.metrics_file", "read_metrics"),
     "train": ("distvgg.training.trainer", "train"),
 }
 

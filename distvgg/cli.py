@@ -37,6 +37,7 @@ usage: distvgg COMMAND ...
   train RECIPE [--run-dir DIR] [--section.field VALUE ...]   run again: resumes, or shows the result
   evaluate RUN_DIR [--split test|val|train]                  its weights, or a checkpoint's
   replay RUN_DIR --step S [--micro-batch K] [--break]        a step again, on one device
+  predict RUN_DIR IMAGE... [--top N] [--json]                classes of images and folders of images
   compare RUN_DIR... [--out FILE]                            runs as one table, seeds averaged
   curves RUN_DIR... --out FILE                               their curves in one picture
   tables RUN_DIR...                                          results over seeds, as Markdown
@@ -99,12 +100,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         text, code = str(stop), 130 if stop.interrupted else 0
     except KeyboardInterrupt:
         return 130
-    if environment.rank() == 0:
+    if text and environment.rank() == 0:
         try:
             print(text, flush=True)
-        except BrokenPipeError:  # `| head` closed the pipe; at exit Python would flush again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # `| head` closed the pipe
+            _discard_output()
     return code
+
+
+def _discard_output() -> None:
+    """Discards what follows on stdout, which Python would flush again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(name: str, words: Sequence[str]) -> str:
@@ -200,6 +206,43 @@ def _replay(options: Namespace) -> str:
     return replay(
         options.run_dir, options.step, options.micro_batch, options.out, pause=options.pause
     )
+
+
+def _predict_parser(_: Config) -> Parser:
+    parser = Parser(
+        "predict",
+        """Prints the most likely classes of images, with their probabilities.
+
+Images may have any size and mode. Folders are searched recursively; their files that are not images
+are left out. An image that cannot be read is a line on stderr, and the others are classified. The
+exit code is then 1; it is 2 if no image could be read. Runs with eval.tta flip average each image
+and its mirror image.""",
+    )
+    parser.add_argument(
+        "run_dir",
+        metavar="RUN_DIR",
+        type=Path,
+        help="folder of a finished run, one of its checkpoints/step_*, or a folder with a copy of"
+        " model.safetensors",
+    )
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="image files, or folders of them"
+    )
+    parser.add_argument(
+        "--top", type=int, metavar="N", default=5, help="classes of each image (default: 5)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON array")
+    return parser
+
+
+def _predict(options: Namespace) -> str:
+    from distvgg.commands.predict import predict
+
+    try:
+        predict(options.run_dir, options.images, top=options.top, as_json=options.json)
+    except BrokenPipeError:
+        _discard_output()
+    return ""
 
 
 def _parser_of_runs(command: str, description: str) -> Parser:
@@ -388,6 +431,7 @@ COMMANDS = {
     "train": Command(train_parser, _train),
     "evaluate": Command(_evaluate_parser, _evaluate),
     "replay": Command(_replay_parser, _replay),
+    "predict": Command(_predict_parser, _predict),
     "compare": Command(_compare_parser, _compare),
     "curves": Command(_curves_parser, _curves),
     "tables": Command(_tables_parser, _tables),

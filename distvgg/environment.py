@@ -90,7 +90,7 @@ def refuse(environment: Mapping[str, str] = os.environ) -> None:
         UserError: the launcher starts another kind of training, or is unknown.
     """
     for name, kind in _KINDS.items():
-        if environment.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on"):
+        if is_on(name, environment):
             raise UserError(
                 f"{name}={environment[name]} asks for {kind}, which distvgg does not have:"
                 " unset it, or launch with --config_file accelerate_config.yaml"
@@ -116,6 +116,11 @@ def refuse(environment: Mapping[str, str] = os.environ) -> None:
             "LOCAL_RANK without WORLD_SIZE, as a launcher leaves them in a shell: unset LOCAL_RANK"
             " for one process"
         )
+
+
+def is_on(name: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Returns True if a variable has a value that accelerate takes for true."""
+    return environment.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on")
 
 
 def world_size() -> int:

@@ -74,16 +74,24 @@ def ignore() -> None:
     """Ignores all signals except Ctrl-C from now on, because the run is exiting.
 
     Python removes its own handlers at exit. Without this call, a late signal would then kill a
-    process that has saved everything.
+    process that has saved everything. Does nothing in a program that calls `distvgg.train` itself,
+    whose signals are its own.
     """
+    if not _installed:
+        return
     for number in SIGNALS:
         if number != signal.SIGINT:
             signal.signal(number, signal.SIG_IGN)
 
 
 def watch_stop_file(stop_file: Path) -> None:
-    """Treats the appearance of a file as a stop request as well."""
-    global _stop_file, _looking
+    """Treats the appearance of a file as a stop request as well.
+
+    Forgets the request of the file of an earlier run in this process.
+    """
+    global _stop_file, _looking, _stop_reason
+    if _stop_file is not None and _stop_reason == _stop_file.name:
+        _stop_reason = None
     _stop_file, _looking = stop_file, True
 
 

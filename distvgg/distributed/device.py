@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from distvgg import environment
 from distvgg.config import Config
 from distvgg.errors import UserError
 from distvgg.runs.provenance import processor
@@ -16,12 +17,10 @@ if TYPE_CHECKING:
 
 
 def device_here() -> torch.device:
-    """Returns the device that accelerate uses for one process, without joining a group."""
-    from accelerate.utils import parse_flag_from_env
-
+    """Returns the device that accelerate uses for one process, without importing accelerate."""
     with warnings.catch_warnings(action="ignore"):  # torch warns if the driver is too old
         found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None or parse_flag_from_env("ACCELERATE_USE_CPU"):
+    if found is None or environment.is_on("ACCELERATE_USE_CPU"):
         return torch.device("cpu")
     return found
 

@@ -1,14 +1,18 @@
 """Trained networks from run folders."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
-import safetensors.torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from distvgg.config import Config, load
 from distvgg.errors import UserError
 from distvgg.models.vgg import VGG
 from distvgg.runs.layout import CONFIG_FILE, WEIGHTS_FILE, run_of
+
+Network = TypeVar("Network", bound=VGG)
 
 
 def load_model(path: str | Path) -> VGG:
@@ -25,15 +29,53 @@ def load_model(path: str | Path) -> VGG:
     """
     path = Path(path)
     _, config = run_with_weights(path)
+    weights, _ = read_weights(path / WEIGHTS_FILE)
+    return with_weights(lambda outputs: VGG(config.model, outputs), weights, path / WEIGHTS_FILE)
+
+
+def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors and the metadata of a safetensors file.
+
+    Raises:
+        UserError: the file cannot be read, or is no safetensors file.
+    """
     try:
-        weights = safetensors.torch.load_file(path / WEIGHTS_FILE)
-        *_, last = (name for name in weights if name.startswith("classifier."))
-        model = VGG(config.model, num_classes=len(weights[last]))
+        with safe_open(file, "pt") as content:
+            names = content.keys()
+            return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(_refused(file, error)) from error
+
+
+def with_weights(
+    make: Callable[[int], Network], weights: Mapping[str, Tensor], file: Path
+) -> Network:
+    """Returns a network with weights loaded, on the CPU and in evaluation mode.
+
+    Args:
+        make: makes the network with a given number of outputs.
+        weights: its tensors by torchvision's keys.
+        file: of the weights, for messages.
+
+    Raises:
+        UserError: the weights are not those of this network.
+    """
+    last = max((name for name in weights if name.startswith("classifier.")), default=None)
+    if last is None:
+        raise UserError(
+            f"{file} cannot be loaded: it has no layer classifier.*, so that it is not a network of"
+            " distvgg"
+        )
+    try:
+        model = make(len(weights[last]))
         model.load_state_dict(weights)
-    except (SafetensorError, RuntimeError, ValueError, TypeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path / WEIGHTS_FILE} cannot be loaded: {reason}") from error
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(_refused(file, error)) from error
     return model.eval()
+
+
+def _refused(file: Path, error: Exception) -> str:
+    return f"{file} cannot be loaded: {' '.join(str(error).split())[:200]}"
 
 
 def run_with_weights(path: Path) -> tuple[Path, Config]:

@@ -20,7 +20,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from distvgg.errors import UserError
 from distvgg.metrics import STEP, Row
+from distvgg.runs.layout import CONFIG_FILE, METRICS_FILE
 
 
 class Mark(BaseModel, frozen=True, extra="forbid"):
@@ -122,3 +124,30 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             if isinstance(row, dict) and STEP in row:
                 rows.append(row)
     return rows
+
+
+def read_metrics(run: str | os.PathLike[str]) -> list[Row]:
+    """Returns the rows of a run in any state, in the order of their steps.
+
+    Each row has `step` and `epoch`, and the metrics that were measured then: `train/*` and `perf/*`
+    at the interval `track.every_steps`, `val/*` and `test/*` at an evaluation. Losses are in nats
+    per image, accuracies in 0..1, `perf/step_ms` in milliseconds. Numbers that were not finite are
+    NaN. A last line that is half written is left out.
+
+    `pandas.DataFrame(read_metrics(run))` has a column for each metric, with NaN where a row lacks
+    the metric.
+
+    Args:
+        run: the run folder.
+
+    Raises:
+        UserError: there is no such run folder, or its rows cannot be read.
+    """
+    folder = Path(run)
+    if not os.path.exists(folder / METRICS_FILE) and not os.path.exists(folder / CONFIG_FILE):
+        raise UserError(f"{folder} is not the folder of a run: it has no {METRICS_FILE}")
+    try:
+        rows = read_rows(folder / METRICS_FILE)
+    except OSError as error:
+        raise UserError(f"cannot read {folder / METRICS_FILE}: {error.strerror}") from error
+    return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]

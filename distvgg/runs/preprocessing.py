@@ -1,14 +1,19 @@
-"""Data needed to use a run's weights: normalisation constants, sizes, class names.
+"""Data needed to use a run's weights: normalisation constants, sizes, class names, the network.
 
 Stored as `preprocessing.json` in the run folder, and as metadata of each `model.safetensors`.
 Imports no torch.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
+from distvgg.config import ModelConfig
+from distvgg.errors import UserError
 from distvgg.runs.files import atomic_write, read_json
 from distvgg.runs.layout import PREPROCESSING_FILE
 
@@ -31,31 +36,35 @@ class Preprocessing:
         stored_size: height and width in pixels to which the dataset's images were cropped or
             resized before training.
         image_size: side of the network's input in pixels.
-        class_names: names by output index.
+        class_names: names by output index; empty if they are unknown.
         superclass_of: [classes], index into `superclass_names`; None if there are no superclasses.
+        model: the section `model` of the config, which the shapes of the weights do not determine.
+            None in files of earlier versions.
     """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     stored_size: tuple[int, int]
     image_size: int
-    class_names: list[str]
-    superclass_names: list[str]
-    superclass_of: list[int] | None
+    class_names: list[str] = field(default_factory=list)
+    superclass_names: list[str] = field(default_factory=list)
+    superclass_of: list[int] | None = None
+    model: dict[str, Any] | None = None
 
     @staticmethod
-    def of(dataset: "Dataset", image_size: int) -> "Preprocessing":
-        """Collects the constants of a dataset."""
+    def of(dataset: "Dataset", model: ModelConfig) -> "Preprocessing":
+        """Collects the constants of a dataset and a network."""
         height, width = dataset.train.images.shape[1:3]
         superclasses = dataset.superclass_of
         return Preprocessing(
             mean=dataset.mean,
             std=dataset.std,
             stored_size=(height, width),
-            image_size=image_size,
+            image_size=model.image_size,
             class_names=dataset.class_names,
             superclass_names=dataset.superclass_names,
             superclass_of=None if superclasses is None else superclasses.tolist(),
+            model=model.model_dump(),
         )
 
     def metadata(self) -> dict[str, str]:
@@ -83,5 +92,22 @@ def read_preprocessing(run_dir: Path) -> Preprocessing | None:
     Raises:
         UserError: the file is corrupt.
     """
-    remedy = "the same training command writes it again, if the run is not finished"
+    remedy = "that in the header of the weights is used"
     return read_json(run_dir / PREPROCESSING_FILE, Preprocessing, remedy)
+
+
+def of_metadata(metadata: Mapping[str, str], file: Path) -> Preprocessing | None:
+    """Returns the preprocessing in the header of a safetensors file, or None if there is none.
+
+    Raises:
+        UserError: the entry is corrupt, or of another version.
+    """
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        return TypeAdapter(Preprocessing).validate_json(metadata[METADATA_KEY])
+    except ValueError as error:
+        raise UserError(
+            f"the header of {file} is damaged, or of another version: put {PREPROCESSING_FILE} of"
+            " its run into the same folder"
+        ) from error

@@ -81,13 +81,33 @@ def build(config: Config, folder: Path) -> Run:
     config = config.replace(train__precision=accelerator.mixed_precision)
     locks: list[int] = []  # on the main process only
     broadcast_from_main(accelerator, lambda: locks.append(claim_run_dir(folder, config)))
+    try:
+        return _build(config, folder, accelerator, requested, locks[0] if locks else None)
+    except BaseException:
+        for lock in locks:  # the next training may be of the same process
+            os.close(lock)
+        raise
+
+
+def _build(
+    config: Config, folder: Path, accelerator: "Accelerator", requested: str, lock: int | None
+) -> Run:
+    """Builds or restores the run in a claimed folder.
+
+    Args:
+        config: with the precision resolved.
+        folder: the run folder.
+        accelerator: the handle on the process group.
+        requested: the precision before it was resolved.
+        lock: of the folder, on the main process.
+    """
     dataset, is_new = _load_dataset(config, accelerator, folder)
     plan, loader, val_loader = _build_loaders(config, dataset, accelerator)
     ranks, queue = ranks_of(accelerator), ExchangeQueue(accelerator.device)
     trainable = _build_trainable(config, dataset.num_classes, accelerator, ranks, queue)
-    preprocessing = Preprocessing.of(dataset, config.model.image_size)
+    preprocessing = Preprocessing.of(dataset, config.model)
     checkpoints = None
-    if locks:
+    if lock is not None:
         metadata, keep = preprocessing.metadata(), config.checkpoint.keep
         checkpoints = CheckpointManager(folder / CHECKPOINTS, keep, metadata)
     found = _newest(checkpoints, folder, accelerator)
@@ -140,7 +160,7 @@ def build(config: Config, folder: Path) -> Run:
         ),
         state=state,
         checkpoints=checkpoints,
-        lock=locks[0] if locks else None,
+        lock=lock,
         notes=notes,
     )
 

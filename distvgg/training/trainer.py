@@ -35,7 +35,12 @@ from distvgg.training.step import train_step
 def train(config: Config, run_dir: str | Path) -> Result:
     """Trains a config in a run folder, from the folder's newest valid checkpoint on.
 
-    A finished run is only read.
+    A finished run is only read. The program keeps its signal handlers. Trainings may follow each
+    other in one process, and several processes of a launcher may call this function together.
+
+    Args:
+        config: as `distvgg.load_config` returns it.
+        run_dir: the run folder; made if it does not exist.
 
     Raises:
         UserError: config, data, processes or run folder do not fit together.
@@ -53,18 +58,17 @@ def train(config: Config, run_dir: str | Path) -> Result:
     preemption.watch_stop_file(run_dir / STOP_FILE)
     with clean_shutdown(), translate_peer_failure():
         run = build(config, run_dir)
-        state = run.state
-        tracking = Tracking(
-            run.accelerator, run.config, run_dir, run.steps, state.step, state.metrics
-        )
-        for line in (startup_banner(run), *(f"note: {note}" for note in run.notes)):
-            tracking.say(line)
         try:
-            return fit(run, tracking)
-        except Preempted:
-            raise Preempted(stop_early(run, tracking)) from None
-        except NonFiniteError as failure:
-            raise RunError(diagnose(run, failure)) from None
+            done, mark = run.state.step, run.state.metrics
+            tracking = Tracking(run.accelerator, run.config, run_dir, run.steps, done, mark)
+            for line in (startup_banner(run), *(f"note: {note}" for note in run.notes)):
+                tracking.say(line)
+            try:
+                return fit(run, tracking)
+            except Preempted:
+                raise Preempted(stop_early(run, tracking)) from None
+            except NonFiniteError as failure:
+                raise RunError(diagnose(run, failure)) from None
         finally:
             if run.checkpoints is not None and run.lock is not None:
                 run.checkpoints.wait()  # finish writing before releasing the lock

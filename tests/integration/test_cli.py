@@ -84,7 +84,7 @@ def test_usage(args: list[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["trian"], "no command 'trian': give one of train, evaluate, compare, curves"),
+        (["trian"], "no command 'trian': give one of train, evaluate, predict, compare"),
         (["train"], "give one recipe, not none: one of best, debug, fast, quickstart"),
         (["train", "fast", "more"], "give one recipe, not fast more"),
         (["train", "quikstart"], "did you mean quickstart?"),
@@ -108,6 +108,10 @@ def test_usage(args: list[str]) -> None:
         (["evaluate"], "missing RUN_DIR"),
         (["evaluate", "/nowhere"], "is not the folder of a finished run"),
         (["evaluate", "x", "--split", "all"], "--split: invalid choice: 'all'"),
+        (["predict", "x"], "missing IMAGE"),
+        (["predict", "x", "y", "--tops", "3"], "no option --tops, did you mean --top?"),
+        (["predict", "x", "y", "--top", "many"], "--top: invalid int value: 'many'"),
+        (["predict", "/nowhere", f"{ROOT}/docs"], "run folder /nowhere does not exist"),
         (["compare"], "missing RUN_DIR"),
         (["compare", "x", "--sort", "test"], "no option --sort: give one of out"),
         (["compare", "x", "--out"], "--out needs a value"),
@@ -254,7 +258,7 @@ def test_a_run_folder_named_by_version_0_1_is_found(
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "config", "doctor", "sweep", "bench", "launch", "sync"]
+    "command", ["train", "predict", "config", "doctor", "sweep", "bench", "launch", "sync"]
 )
 def test_every_command_explains_its_options(command: str) -> None:
     done = run([command, "--help"])

@@ -153,6 +153,12 @@ def first_image(image: bytes | None) -> Callable[[Path], str]:
     return train_only(rows)
 
 
+def tiff_of_floats() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(file, "TIFF")
+    return file.getvalue()
+
+
 def without_class_1(folder: Path) -> str:
     """Three names, images of two of the classes only, and a column of superclasses."""
     import datasets
@@ -200,7 +206,7 @@ BAD: dict[str, tuple[Callable[[Path], str], str]] = {
         train_only(made_rows(img=[*made_rows(19)["img"], None])),
         "image 19 cannot be decoded: there is none",
     ),
-    "16-bit image": (first_image(png(np.full((32, 32), 999, "u2"))), "more than 8 bits a channel"),
+    "image of floats": (first_image(tiff_of_floats()), "its pixels are floats of unknown range"),
     "another shape": (
         lambda folder: write_parquet(
             folder, made_rows(), made_rows(img=made_rows(20, 0, 28)["img"])

@@ -1,0 +1,79 @@
+"""Decoding of one encoded image, for the data cache and for predictions.
+
+Imports neither torch nor the libraries that read datasets.
+"""
+
+import io
+import zlib
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+PNG = b"\x89PNG\r\n\x1a\n"
+# Modes of one channel of 16 bits. Pillow before 11 reads a PNG of 16 bits as mode I.
+_DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+def decode_upright(data: bytes) -> Image.Image:
+    """Decodes a file of any format that Pillow reads into an upright RGB image.
+
+    Raises:
+        UnidentifiedImageError: the format is unknown.
+        ValueError: the content is damaged, or its pixels have no known range.
+    """
+    try:
+        if data.startswith(PNG):
+            check_png(data)
+        return upright_rgb(Image.open(io.BytesIO(data)))
+    except UnidentifiedImageError:
+        raise
+    except Exception as error:  # corrupt bytes make Pillow raise any type
+        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Converts an image of any mode to RGB, turned upright as its EXIF data says.
+
+    Transparent pixels are composited on white. Of 16 bits a channel, the upper 8 are kept, as
+    Pillow does for colour images. Of several frames, the first is taken.
+
+    Raises:
+        ValueError: the pixels are floats, or integers of more than 16 bits.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floats of unknown range: convert it to 8 bits a channel")
+    if image.mode in _DEEP:
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError("more than 16 bits a channel: convert it to 8 bits")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def cover(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resizes an image to cover `height` x `width` pixels, and crops the centre to that size."""
+    scale = max(width / image.width, height / image.height)
+    covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
+    resized = image.resize(covering, Image.Resampling.BILINEAR)
+    return resized.crop((left, top, left + width, top + height))
+
+
+def check_png(data: bytes) -> None:
+    """Raises ValueError if the checksum of a pixel chunk is wrong.
+
+    Pillow checks the checksums of all other chunks only. Of 10,000 bits flipped in CIFAR-100's
+    files, 88 changed pixels without an error.
+    """
+    at = len(PNG)
+    while at < len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4])
+        chunk = data[at + 4 : end]
+        if chunk.startswith(b"IDAT") and zlib.crc32(chunk) != int.from_bytes(data[end : end + 4]):
+            raise ValueError("a wrong checksum")
+        at = end + 4
