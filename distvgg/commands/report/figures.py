@@ -102,7 +102,12 @@ PANELS = (
         ),
         100.0,
     ),
-    Panel("lr", "Learning rate", "of the row's step", (Curve(metrics.TRAIN_LR, "learning rate", "solid"),)),
+    Panel(
+        "lr",
+        "Learning rate",
+        "of the row's step",
+        (Curve(metrics.TRAIN_LR, "learning rate", "solid"),),
+    ),
     Panel(
         "speed",
         "Throughput, images/s",
@@ -127,6 +132,10 @@ class Unit:
     runs: Sequence[RunData]
     colour: str
 
+    @property
+    def is_mean(self) -> bool:
+        return len(self.runs) > 1
+
 
 class Shown(NamedTuple):
     """A renderer of several units. The browser chooses the visible rows of its source.
@@ -150,6 +159,7 @@ class Figures:
         shown: the renderers whose rows belong to units.
         glyphs: ids of the glyphs whose position follows the chosen axis.
         curves: ids of the plots that have this axis.
+        hovers: ids of the tools whose tooltips end with the place on this axis.
     """
 
     time_unit: tuple[str, float]
@@ -157,6 +167,7 @@ class Figures:
     shown: list[Shown] = field(default_factory=list)
     glyphs: list[str] = field(default_factory=list)
     curves: list[str] = field(default_factory=list)
+    hovers: list[str] = field(default_factory=list)
 
 
 def units_of_time(runs: Sequence[RunData]) -> tuple[str, float]:
@@ -180,15 +191,19 @@ def draw_curves(units: Sequence[Unit], found: Figures) -> None:
     """
     shared = DataRange1d(range_padding=0.02)
     drawn = [p for p in PANELS if any(_has(unit, curve) for unit in units for curve in p.curves)]
-    lines = sum(_has(unit, curve) for unit in units for p in drawn for curve in p.curves)
-    limit = series.points_of_a_line(lines)
+    # Means and single runs are seldom shown together, so that each kind may have all points.
+    limits = {}
+    for kind in (True, False):
+        of_kind = [unit for unit in units if unit.is_mean == kind]
+        lines = sum(_has(unit, curve) for unit in of_kind for p in drawn for curve in p.curves)
+        limits[kind] = series.points_of_a_line(lines)
     for panel in drawn:
         y_range = DataRange1d(range_padding=0.06)
         plot = _figure(panel.title, x_range=shared, y_range=y_range)
         plot.extra_y_ranges = {"marks": Range1d(0, 1)}
         plot.xaxis.axis_label = AXES[0]
         for curve in panel.curves:
-            _draw_curve(plot, units, panel, curve, found, limit)
+            _draw_curve(plot, units, panel, curve, found, limits)
         y_range.renderers = plot.renderers[:]  # not the marks, which have a range of their own
         _draw_starts(plot, units, found, text=panel is drawn[0])
         found.plots[panel.key] = plot
@@ -205,15 +220,15 @@ def _draw_curve(
     panel: Panel,
     curve: Curve,
     found: Figures,
-    limit: int,
+    limits: Mapping[bool, int],
 ) -> None:
     lines: list[tuple[Unit, series.Line]] = []
     for unit in units:
         columns = [run.columns for run in unit.runs]
         line = (
-            series.band_of(columns, curve.metric, limit)
-            if len(columns) > 1
-            else series.line_of(columns[0], curve.metric, limit)
+            series.band_of(columns, curve.metric, limits[True])
+            if unit.is_mean
+            else series.line_of(columns[0], curve.metric, limits[False])
         )
         if line is not None:
             lines.append((unit, line.scaled(panel.scale, 1 / found.time_unit[1])))
@@ -221,9 +236,7 @@ def _draw_curve(
         return
     if bands := [(unit, line) for unit, line in lines if line.low is not None]:
         outlines = [(unit, line.outline()) for unit, line in bands]
-        band = Patches(
-            xs="step", ys="y", fill_color="colour", fill_alpha=0.18, line_color=None
-        )
+        band = Patches(xs="step", ys="y", fill_color="colour", fill_alpha=0.18, line_color=None)
         _add(plot, _source_of_lines(outlines), band, [unit for unit, _ in bands], found)
     dashed, point = curve.style == "dashed", curve.style == "point"
     what, form = ("", f"@name: {curve.label}"), "{%.5g}" + "%" * (panel.scale == 100)
@@ -233,20 +246,20 @@ def _draw_curve(
             ys="y",
             line_color="colour",
             line_width=2 if dashed else 1.5,
-            line_dash="dashed" if dashed else "solid",
+            line_dash=[7, 4] if dashed else "solid",
         )
         owners = [unit for unit, _ in lines]
         renderer = _add(plot, _source_of_lines(lines), path, owners, found)
         if not dashed:  # the points of a dashed curve have tooltips
-            plot.add_tools(
-                HoverTool(
-                    renderers=[renderer],
-                    tooltips=[what, ("value", f"$snap_y{form}"), ("at", "$snap_x{0,0.[00]}")],
-                    formatters={"$snap_y": "printf"},
-                    line_policy="nearest",
-                    visible=False,
-                )
+            hover = HoverTool(
+                renderers=[renderer],
+                tooltips=[what, ("value", f"$snap_y{form}"), (AXES[0], "$snap_x{0,0.[00]}")],
+                formatters={"$snap_y": "printf"},
+                line_policy="nearest",
+                visible=False,
             )
+            plot.add_tools(hover)
+            found.hovers.append(hover.id)
     single = [(unit, line) for unit, line in lines if dashed or point or len(line.step) < 5]
     if single:
         dot = Scatter(
@@ -298,9 +311,7 @@ def _source_of_points(lines: Sequence[tuple[Unit, series.Line]]) -> ColumnDataSo
     )
 
 
-def _draw_starts(
-    plot: figure, units: Sequence[Unit], found: Figures, *, text: bool
-) -> None:
+def _draw_starts(plot: figure, units: Sequence[Unit], found: Figures, *, text: bool) -> None:
     """Marks each restart by a dotted line, and writes the number of processes beside it.
 
     For a mean over seeds, only restarts are marked. The axis of the marks runs from 0 to 1.
@@ -316,7 +327,7 @@ def _draw_starts(
         owners = [unit for unit, *_ in again]
         _add(plot, _source_of_starts(again, found), dotted, owners, found, y_range_name="marks")
     alone = len(units) == 1
-    restarted = [unit.key for unit, *_ in again if len(unit.runs) == 1]
+    restarted = [unit.key for unit, *_ in again if not unit.is_mean]
     labelled = list(dict.fromkeys([units[0].key] if alone else restarted))[:MOST_LABELLED_RUNS]
     if text and labelled:
         told = [start for start in of_unit if start[0].key in labelled]
@@ -400,11 +411,10 @@ def _figure(title: str, **how: Any) -> figure:
 def draw_confusion(first: Confusion, key: str, found: Figures) -> ColumnDataSource:
     """Adds the plot of a confusion matrix; returns its source, whose cells report.js replaces."""
     names = first.class_names
-    plot = _figure(
-        "confusion", x_range=FactorRange(*names), y_range=FactorRange(*reversed(names))
-    )
+    plot = _figure("confusion", x_range=FactorRange(*names), y_range=FactorRange(*reversed(names)))
     plot.height = 240 + 18 * len(names)
-    source = ColumnDataSource(cells_of(first) | _places(names))
+    plot.grid.visible = False
+    source = ColumnDataSource({**cells_of(first), **_places(names)})
     cell = Rect(
         x="predicted",
         y="true",
@@ -462,9 +472,7 @@ def draw_reliability(units: Sequence[Unit], found: Figures) -> bool:
     line = MultiLine(xs="x", ys="y", line_color="colour", line_width=1.5)
     source = ColumnDataSource({"x": points["x"], "y": points["y"]} | colours)
     _add(plot, source, line, owners, found, on_axis=False)
-    dots = Scatter(
-        x="x", y="y", size="size", fill_color="colour", line_color=None, fill_alpha=0.7
-    )
+    dots = Scatter(x="x", y="y", size="size", fill_color="colour", line_color=None, fill_alpha=0.7)
     each = [unit for unit, values in curves for _ in values["x"]]
     source = ColumnDataSource(
         {name: np.concatenate(values).tolist() for name, values in points.items()}

@@ -4,7 +4,6 @@ Invariant: the page requests nothing. Its content security policy makes the brow
 """
 
 import json
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +29,8 @@ N_PAIRS = N_CLASSES = 10
 MOST_CELLS_A_SIDE = 40
 # Examples are of the classes that these many first groups of runs confuse.
 GROUPS_WITH_EXAMPLES = 4
+# Marks a place within HTML whose other content is escaped.
+PLOT = "<!--plot-->"
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
     " img-src data: blob:; font-src data:"
@@ -58,6 +59,7 @@ def page(runs: Sequence[RunData], *, reload_seconds: int | None = None) -> str:
         "shown": found.shown,
         "glyphs": found.glyphs,
         "curves": found.curves,
+        "hovers": found.hovers,
         "labels": {"step": "step", "epoch": "epoch", "time": f"{found.time_unit[0]} in steps"},
         "themed": figures.themed(list(found.plots.values())),
         "cells": cells,
@@ -66,7 +68,7 @@ def page(runs: Sequence[RunData], *, reload_seconds: int | None = None) -> str:
     sections = [
         ("summary", "Summary", _summary(ordered, groups, differ)),
         ("curves", "Curves", _curves(found, places)),
-        ("classes", "Classes", classes.replace("PLOT", places.get("confusion", ""))),
+        ("classes", "Classes", classes.replace(PLOT, places.get("confusion", ""))),
         ("calibration", "Calibration", _calibration(places) if calibrated else _NO_CALIBRATION),
         ("time", "Time", _time(ordered)),
         ("config", "Config", _config(ordered)),
@@ -98,8 +100,8 @@ def page(runs: Sequence[RunData], *, reload_seconds: int | None = None) -> str:
 <header><h1>{title}</h1>{_subtitle(runs)}<nav>{links}</nav></header>
 {_controls(units, modes, found)}
 <main>{body}</main>
-<footer>Written {datetime.now():%Y-%m-%d %H:%M:%S} on {escape(platform.node())} by
-distvgg {__version__}. One file, without requests.</footer>
+<footer>Written {datetime.now():%Y-%m-%d %H:%M:%S} by distvgg {__version__}.
+The page is one file and requests nothing.</footer>
 <script type="application/json" id="spec">{_json(spec)}</script>
 {script}
 <script>{js}</script>
@@ -180,7 +182,7 @@ def _summary(runs: Sequence[RunData], groups: Sequence[Group], differ: Sequence[
     if any(group.seeds > 1 for group in groups):
         header, *rows = group_rows(groups, keys)
         parts.append(table(header, rows))
-    parts += [f"<p>{escape(note)}</p>" for note in notes_on(groups, keys)]
+    parts += [f'<p class="note">{escape(note)}</p>' for note in notes_on(groups, keys)]
     return "".join(parts)
 
 
@@ -232,7 +234,7 @@ def _classes(
         plot = (
             f'<figure class="plot" data-plot="confusion"><figcaption>By {what}<small>blue: right;'
             " orange: wrong; the deeper, the larger the share of the true class (square root)"
-            "</small></figcaption>PLOT</figure>"
+            f"</small></figcaption>{PLOT}</figure>"
         )
     options = "".join(
         f'<option value="classes{n}">{escape(f"{name}: {total.split}, {images(total):,} images")}'
@@ -292,7 +294,7 @@ def _calibration(places: Mapping[str, str]) -> str:
     return (
         '<figure class="plot square" data-plot="calibration"><figcaption>Reliability<small>at the'
         " middle of each bin of confidence; the area of a dot is its share of images</small>"
-        f"</figcaption>{places['calibration']}</figure><p class=\"note\">On the dotted line,"
+        f'</figcaption>{places["calibration"]}</figure><p class="note">On the dotted line,'
         " predictions are right as often as their confidence says. Below the line, the network is"
         " too sure. The split is that of the confusion matrix.</p>"
     )
@@ -384,12 +386,14 @@ def _provenance(runs: Sequence[RunData]) -> str:
             ]
         )
     header = ["run", "hardware", "precision", "versions", "commit", "data"]
-    known = table(header, rows, kind="prose") if rows else '<p class="note">No run is finished yet.</p>'
+    known = (
+        table(header, rows, kind="prose") if rows else '<p class="note">No run is finished yet.</p>'
+    )
     return (
         f"{known}<h3>SHA-256</h3>"
         + table(["run", "rows, without timings", "final weights"], hashes, kind="hashes")
-        + '<p class="note">Runs of one config have equal hashes on any number of processes and over'
-        " any kills.</p>"
+        + '<p class="note">On one kind of machine, runs of one config have equal hashes on any'
+        " number of processes and over any kills.</p>"
     )
 
 

@@ -47,6 +47,10 @@
     for (const id of spec.curves) {
       model(id).below[0].axis_label = spec.labels[state.axis];
     }
+    for (const id of spec.hovers) {
+      const hover = model(id), place = hover.tooltips.at(-1)[1];
+      hover.tooltips = [...hover.tooltips.slice(0, -1), [spec.labels[state.axis], place]];
+    }
     resetRanges();
     save();
   }
@@ -65,6 +69,14 @@
       if (root.model.id === id) return root;
     }
     return null;
+  }
+
+  // Elements also within shadow roots, in which Bokeh keeps its own.
+  function* deep(root, selector) {
+    yield* root.querySelectorAll(selector);
+    for (const element of root.querySelectorAll("*")) {
+      if (element.shadowRoot) yield* deep(element.shadowRoot, selector);
+    }
   }
 
   function colour() {
@@ -155,6 +167,9 @@
     model = (id) => doc.get_model_by_id(id);
     if (matchMedia("(pointer: coarse)").matches) {  // a finger scrolls the page
       for (const id of spec.themed.plots) model(id).toolbar.active_drag = null;
+      for (const events of deep(document, ".bk-events")) {
+        events.style.touchAction = "pan-y pinch-zoom";
+      }
     }
     insertExamples();
     colour();

@@ -1,4 +1,4 @@
-"""Content of run folders for the report. Only reads run folders, takes no lock, imports no torch."""
+"""Content of run folders for the report. Only reads, takes no lock, imports no torch."""
 
 import hashlib
 import json
@@ -106,7 +106,7 @@ def _read_run(run_dir: Path, name: str) -> RunData:
         columns={**columns, TIME: training_time(columns)},
         starts=entry.result.starts if entry.result else _starts(run_dir),
         confusion=confusion,
-        class_names=named and named.class_names,
+        class_names=named.class_names if named else None,
         rows_sha256=rows_digest(content),
         weights_sha256=None if weights is None else hashlib.sha256(weights).hexdigest(),
     )

@@ -41,10 +41,10 @@ class Line(NamedTuple):
         """Returns the outline of the band: its upper side, then its lower side backwards."""
         assert self.low is not None
         assert self.high is not None
-        there_and_back = (
+        step, epoch, time = (
             np.concatenate([axis, axis[::-1]]) for axis in (self.step, self.epoch, self.time)
         )
-        return Line(*there_and_back, np.concatenate([self.high, self.low[::-1]]))
+        return Line(step, epoch, time, np.concatenate([self.high, self.low[::-1]]))
 
 
 def line_of(columns: Columns, metric: str, limit: int) -> Line | None:
@@ -140,7 +140,9 @@ def training_time(columns: Columns) -> np.ndarray:
         return np.full(len(columns[metrics.STEP]), np.nan)
     step = np.concatenate([[0], columns[metrics.STEP][timed]])
     seconds = np.diff(step) * columns[metrics.STEP_MS][timed] / 1000
-    return np.interp(columns[metrics.STEP], step, np.concatenate([[0], np.cumsum(seconds)]))
+    until = np.concatenate([[0], np.cumsum(seconds)])
+    time: np.ndarray = np.interp(columns[metrics.STEP], step, until)
+    return time
 
 
 def seconds_waiting(columns: Columns) -> float:
