@@ -30,6 +30,7 @@ from distvgg.commands.arguments import (
 from distvgg.commands.bench_options import BenchOptions
 from distvgg.config import Config, SplitName, load, recipe_names
 from distvgg.errors import PeerLostError, RunError, UserError
+from distvgg.runs.layout import REPORT_FILE
 
 USAGE = """\
 usage: distvgg COMMAND ...
@@ -40,6 +41,7 @@ usage: distvgg COMMAND ...
   predict RUN_DIR IMAGE... [--top N] [--json]                classes of images and folders of images
   compare RUN_DIR... [--out FILE]                            runs as one table, seeds averaged
   curves RUN_DIR... --out FILE                               their curves in one picture
+  report RUN_DIR... [--out FILE] [--watch]                   curves, confusions and more, as a page
   tables RUN_DIR...                                          results over seeds, as Markdown
   sync RUN_DIR...                                            sends rows that W&B lacks
   config RECIPE [--section.field VALUE ...]                  the whole config as YAML
@@ -126,7 +128,12 @@ def _train(options: Namespace) -> str:
     _, config, run_dir = resolve(options)
     from distvgg.training.trainer import train
 
-    return train(config, run_dir).text()
+    text = train(config, run_dir).text()
+    if environment.rank():
+        return text
+    from distvgg.commands.report import report_line
+
+    return f"{text}\n{report_line(run_dir)}"
 
 
 def _config_parser(shown: Config) -> Parser:
@@ -291,6 +298,37 @@ def _curves(options: Namespace) -> str:
     return draw(options.run_dirs, options.out)
 
 
+def _report_parser(_: Config) -> Parser:
+    parser = _parser_of_runs(
+        "report",
+        """Writes one HTML page about runs, for a browser; the page requests nothing.
+
+The page has curves, confusions with example images, calibration, time, configs and hashes. Runs
+that differ only in their seed are shown as mean and range. The command works at any time, also
+during runs.""",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        type=_file,
+        default=Path(REPORT_FILE),
+        help=f"file to write (default: {REPORT_FILE})",
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="write again whenever the runs change, until all are finished or Ctrl-C; an open page"
+        " reloads itself",
+    )
+    return parser
+
+
+def _report(options: Namespace) -> str:
+    from distvgg.commands.report import report
+
+    return report(options.run_dirs, options.out, watch=options.watch)
+
+
 def _tables_parser(_: Config) -> Parser:
     return _parser_of_runs(
         "tables",
@@ -434,6 +472,7 @@ COMMANDS = {
     "predict": Command(_predict_parser, _predict),
     "compare": Command(_compare_parser, _compare),
     "curves": Command(_curves_parser, _curves),
+    "report": Command(_report_parser, _report),
     "tables": Command(_tables_parser, _tables),
     "sync": Command(_sync_parser, _sync),
     "config": Command(_config_parser, _config),

@@ -240,10 +240,10 @@ def table(entries: Sequence[Entry]) -> str:
     groups = grouped(entries)
     runs = [e for g in groups for e in g.entries] + [e for e in entries if not e.config]
     keys = [k for k in differ if k != SEED]
-    parts = [plain_table(_run_rows(runs, [*keys, *([SEED] if SEED in differ else [])]))]
+    parts = [plain_table(run_rows(runs, [*keys, *([SEED] if SEED in differ else [])]))]
     if any(g.seeds > 1 for g in groups):
-        parts.append(plain_table(_group_rows(groups, keys)))
-    if notes := _notes(groups, keys):
+        parts.append(plain_table(group_rows(groups, keys)))
+    if notes := notes_on(groups, keys):
         parts.append("\n".join(notes))
     return "\n\n".join(parts)
 
@@ -262,7 +262,8 @@ def grouped(entries: Sequence[Entry]) -> list[Group]:
     return sorted(by_seed, key=lambda g: -g.mean_val)
 
 
-def _run_rows(entries: Sequence[Entry], differ: Sequence[str]) -> list[list[str]]:
+def run_rows(entries: Sequence[Entry], differ: Sequence[str]) -> list[list[str]]:
+    """Returns a header and a row of cells for each run."""
     late = any(e.best and not (e.result and e.result.steps == e.best[0]) for e in entries)
     step = ["at step"] if late else []  # no column if the last step is the best for all
     rows = [["run", *differ, "val top1", "test top1", "best val top1", *step, "images/s", "state"]]
@@ -275,29 +276,31 @@ def _run_rows(entries: Sequence[Entry], differ: Sequence[str]) -> list[list[str]
         best = [NOTHING] + [NOTHING] * late
         if e.best:
             best = [_percent(e.best[1])] + [f"{e.best[0]:7}"] * late
-        values = [_typed(e.config[k]) if e.config else NOTHING for k in differ]
+        values = [typed(e.config[k]) if e.config else NOTHING for k in differ]
         rows.append([e.name, *values, val, test, *best, speed, e.state])
     return rows
 
 
-def _group_rows(groups: Sequence[Group], keys: Sequence[str]) -> list[list[str]]:
+def group_rows(groups: Sequence[Group], keys: Sequence[str]) -> list[list[str]]:
+    """Returns a header and a row of cells for each group, the best mean on validation first."""
     rows = [[*keys, "seeds finished", "mean val top1", "mean test top1", ""]]
     for g in groups:
         n, config = len(g.finished), g.entries[0].config
         cells = [_spread(g.val), _spread(g.test) if len(g.test) == n else NOTHING]
         mark = "<- best" if g is groups[0] and n and len(groups) > 1 else ""
-        rows.append([*(_typed(config[k]) for k in keys), f"{n} of {g.seeds}", *cells, mark])
+        rows.append([*(typed(config[k]) for k in keys), f"{n} of {g.seeds}", *cells, mark])
     return rows
 
 
-def _notes(groups: Sequence[Group], keys: Sequence[str]) -> list[str]:
+def notes_on(groups: Sequence[Group], keys: Sequence[str]) -> list[str]:
+    """Returns lines on the spread, on the best group, and on differences of provenance."""
     lines = []
     if any(len(g.val) > 1 for g in groups):
         lines.append("\N{PLUS-MINUS SIGN}: sample standard deviation over seeds.")
     ranked = [g for g in groups if g.val]
     if ranked and len(groups) > 1:
         config = ranked[0].entries[0].config
-        line = f"Best mean val top1: {', '.join(f'{k} {_typed(config[k])}' for k in keys)}"
+        line = f"Best mean val top1: {', '.join(f'{k} {typed(config[k])}' for k in keys)}"
         line += f", over {len(ranked[0].val)} seed(s)"
         if len(ranked) > 1:
             lead = 100 * (ranked[0].mean_val - ranked[1].mean_val)
@@ -321,6 +324,6 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:6.2f}%"
 
 
-def _typed(value: Any) -> str:
+def typed(value: Any) -> str:
     """Returns a config value as it is typed on the command line."""
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -79,7 +79,7 @@ def _measure(path: Path, split: SplitName) -> tuple[Evaluation, Confusion]:
     flip = config.eval.tta == "flip"
     found = evaluate_over_ranks(accelerator, prepared, loader, dataset, flip=flip)
     accelerator.end_training()
-    return found, Confusion.of(dataset, split, found.confusion)
+    return found, Confusion.of(dataset, split, found.confusion, found.reliability)
 
 
 def _refuse_test(path: Path, run_dir: Path, config: Config) -> None:

@@ -1,9 +1,11 @@
-"""Decoded datasets in memory-mapped arrays, and their train/validation split."""
+"""Decoded datasets in memory-mapped arrays, and their train/validation split.
+
+Torch is imported only to split.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from distvgg.config import DataConfig
 from distvgg.errors import UserError
@@ -121,6 +123,8 @@ def _stratified(
 
     Classes with the largest remainders are rounded up.
     """
+    import torch
+
     order = rows[torch.randperm(len(rows), generator=generator(seed, purpose)).numpy()]
     by_class = order[np.argsort(labels[order], kind="stable")]
     _, counts = np.unique(labels[rows], return_counts=True)

@@ -1,4 +1,4 @@
-"""The confusion matrix of a run: its file, its statistics and its text form.
+"""The confusion matrix of a run, with its counts by confidence: file, statistics, text form.
 
 Invariant: only integer counts are stored; statistics are computed on request. Imports no torch.
 """
@@ -26,6 +26,8 @@ class Confusion:
     Attributes:
         counts: [classes][classes], images by true class (row) and predicted class (column).
         superclass_of: [classes], the superclass of each class; None if there are no superclasses.
+        reliability: [bins][2], images and correct predictions by confidence. Bin `b` of `M` holds
+            the confidences in `(b/M, (b+1)/M]`. None in the files of older versions.
     """
 
     split: SplitName
@@ -33,6 +35,7 @@ class Confusion:
     counts: list[list[int]]
     superclass_names: list[str]
     superclass_of: list[int] | None
+    reliability: list[list[int]] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.class_names)
@@ -40,7 +43,9 @@ class Confusion:
             raise ValueError(f"{n} classes need a square matrix of that side")
 
     @staticmethod
-    def of(dataset: "Dataset", split: SplitName, counts: np.ndarray) -> "Confusion":
+    def of(
+        dataset: "Dataset", split: SplitName, counts: np.ndarray, reliability: np.ndarray
+    ) -> "Confusion":
         of = dataset.superclass_of
         return Confusion(
             split=split,
@@ -48,6 +53,7 @@ class Confusion:
             counts=counts.tolist(),
             superclass_names=dataset.superclass_names,
             superclass_of=None if of is None else of.tolist(),
+            reliability=reliability.tolist(),
         )
 
 

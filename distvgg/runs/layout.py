@@ -14,6 +14,7 @@ TRACKERS_FILE = "trackers.json"
 FAILURE_FILE = "failure.json"
 PROFILE_FILE = "profile.json"
 CHECKPOINTS = "checkpoints"
+MANIFEST_FILE = "manifest.json"  # of a checkpoint
 STOP_FILE = "STOP"
 REQUEUE_FILE = "REQUEUE"
 LOCK_FILE = ".lock"

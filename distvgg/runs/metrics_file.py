@@ -9,20 +9,24 @@ written meanwhile, because the checkpoint would rely on that row.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from distvgg.errors import UserError
 from distvgg.metrics import STEP, Row
 from distvgg.runs.layout import CONFIG_FILE, METRICS_FILE
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Mark(BaseModel, frozen=True, extra="forbid"):
@@ -116,8 +120,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
     Skips lines that are half written, by a running launch or a power loss.
     """
+    return parse_rows(path.read_bytes() if path.exists() else b"")
+
+
+def parse_rows(content: bytes) -> list[dict[str, Any]]:
+    """Returns the rows in the content of a metrics file, as `read_rows` does."""
     rows = []
-    content = path.read_bytes() if path.exists() else b""
     for line in content.splitlines():
         with suppress(ValueError):
             row = json.loads(line)
@@ -151,3 +159,37 @@ def read_metrics(run: str | os.PathLike[str]) -> list[Row]:
     except OSError as error:
         raise UserError(f"cannot read {folder / METRICS_FILE}: {error.strerror}") from error
     return [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
+
+
+def read_columns(content: bytes, names: Sequence[str]) -> "dict[str, np.ndarray]":
+    """Returns metrics of a file's content as columns, much faster than row by row.
+
+    Args:
+        content: of metrics.jsonl. Lines that are half written are skipped.
+        names: of the metrics.
+
+    Returns:
+        [rows] float64 by name; NaN where a row lacks the metric or its value is not finite.
+    """
+    import numpy as np
+    import pyarrow as pa
+    from pyarrow import json as arrow_json
+
+    whole = content[: content.rfind(b"\n") + 1]
+    if not whole:
+        return {name: np.empty(0) for name in names}
+    options = arrow_json.ParseOptions(
+        explicit_schema=pa.schema([(name, pa.float64()) for name in names]),
+        unexpected_field_behavior="ignore",
+    )
+    try:
+        table = arrow_json.read_json(io.BytesIO(whole), parse_options=options)
+        return {name: table[name].to_numpy() for name in names}
+    except pa.ArrowInvalid:  # a line within the file is damaged
+        rows = parse_rows(whole)
+        # A value of another type than a number becomes NaN, and so does None.
+        return {name: np.array([_number(row.get(name)) for row in rows]) for name in names}
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from distvgg.runs.files import fsync_dir, write_fsync
-from distvgg.runs.layout import WEIGHTS_FILE, checkpoint_dirs
+from distvgg.runs.layout import MANIFEST_FILE, WEIGHTS_FILE, checkpoint_dirs
 
 FORMAT = 1
-STATE_FILE, MANIFEST_FILE = "state.safetensors", "manifest.json"
+STATE_FILE = "state.safetensors"
 _FILES = (WEIGHTS_FILE, STATE_FILE)
 Tensors = Mapping[str, Tensor]
 

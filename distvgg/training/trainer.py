@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from distvgg import metrics, preemption
-from distvgg.config import Config
+from distvgg.config import Config, SplitName
 from distvgg.data.loader import DeviceImages, EvalLoader
 from distvgg.data.plan import BatchPlan
 from distvgg.distributed.collectives import StopConsensus
@@ -227,7 +227,8 @@ def finish(run: Run, tracking: Tracking) -> Result:
     else:  # again, because the confusion matrix is not in a checkpoint
         final = measure(run, run.val_loader)
     kept = synchronized_eval_model(run)
-    confusion = Confusion.of(run.dataset, "val" if test is None else "test", final.confusion)
+    split: SplitName = "val" if test is None else "test"
+    confusion = Confusion.of(run.dataset, split, final.confusion, final.reliability)
     preemption.ignore()  # no rank waits for another after this
     result = Result.of(
         run.config,

@@ -95,7 +95,7 @@ def calibration_error(confidences: list[float], correct: list[bool]) -> float:
 def test_metrics_equal_a_plain_reference(data: Dataset, batch_size: int) -> None:
     model = Linear()
     loader = eval_loader(data, None, batch_size)
-    row, confusion = evaluate(model, loader, CLASSES, data.superclass_of, flip=True)
+    row, confusion, reliability = evaluate(model, loader, CLASSES, data.superclass_of, flip=True)
     expected, counts = reference(model, data)
     assert row.pop("count") == N
     for name in ("loss", "calibration_error"):  # sums of what float32 rounds
@@ -104,6 +104,7 @@ def test_metrics_equal_a_plain_reference(data: Dataset, batch_size: int) -> None
     assert row["tta_top1"] != row["top1"]
     assert confusion.dtype == np.int64
     np.testing.assert_array_equal(confusion, counts)
+    assert reliability.sum(0).tolist() == [N, confusion.trace()]
 
 
 def test_the_mirror_changes_no_other_number(data: Dataset) -> None:
@@ -120,16 +121,20 @@ def test_calibration_over_all_bins_and_at_their_edges() -> None:
     correct = torch.rand(500) < 0.5
     confidence = logits.softmax(1).amax(1)
     assert {int(b) for b in (confidence * 15).floor()} == set(range(15))
-    hit_sums, confidence_sums = calibration_sums(logits, correct).view(2, CALIBRATION_BINS)
+    sums = calibration_sums(logits, correct).view(3, CALIBRATION_BINS)
+    hit_sums, confidence_sums, images = sums
     assert hit_sums.sum() == correct.sum()
+    binned = (confidence * 15).ceil().long() - 1
+    assert images.tolist() == binned.bincount(minlength=15).tolist()
     ours = float((hit_sums - confidence_sums).abs().sum()) / 500
     expected = calibration_error(confidence.tolist(), correct.tolist())
     assert ours == pytest.approx(expected, rel=1e-12)
     # A confidence of 1/3 is the upper edge of the fifth bin, 1 that of the last.
     edges = torch.tensor([[0.0, 0.0, 0.0], [1e3, 0.0, 0.0]], dtype=torch.float64)
-    sums = calibration_sums(edges, torch.tensor([True, False])).view(2, CALIBRATION_BINS)
+    sums = calibration_sums(edges, torch.tensor([True, False])).view(3, CALIBRATION_BINS)
     assert sums[0].nonzero().flatten().tolist() == [4]
     assert sums[1].nonzero().flatten().tolist() == [4, 14]
+    assert sums[2].nonzero().flatten().tolist() == [4, 14]
 
 
 def test_the_sum_over_any_number_of_ranks_is_the_same_to_the_bit(data: Dataset) -> None:
@@ -154,9 +159,10 @@ def test_the_sum_over_any_number_of_ranks_is_the_same_to_the_bit(data: Dataset) 
         for rank in range(world_size):
             with contextlib.suppress(AssertionError):  # a rank's own part does not hold all images
                 shared(rank, world_size, total.add_)
-        row, confusion = shared(0, world_size, lambda _sums, total=total: total)
-        assert row == alone.row
-        np.testing.assert_array_equal(confusion, alone.confusion)
+        found = shared(0, world_size, lambda _sums, total=total: total)
+        assert found.row == alone.row
+        np.testing.assert_array_equal(found.confusion, alone.confusion)
+        np.testing.assert_array_equal(found.reliability, alone.reliability)
 
 
 def test_a_lost_image_is_noticed(data: Dataset) -> None:
