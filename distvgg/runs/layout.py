@@ -14,6 +14,7 @@ CHECKPOINTS = "checkpoints"
 STOP_FILE = "STOP"
 REQUEUE_FILE = "REQUEUE"
 LOCK_FILE = ".lock"
+LOCK_HOLDER = ".lock.holder"  # where the file system has no flock
 LOGS = "logs"
 
 
