@@ -5,6 +5,7 @@ before it is needed, and a user error is one line on the main process and exit c
 """
 
 import argparse
+import io
 import os
 import sys
 from argparse import Namespace
@@ -73,6 +74,15 @@ class Command(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command of the command line and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _accept_all_characters()
+    if words[:1] != ["train"]:
+        environment.set_ranks_aside()
+    try:
+        if note := environment.provide_home():
+            print(f"distvgg: note: {note}", file=sys.stderr, flush=True)
+    except UserError as error:
+        _complain(error)
+        return 2
     if words[:1] == ["launch"]:
         of_train = words[words.index("--") + 1 :] if "--" in words else []
         if not asks_for_help(of_train):
@@ -115,6 +125,13 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _accept_all_characters() -> None:
+    """Escapes what the encoding of the output lacks, such as names of classes on ASCII."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _run(name: str, words: Sequence[str]) -> str:
     if name not in COMMANDS:
         raise UserError(f"no command {name!r}: give one of {', '.join(COMMANDS)}")
@@ -126,6 +143,7 @@ def _run(name: str, words: Sequence[str]) -> str:
 
 def _train(options: Namespace) -> str:
     _, config, run_dir = resolve(options)
+    environment.refuse_half_a_launcher()
     from distvgg.training.trainer import train
 
     text = train(config, run_dir).text()
@@ -492,12 +510,13 @@ def _file(text: str) -> Path:
 def _complain(error: Exception, *, at_once: bool = False) -> None:
     """Prints an error once, over all processes.
 
-    All processes usually find the same error. The main process then prints it, and the launcher
-    ends the other processes. A process that still exists after 30 seconds has found its own error
-    and prints it. A process that lost its peers prints the error immediately (`at_once`).
+    All processes usually find the same error. The main process then prints it, and the launcher,
+    if there is one, ends the other processes. A process that still exists after 30 seconds has
+    found its own error and prints it. A process that lost its peers prints the error immediately
+    (`at_once`), and so does one that no launcher ends.
     """
     if rank := environment.rank():
-        if not at_once and preemption.wait(30):
+        if not at_once and environment.has_launcher() and preemption.wait(30):
             return
         print(f"distvgg: error on process {rank}: {error}", file=sys.stderr, flush=True)
     else:

@@ -12,8 +12,11 @@ Imports no torch: variables that torch and its libraries read at load time have 
 
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from distvgg.cores import granted_cores
 from distvgg.errors import UserError
 
 # Other kinds of training. accelerate enables each by a variable that its launcher sets.
@@ -24,8 +27,16 @@ _KINDS = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
     "ACCELERATE_USE_SAGEMAKER": "SageMaker",
 }
-# Variables of MPI from which accelerate takes the number of processes.
+# Variables of a launcher that say which process of how many this one is, and where all meet.
+_RANKS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
+# Variables of MPI from which accelerate takes the number of processes, and the rank.
 _MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_MPI_RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+# Set by the launchers of torch, and by accelerate, which starts several processes with those.
+_LAUNCHER = "TORCHELASTIC_RUN_ID"
 # Variables that accelerate reads when it starts, with the neutral value that its launcher sets.
 _ACCELERATE = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",  # divides every loss
@@ -63,6 +74,7 @@ _HARMLESS = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCH_
 _TAKEN = ("GLIBC_TUNABLES",)
 
 _cleared: dict[str, str] = {}
+_set_aside: dict[str, str] = {}
 
 
 def clear() -> None:
@@ -95,27 +107,84 @@ def refuse(environment: Mapping[str, str] = os.environ) -> None:
                 f"{name}={environment[name]} asks for {kind}, which distvgg does not have:"
                 " unset it, or launch with --config_file accelerate_config.yaml"
             )
-    size = environment.get("WORLD_SIZE", "1")
+    refuse_half_a_launcher(environment)
+
+
+def refuse_half_a_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Checks that the variables of a launcher are all there, or none that matters.
+
+    A shell in a container, or in an interactive allocation, may have some of them.
+
+    Raises:
+        UserError: some are missing, or they contradict each other.
+    """
+    size, rank = environment.get("WORLD_SIZE", "1"), environment.get("RANK")
+    left = [n for n in _RANKS if n in environment]
+    remedy = (
+        f", as a launcher leaves it in a shell: for one process, unset {' '.join(left)}; for"
+        " several, start with accelerate launch"
+    )
     if not size.isdecimal():
-        raise UserError(f"WORLD_SIZE={size!r} is not a number: unset it for one process")
-    if int(size) > 1:
-        if not environment.get("MASTER_ADDR"):
-            raise UserError(
-                f"WORLD_SIZE={size} without MASTER_ADDR, as a launcher leaves it in a shell: unset"
-                " WORLD_SIZE for one process, or start with accelerate launch"
-            )
+        raise UserError(f"WORLD_SIZE={size!r} is not a number{remedy}")
+    if int(size) < 2:
+        for name in _MPI:
+            if environment.get(name, "1") not in ("", "0", "1"):
+                raise UserError(
+                    f"{name}={environment[name]}, but WORLD_SIZE is {size}: distvgg is started by"
+                    f" accelerate launch or torchrun, not by MPI; for one process, unset {name}"
+                )
+        for name in ("RANK", "LOCAL_RANK"):
+            if environment.get(name) and "WORLD_SIZE" not in environment:
+                raise UserError(f"{name}={environment[name]} without WORLD_SIZE{remedy}")
         return
+    missing = [] if rank or any(environment.get(n) for n in _MPI_RANK) else ["RANK"]
+    if not environment.get("MASTER_ADDR"):
+        missing.append("MASTER_ADDR")
+    if missing:
+        raise UserError(f"WORLD_SIZE={size} without {' and '.join(missing)}{remedy}")
+    if rank and not (rank.isdecimal() and int(rank) < int(size)):
+        raise UserError(f"RANK={rank} is not below WORLD_SIZE={size}{remedy}")
+
+
+def set_ranks_aside() -> None:
+    """Removes the variables of ranks, for a command that uses one process.
+
+    Under a launcher they stay, so that the main process speaks for all.
+    """
+    if has_launcher():
+        return
+    for name in (*_RANKS, *_MPI, *_MPI_RANK):
+        if (value := os.environ.pop(name, None)) is not None:
+            _set_aside[name] = value
+
+
+def for_training() -> Mapping[str, str]:
+    """Returns the environment that a training started here would find."""
+    return os.environ | _set_aside
+
+
+def complete_launcher() -> str | None:
+    """Prepares the variables of several processes for accelerate 1.15.
+
+    A shell of a SLURM allocation has PMI_SIZE=1, which accelerate reads before WORLD_SIZE. On a
+    GPU, accelerate has no default for the port.
+
+    Returns:
+        A line for the user if no launcher started this process: it then waits for the others.
+    """
+    size = world_size()
+    if size == 1:
+        return None
     for name in _MPI:
-        if environment.get(name, "1") not in ("", "0", "1"):
-            raise UserError(
-                f"{name}={environment[name]}, but WORLD_SIZE is {size}: distvgg is started by"
-                " accelerate launch or torchrun, not by MPI; unset it for one process"
-            )
-    if "LOCAL_RANK" in environment and "WORLD_SIZE" not in environment:
-        raise UserError(
-            "LOCAL_RANK without WORLD_SIZE, as a launcher leaves them in a shell: unset LOCAL_RANK"
-            " for one process"
-        )
+        if os.environ.get(name) != str(size):
+            os.environ.pop(name, None)
+    port = os.environ.setdefault("MASTER_PORT", "29500")
+    if has_launcher():
+        return None
+    return (
+        f"note: process {rank()} of {size} meets the others at {os.environ['MASTER_ADDR']}:{port},"
+        " as RANK and WORLD_SIZE say; to train on one process, unset both"
+    )
 
 
 def is_on(name: str, environment: Mapping[str, str] = os.environ) -> bool:
@@ -123,15 +192,59 @@ def is_on(name: str, environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on")
 
 
-def world_size() -> int:
+def has_launcher() -> bool:
+    """Returns True if accelerate launch or torchrun started this process as one of several.
+
+    Such a launcher ends all processes after the first that fails.
+    """
+    return _LAUNCHER in os.environ
+
+
+def world_size(environment: Mapping[str, str] = os.environ) -> int:
     """Returns the number of processes that a launcher started, or 1. Needs no process group."""
-    size = os.environ.get("WORLD_SIZE", "")
+    size = environment.get("WORLD_SIZE", "")
     return max(1, int(size)) if size.isdecimal() else 1
 
 
 def rank() -> int:
     """Returns this process's rank, 0 if the world size is 1. Needs no process group."""
-    return int(os.environ.get("RANK") or 0) if world_size() > 1 else 0
+    rank = os.environ.get("RANK", "")
+    return int(rank) if world_size() > 1 and rank.isdecimal() else 0
+
+
+def has_home() -> bool:
+    """Returns True if this user's home directory is known, by HOME or by the list of users."""
+    return os.path.expanduser("~") != "~"
+
+
+def provide_home() -> str | None:
+    """Sets HOME to a temporary directory of this user where no home directory is known.
+
+    A container may run under a user id without an entry in the list of users. Libraries then fail
+    on `~`, and on the name of the user.
+
+    Returns:
+        A line for the user; None if there is a home directory.
+
+    Raises:
+        UserError: the directory cannot be made, or is another user's.
+    """
+    if has_home():
+        return None
+    home = Path(tempfile.gettempdir()) / f"distvgg-{os.getuid()}"
+    try:
+        home.mkdir(mode=0o700, exist_ok=True)
+        owner = home.lstat().st_uid
+    except OSError as error:
+        raise UserError(
+            f"no home directory, and {home} cannot be made ({error.strerror}): set HOME to a"
+            " writable folder"
+        ) from error
+    if owner != os.getuid():
+        raise UserError(f"no home directory, and {home} is another user's: set HOME to a folder")
+    os.environ["HOME"] = str(home)
+    os.environ.setdefault("USER", home.name)
+    return f"no home directory: {home} is used, also for decoded data; HOME moves it"
 
 
 def notes(
@@ -159,12 +272,12 @@ def notes(
             "processes compute on devices of different kinds, so that bits depend on which computes"
             f" what: {', '.join(kinds)}"
         )
-    cores = len(os.sched_getaffinity(0))
+    cores = granted_cores()
     wanted = (cpu_threads or 0) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if wanted > cores:
         found.append(
-            f"{wanted} threads (train.cpu_threads {cpu_threads}) share {cores} core(s): slower, to"
-            " the same bits"
+            f"{wanted} threads (train.cpu_threads {cpu_threads}) share {cores:.3g} core(s): slower,"
+            " to the same bits"
         )
     if without := _without_effect(cpu_threads):
         found.append(f"set in the environment, without effect: {', '.join(without)}")

@@ -6,7 +6,6 @@ here, given, or assumed.
 """
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -159,7 +158,7 @@ def measure(config: Config, seconds: float = SECONDS) -> Gpu:
         times = step_times(run, rounds, block)
         shared = shared_seconds(run)
         assert run.lock is not None
-        os.close(run.lock)
+        run.lock.release()
         run.accelerator.end_training()
     return fit_gpu(times, block, shared)
 

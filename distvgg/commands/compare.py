@@ -134,7 +134,9 @@ def compare(run_dirs: Sequence[Path], out: Path | None = None) -> str:
             return text
         try:
             writer = f"{socket.gethostname()}-{os.getpid()}."
-            atomic_write(out, text.encode() + b"\n", writer=writer)
+            # A file name that is not UTF-8 keeps its bytes.
+            content = text.encode(errors="surrogateescape") + b"\n"
+            atomic_write(out, content, writer=writer)
         except OSError as error:
             raise UserError(
                 f"cannot write {out} ({error.strerror}): choose another file with --out"

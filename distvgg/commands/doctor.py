@@ -20,6 +20,7 @@ from accelerate.utils import parse_flag_from_env
 
 from distvgg import environment
 from distvgg.config import Config, DataConfig, TrainConfig
+from distvgg.cores import describe_cores
 from distvgg.data.cache import (
     cache_dir,
     cache_entry,
@@ -113,7 +114,7 @@ def devices() -> Finding:
         return "ok", ", ".join(f"{count} x {gpu}" for gpu, count in gpus.items())
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if hidden or parse_flag_from_env("ACCELERATE_USE_CPU") or not has_nvidia_hardware():
-        return "ok", f"{device}, {os.cpu_count()} cores"
+        return "ok", f"{device}, {describe_cores()}"
     why = "it finds none"
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
@@ -155,7 +156,7 @@ def backend() -> Finding:
 
 def variables() -> Finding:
     """Reports environment variables that would change the numbers of a run."""
-    environment.refuse()
+    environment.refuse(environment.for_training())
     threads = None if device_here().type == "cuda" else 1
     found = environment.notes([{"device": ""}], None, threads)
     return ("note", "; ".join(found)) if found else ("ok", "nothing that changes numbers")
@@ -168,7 +169,8 @@ def processes(train: TrainConfig) -> Finding:
         UserError: the launcher's number of processes is not allowed.
     """
     whole, micro = train.global_batch_size, train.micro_batch_size
-    BatchPlan(whole, whole, micro, environment.world_size())  # any number of samples will do
+    started = environment.world_size(environment.for_training())
+    BatchPlan(whole, whole, micro, started)  # any number of samples will do
     allowed, gpus = valid_world_sizes(whole // micro), torch.cuda.device_count()
     text = f"{' or '.join(map(str, allowed))} (global batch {whole} / micro-batch {micro})"
     if gpus < 2 or gpus in allowed:

@@ -30,6 +30,7 @@ from distvgg.commands.arguments import (
     validated,
 )
 from distvgg.config import Config, FrozenModel, TrainConfig
+from distvgg.cores import granted_cores
 from distvgg.errors import UserError
 from distvgg.runs.layout import REQUEUE_FILE
 
@@ -223,9 +224,10 @@ def calm_launcher() -> Iterator[None]:
 def cores() -> int:
     """Returns the number of cores that the processes of this node share.
 
-    SLURM's grant limits the number even where SLURM does not bind processes to cores.
+    SLURM's grant limits the number even where SLURM does not bind processes to cores. Of a quota,
+    whole cores count.
     """
-    bound = len(os.sched_getaffinity(0))
+    bound = max(1, int(granted_cores()))
     return min(bound, int(os.environ.get("SLURM_CPUS_ON_NODE") or bound))
 
 

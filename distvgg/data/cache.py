@@ -63,10 +63,17 @@ def cache_entry(config: DataConfig) -> Path:
 
 
 def cache_dir() -> Path:
-    """Returns the root of the cache: DISTVGG_CACHE, else distvgg/ in the user's cache directory."""
+    """Returns the root of the cache: DISTVGG_CACHE, else distvgg/ in the user's cache directory.
+
+    Raises:
+        UserError: the user has no home directory, which the command line provides.
+    """
     if path := os.environ.get("DISTVGG_CACHE"):
         return Path(path)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distvgg"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if caches.startswith("~"):
+        raise UserError("no home directory for the data cache: set HOME, or DISTVGG_CACHE")
+    return Path(caches) / "distvgg"
 
 
 def channel_moments(images: np.ndarray) -> tuple[list[float], list[float]]:

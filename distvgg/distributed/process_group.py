@@ -46,6 +46,8 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
 
     environment.clear()
     environment.refuse()
+    if note := environment.complete_launcher():
+        print(note, flush=True)
     # Accelerator reads this variable, but PartialState does not.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu, **_store_of_this_attempt())
@@ -54,7 +56,7 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
         raise UserError(
             f"WORLD_SIZE is {launched} but no process group was formed, so each process would train"
             " the same thing: set ACCELERATE_USE_CPU=true where there is no GPU, and start with"
-            " accelerate launch"
+            f" accelerate launch{'' if os.environ.get('LOCAL_RANK') else ', which sets LOCAL_RANK'}"
         )
     if state.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise UserError(

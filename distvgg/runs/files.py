@@ -1,5 +1,6 @@
 """Atomic file writes, free disk space, and reading of JSON files."""
 
+import errno
 import os
 import shutil
 from contextlib import suppress
@@ -82,10 +83,14 @@ def write_fsync(path: Path, content: bytes) -> None:
 def fsync_dir(folder: Path) -> None:
     """Waits until the names in a folder are on the disk.
 
-    Without this wait, a power failure may undo a rename.
+    Without this wait, a power failure may undo a rename. Some network and FUSE file systems have no
+    such wait for folders.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(descriptor)

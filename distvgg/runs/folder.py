@@ -5,21 +5,28 @@ instant, the same command can resume in the folder.
 """
 
 import os
-import socket
-from contextlib import suppress
 from pathlib import Path
 
 from distvgg import file_lock
 from distvgg.config import Config, load
 from distvgg.errors import RunError, UserError
+from distvgg.file_lock import FileLock
 from distvgg.runs.files import atomic_write
-from distvgg.runs.layout import CONFIG_FILE, FAILURE_FILE, LOCK_FILE, LOGS, REQUEUE_FILE, STOP_FILE
+from distvgg.runs.layout import (
+    CONFIG_FILE,
+    FAILURE_FILE,
+    LOCK_FILE,
+    LOCK_HOLDER,
+    LOGS,
+    REQUEUE_FILE,
+    STOP_FILE,
+)
 
 AUTO = "train.precision"  # the only field whose value a run resolves
 WITHOUT_EFFECT_ON_RESULTS = ("train.cuda_graphs", "train.detect_anomaly", "train.profile_steps")
 # Files that may exist before the config of a run: left by an interrupted launch, or created early
 # by the user.
-_BEFORE_CONFIG = {LOCK_FILE, LOGS, STOP_FILE, REQUEUE_FILE, f".{CONFIG_FILE}.tmp"}
+_BEFORE_CONFIG = {LOCK_FILE, LOCK_HOLDER, LOGS, STOP_FILE, REQUEUE_FILE, f".{CONFIG_FILE}.tmp"}
 
 
 def check_same_config(run_dir: Path, config: Config) -> Config:
@@ -64,12 +71,12 @@ def check_is_run_dir(run_dir: Path) -> None:
         )
 
 
-def claim_run_dir(run_dir: Path, config: Config) -> int:
+def claim_run_dir(run_dir: Path, config: Config) -> FileLock:
     """Assigns a folder to a config and locks the folder for this process. For the main process.
 
     Returns:
-        The lock, a file descriptor. The folder is locked until the descriptor is closed, at the
-        latest by the kernel when the process dies.
+        The lock. The folder is locked until the lock is released, at the latest when the process
+        dies.
 
     Raises:
         UserError: the folder is not a run folder, has another config, cannot be written, or is in
@@ -80,12 +87,16 @@ def claim_run_dir(run_dir: Path, config: Config) -> int:
         run_dir.mkdir(parents=True, exist_ok=True)
         check_is_run_dir(run_dir)
         lock = _locked(run_dir)
-        if not path.exists():
-            atomic_write(path, config.to_yaml().encode())
-        # Two launches may have found the folder new, and the other may have written its config.
-        check_same_config(run_dir, config)
-        (run_dir / REQUEUE_FILE).unlink(missing_ok=True)
-        (run_dir / FAILURE_FILE).unlink(missing_ok=True)
+        try:
+            if not path.exists():
+                atomic_write(path, config.to_yaml().encode())
+            # Two launches may have found the folder new, and the other may have written its config.
+            check_same_config(run_dir, config)
+            (run_dir / REQUEUE_FILE).unlink(missing_ok=True)
+            (run_dir / FAILURE_FILE).unlink(missing_ok=True)
+        except BaseException:
+            lock.release()
+            raise
     except OSError as error:
         raise UserError(
             f"cannot write run folder {run_dir} ({error.strerror}): choose another with --run-dir"
@@ -112,23 +123,24 @@ def mark_stopped(run_dir: Path, *, requeue: bool) -> None:
         ) from error
 
 
-def _locked(run_dir: Path) -> int:
-    lock = os.open(run_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+def _locked(run_dir: Path) -> FileLock:
     try:
-        if not file_lock.lock(lock, wait=False):
-            print(
-                f"note: the file system of {run_dir} has no file locks, so that two launches in"
-                " one run folder are not detected",
-                flush=True,
-            )
-    except BlockingIOError as error:
-        holder = os.read(lock, 1000).decode(errors="replace") or "another process"
-        os.close(lock)
+        lock = file_lock.hold(run_dir / LOCK_FILE, wait=False)
+    except file_lock.HeldError as error:
         raise UserError(
-            f"run folder {run_dir} is in use by {holder}: wait for it, stop it, or choose another"
-            " --run-dir"
+            f"run folder {run_dir} is in use by {error.holder}: wait for it, stop it, or choose"
+            f" another --run-dir{error.remedy()}"
         ) from error
-    with suppress(OSError):  # the holder's name is optional; a full disk may reject it
-        os.truncate(lock, 0)
-        os.write(lock, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    if not lock.exclusive:
+        print(
+            f"note: the file system of {run_dir / LOCK_FILE} has no file locks, so that two"
+            " launches in one run folder are not detected",
+            flush=True,
+        )
+    elif lock.link is not None:
+        print(
+            f"note: the file system of {run_dir / LOCK_FILE} has no file locks: {lock.link} stands"
+            " for the lock",
+            flush=True,
+        )
     return lock

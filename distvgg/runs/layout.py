@@ -18,6 +18,7 @@ MANIFEST_FILE = "manifest.json"  # of a checkpoint
 STOP_FILE = "STOP"
 REQUEUE_FILE = "REQUEUE"
 LOCK_FILE = ".lock"
+LOCK_HOLDER = ".lock.holder"  # where the file system has no flock
 LOGS = "logs"
 
 

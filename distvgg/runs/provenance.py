@@ -3,13 +3,14 @@
 Only the functions that take a device import torch.
 """
 
-import os
 import platform
 import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from distvgg.cores import describe_cores
 
 if TYPE_CHECKING:
     import torch
@@ -47,9 +48,8 @@ def hardware(device: "torch.device") -> str:
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return (
-        f"{processor()[0]}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) a process"
-    )
+    threads = torch.get_num_threads()
+    return f"{processor()[0]}, {describe_cores()}, {threads} thread(s) a process"
 
 
 def machine(device: "torch.device") -> dict[str, str]:

@@ -409,15 +409,15 @@ def _locked(run_dir: Path, *, wait: bool) -> Iterator[None]:
     folder = run_dir / "wandb"
     try:
         folder.mkdir(exist_ok=True)
-        lock = (folder / LOCK_FILE).open("w")
+        lock = file_lock.hold(folder / LOCK_FILE, wait=wait)
+    except file_lock.HeldError as error:
+        raise UserError(f"{run_dir}: its training is sending the rows{error.remedy()}") from error
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error.strerror})") from error
-    with lock as file:
-        try:
-            file_lock.lock(file.fileno(), wait=wait)
-        except BlockingIOError as error:
-            raise UserError(f"{run_dir}: its training is sending the rows") from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _say(line: str) -> None:

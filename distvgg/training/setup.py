@@ -33,6 +33,7 @@ from distvgg.distributed.reduction_plan import Ranks, TreePlan
 from distvgg.distributed.step_sums import StepReducer
 from distvgg.distributed.tree_sum import ExchangeQueue
 from distvgg.errors import UserError
+from distvgg.file_lock import FileLock
 from distvgg.models.ema import EMA
 from distvgg.models.flops import training_flops
 from distvgg.models.vgg import VGG, batch_norm_layers, build_vgg
@@ -79,7 +80,7 @@ def build(config: Config, folder: Path) -> Run:
     accelerator = start(config, folder)
     requested = config.train.precision
     config = config.replace(train__precision=accelerator.mixed_precision)
-    locks: list[int] = []  # on the main process only
+    locks: list[FileLock] = []  # on the main process only
     broadcast_from_main(accelerator, lambda: locks.append(claim_run_dir(folder, config)))
     try:
         return _build(config, folder, accelerator, requested, locks[0] if locks else None)

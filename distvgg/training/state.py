@@ -21,6 +21,7 @@ from distvgg.distributed.gradients import GradientReducer
 from distvgg.distributed.reduction_plan import TreePlan
 from distvgg.distributed.step_sums import StepReducer
 from distvgg.distributed.tree_sum import ExchangeQueue
+from distvgg.file_lock import FileLock
 from distvgg.models.ema import STATISTICS_STEPS
 from distvgg.models.vgg import VGG, batch_norm_layers
 from distvgg.runs.metrics_file import Mark
@@ -90,7 +91,7 @@ class Run(StepParts):
     clock: Clock
     state: TrainState
     checkpoints: CheckpointManager | None
-    lock: int | None
+    lock: FileLock | None
     notes: list[str]
 
 

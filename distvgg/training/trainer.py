@@ -5,7 +5,6 @@ integer, the step.
 """
 
 import math
-import os
 from pathlib import Path
 
 from distvgg import metrics, preemption
@@ -72,7 +71,7 @@ def train(config: Config, run_dir: str | Path) -> Result:
         finally:
             if run.checkpoints is not None and run.lock is not None:
                 run.checkpoints.wait()  # finish writing before releasing the lock
-                os.close(run.lock)
+                run.lock.release()
 
 
 def fit(run: Run, tracking: Tracking) -> Result:

@@ -285,3 +285,21 @@ def test_a_switch_takes_no_value_or_one_and_names_may_have_hyphens() -> None:
     config = yaml.safe_load(done.stdout)
     assert (config["train"]["compile"], config["track"]["wandb"]) == (True, False)
     assert (config["train"]["global_batch_size"], config["seed"]) == (512, 3)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["debug", "--train.compile"],
+        ["--train.compile", "debug"],
+        ["--train.compile", "--seed", "3", "debug"],
+        ["debug", "--train.compile", "--track.wandb", "false"],
+        ["debug", "--train.compile", "True"],
+        ["--train.compile", "--augment.trivial", "debug"],
+    ],
+    ids=" ".join,
+)
+def test_a_switch_without_a_value_is_true_wherever_it_stands(words: list[str]) -> None:
+    done = run(["config", *words])
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["train"]["compile"] is True

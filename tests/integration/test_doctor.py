@@ -110,7 +110,7 @@ def test_what_train_would_refuse_is_to_fix_and_says_how(tmp_path: Path) -> None:
             ],
             env={
                 **{"DISTVGG_CACHE": f"{file}/cache", "WANDB_INIT_TIMEOUT": "soon"},
-                **{"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"},
+                **{"WORLD_SIZE": "3", "RANK": "0", "MASTER_ADDR": "127.0.0.1"},
             },
         )
     )

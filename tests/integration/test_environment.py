@@ -98,7 +98,7 @@ def test_an_ordinary_environment_needs_no_note(tmp_path: Path) -> None:
     ("variables", "expected"),
     [
         ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, "asks for FSDP"),
-        ({"WORLD_SIZE": "2"}, "without MASTER_ADDR"),
+        ({"WORLD_SIZE": "2"}, "without RANK and MASTER_ADDR"),
         ({"WORLD_SIZE": ""}, "is not a number"),
         ({"WORLD_SIZE": "1", "PMI_SIZE": "2"}, "not by MPI"),
         ({"ACCELERATE_USE_DEEPSPEED": "1"}, "asks for DeepSpeed"),
@@ -106,6 +106,7 @@ def test_an_ordinary_environment_needs_no_note(tmp_path: Path) -> None:
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "not by MPI"),
         ({"PMI_SIZE": "4"}, "not by MPI"),
         ({"LOCAL_RANK": "0"}, "unset LOCAL_RANK"),
+        ({"RANK": "1"}, "RANK=1 without WORLD_SIZE"),
     ],
 )
 def test_another_kind_of_start_is_refused_in_a_line(
@@ -116,7 +117,7 @@ def test_another_kind_of_start_is_refused_in_a_line(
 
 
 def test_what_launchers_leave_in_a_shell_does_no_harm() -> None:
-    environment.refuse({"RANK": "1", "PMI_SIZE": "1", "ACCELERATE_USE_FSDP": "false"})
+    environment.refuse({"MASTER_ADDR": "h", "PMI_SIZE": "1", "ACCELERATE_USE_FSDP": "false"})
     environment.refuse({"ACCELERATE_USE_DEEPSPEED": "no"})
     launched = {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1", "MASTER_ADDR": "host"}
     environment.refuse(launched | {"PMI_SIZE": "2"})

@@ -3,8 +3,10 @@
 import errno
 import fcntl
 import os
+import stat
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,10 +23,10 @@ def test_a_run_folder_keeps_to_its_config(tmp_path: Path) -> None:
     auto = load("quickstart")
     assert check_same_config(folder, auto) == auto
     resolved = auto.replace(train__precision="bf16")
-    os.close(claim_run_dir(folder, resolved))
+    claim_run_dir(folder, resolved).release()
     assert check_same_config(folder, auto) == resolved
     assert check_same_config(folder, resolved) == resolved
-    os.close(claim_run_dir(folder, resolved))
+    claim_run_dir(folder, resolved).release()
     with pytest.raises(UserError, match=r"optim\.lr is 0\.1 there, 0\.3 here") as error:
         check_same_config(folder, auto.replace(optim__lr=0.3))
     assert "seed" not in str(error.value)
@@ -48,7 +50,7 @@ def test_a_folder_of_other_things_is_not_taken(tmp_path: Path) -> None:
 def test_a_start_that_was_cut_off_leaves_a_folder_that_can_be_taken(tmp_path: Path) -> None:
     for name in (".lock", ".config.yaml.tmp", "STOP", "REQUEUE"):
         (tmp_path / name).write_text("half of")
-    os.close(claim_run_dir(tmp_path, Config()))
+    claim_run_dir(tmp_path, Config()).release()
     assert load(str(tmp_path / "config.yaml")) == Config()
     # A user may have asked already that this start stop; that it was to come is now done.
     assert {p.name for p in tmp_path.iterdir()} == {".lock", "config.yaml", "STOP"}
@@ -67,11 +69,11 @@ def test_two_runs_cannot_use_a_folder_but_one_after_a_dead_one_can(tmp_path: Pat
         with pytest.raises(UserError, match=rf"is in use by process {other.pid} on .+: wait"):
             claim_run_dir(tmp_path, Config())
         other.kill()
-    os.close(claim_run_dir(tmp_path, Config()))
+    claim_run_dir(tmp_path, Config()).release()
 
 
 def test_a_read_only_folder_is_one_clear_line(tmp_path: Path) -> None:
-    os.close(claim_run_dir(tmp_path / "run", Config()))
+    claim_run_dir(tmp_path / "run", Config()).release()
     with read_only(tmp_path), pytest.raises(UserError, match=r"cannot write run folder .+\("):
         claim_run_dir(tmp_path / "run", Config())
 
@@ -84,7 +86,7 @@ def test_stopping_leaves_the_marker_and_consumes_the_wish(tmp_path: Path) -> Non
     assert not (tmp_path / "REQUEUE").exists()
     mark_stopped(tmp_path, requeue=False)
     assert not (tmp_path / "REQUEUE").exists()
-    os.close(lock)
+    lock.release()
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path) -> None:
@@ -96,12 +98,40 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_without_file_locks_a_run_starts_and_says_what_is_not_detected(
+def test_without_file_locks_the_folder_is_locked_by_a_link_and_a_line_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    os.close(claim_run_dir(tmp_path / "run", Config()))
-    assert "has no file locks" in capsys.readouterr().out
+    folder = tmp_path / "run"
+    lock = claim_run_dir(folder, Config())
+    assert capsys.readouterr().out == (
+        f"note: the file system of {folder}/.lock has no file locks: {folder}/.lock.holder stands"
+        " for the lock\n"
+    )
+    with pytest.raises(UserError, match=r"is in use by process \d+ on"):
+        claim_run_dir(folder, Config())
+    lock.release()
+    # A start that is refused keeps no lock.
+    with pytest.raises(UserError, match="was made with another config"):
+        claim_run_dir(folder, Config(seed=1))
+    claim_run_dir(folder, Config()).release()
+
+
+@pytest.mark.parametrize(("number", "tolerated"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_file_system_may_lack_fsync_of_folders_but_no_other_error_is_hidden(
+    number: int, tolerated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with nullcontext() if tolerated else pytest.raises(OSError, match="Input/output"):
+        atomic_write(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"  # renamed before the folder is flushed
