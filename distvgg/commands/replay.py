@@ -9,7 +9,6 @@ micro-batch. Invariant: of the run folder, only `replay/` is written.
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -154,7 +153,7 @@ def _run_before(run_dir: Path, config: Config, step: int) -> Iterator[Run]:
             yield run
         finally:
             assert run.lock is not None
-            os.close(run.lock)
+            run.lock.release()
             run.accelerator.end_training()
 
 

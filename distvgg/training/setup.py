@@ -86,12 +86,12 @@ def build(config: Config, folder: Path) -> Run:
         return _build(config, folder, accelerator, requested, locks[0] if locks else None)
     except BaseException:
         for lock in locks:  # the next training may be of the same process
-            os.close(lock)
+            lock.release()
         raise
 
 
 def _build(
-    config: Config, folder: Path, accelerator: "Accelerator", requested: str, lock: int | None
+    config: Config, folder: Path, accelerator: "Accelerator", requested: str, lock: FileLock | None
 ) -> Run:
     """Builds or restores the run in a claimed folder.
 
