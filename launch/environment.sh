@@ -49,7 +49,7 @@ install() { # VENV EXTRA
         >"$constraints" 2>/dev/null || : >"$constraints"
     meets "$venv/bin/python" --only torch || : >"$constraints"
     "$venv/bin/python" -m pip install --quiet --quiet --constraint "$constraints" \
-        --editable ".${extra:+[$extra]}" 2>"$log" && return
+        --editable ".[${extra:-report}]" 2>"$log" && return
     local last
     last="$(grep -oE -m1 'ERROR: .*' "$log" || tail -n 1 "$log")"
     if grep -q "No space left on device" "$log"; then
@@ -87,7 +87,7 @@ use_environment() {
             "$base" -m venv $site "$venv"
             rm "$venv/.making"
         fi
-        echo "Installing distvgg${extra:+ with [$extra]}; a few minutes the first time"
+        echo "Installing distvgg with [${extra:-report}]; a few minutes the first time"
         install "$venv" "$extra"
         echo "$wanted" | tee "$stamp" >"$venv/.distvgg-installed" # an extra comes with all the rest
     fi
