@@ -9,7 +9,6 @@ written meanwhile, because the checkpoint would rely on that row.
 """
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -183,7 +182,7 @@ def read_columns(content: bytes, names: Sequence[str]) -> "dict[str, np.ndarray]
         unexpected_field_behavior="ignore",
     )
     try:
-        table = arrow_json.read_json(io.BytesIO(whole), parse_options=options)
+        table = arrow_json.read_json(pa.BufferReader(whole), parse_options=options)
         return {name: table[name].to_numpy() for name in names}
     except pa.ArrowInvalid:  # a line within the file is damaged
         rows = parse_rows(whole)
