@@ -79,7 +79,7 @@ def train_with_kills(
     for step in sorted(rng.sample(range(2, steps), kills)):
         processes = rng.choice(COUNTS)
         with Training(run_dir, words, processes=processes, env=CPU) as training:
-            training.until(lambda: "parameters on" in training.output(), ROW_TIMEOUT)
+            training.until(lambda: " parameters, " in training.output(), ROW_TIMEOUT)
             training.until_step(step, ROW_TIMEOUT)
             training.kill()
         launches.append((processes, int(training.rows()[-1][STEP])))

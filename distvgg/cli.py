@@ -46,6 +46,7 @@ usage: distvgg COMMAND ...
   tables RUN_DIR...                                          results over seeds, as Markdown
   sync RUN_DIR...                                            sends rows that W&B lacks
   config RECIPE [--section.field VALUE ...]                  the whole config as YAML
+  summary RECIPE [--section.field VALUE ...]                 layers, shapes, parameters, FLOPs
   doctor [RECIPE] [--prepare] [as train]                     what works here, and what to fix
   sweep RECIPE --sweep FIELD=VALUE,VALUE ... [as train]      combinations of values, for a job array
   bench [RECIPE] [--json] [--gpu h100] [as train]            what to expect of 1 to 1,024 GPUs
@@ -146,12 +147,13 @@ def _train(options: Namespace) -> str:
     environment.refuse_half_a_launcher()
     from distvgg.training.trainer import train
 
-    text = train(config, run_dir).text()
+    result = train(config, run_dir)
     if environment.rank():
-        return text
-    from distvgg.commands.report import report_line
+        return result.text()
+    from distvgg.commands.report import write_at_end
 
-    return f"{text}\n{report_line(run_dir)}"
+    failure = write_at_end(run_dir)
+    return result.text(run_dir) + (f"\n{failure}" if failure else "")
 
 
 def _config_parser(shown: Config) -> Parser:
@@ -163,6 +165,26 @@ def _config_parser(shown: Config) -> Parser:
 
 def _config(options: Namespace) -> str:
     return resolve(options)[1].to_yaml().rstrip()
+
+
+def _summary_parser(shown: Config) -> Parser:
+    parser = Parser(
+        "summary",
+        """Lists the layers of a recipe's network: output shapes, parameters and operations.
+
+Nothing is trained, and no device is needed. Operations are those of convolutions and linear layers
+for one image, two for a multiply-add.""",
+        "RECIPE [--section.field VALUE ...]",
+    )
+    add_run_options(parser, shown)
+    return parser
+
+
+def _summary(options: Namespace) -> str:
+    _, config, _ = resolve(options)
+    from distvgg.commands.summary import summary
+
+    return summary(config)
 
 
 def _evaluate_parser(_: Config) -> Parser:
@@ -494,6 +516,7 @@ COMMANDS = {
     "tables": Command(_tables_parser, _tables),
     "sync": Command(_sync_parser, _sync),
     "config": Command(_config_parser, _config),
+    "summary": Command(_summary_parser, _summary),
     "doctor": Command(_doctor_parser, _doctor),
     "sweep": Command(_sweep_parser, _sweep),
     "bench": Command(_bench_parser, _bench, ("fast",)),

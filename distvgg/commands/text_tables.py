@@ -8,9 +8,17 @@ from tabulate import tabulate
 Rows = Sequence[Sequence[str]]
 
 
-def plain_table(rows: Rows, align: Literal["left", "right"] = "left") -> str:
-    """Returns rows with aligned columns, two spaces apart."""
-    columns = [align] * len(rows[0])
+Side = Literal["left", "right"]
+
+
+def plain_table(rows: Rows, align: Side | Sequence[Side] = "left") -> str:
+    """Returns rows with aligned columns, two spaces apart.
+
+    Args:
+        rows: the cells; the first row is the header.
+        align: of all columns, or of each.
+    """
+    columns = [align] * len(rows[0]) if isinstance(align, str) else list(align)
     text = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=columns)
     return "\n".join(line.rstrip() for line in text.splitlines())
 

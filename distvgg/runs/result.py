@@ -14,7 +14,7 @@ from distvgg import metrics
 from distvgg.config import Config
 from distvgg.data.plan import BatchPlan
 from distvgg.runs.files import atomic_write, read_json
-from distvgg.runs.layout import RESULT_FILE, WEIGHTS_FILE
+from distvgg.runs.layout import REPORT_FILE, RESULT_FILE, WEIGHTS_FILE
 from distvgg.runs.provenance import commit, hardware, versions
 
 if TYPE_CHECKING:
@@ -58,8 +58,12 @@ class Result:
         if metrics.STEP not in self.best or any(metrics.TOP1 not in r for r in named):
             raise ValueError("a metric that every run has is missing")
 
-    def text(self) -> str:
-        """Formats the result as text: throughput, accuracies, and locations of the curves."""
+    def text(self, run_dir: Path | None = None) -> str:
+        """Formats the result as text: throughput, accuracies, and where report and curves are.
+
+        Args:
+            run_dir: the run folder, whose report and weights are named. None: neither.
+        """
         speed = f" at {self.images_per_sec:,.0f} images/s" if self.images_per_sec else ""
         lines = [f"done: {self.steps:,} steps, {self.epochs:.2f} epochs{speed}"]
         for split, row in (("val", self.val), ("test", self.test)):
@@ -70,6 +74,10 @@ class Result:
         if self.best[metrics.STEP] != self.steps:
             top1, step = 100 * self.best[metrics.TOP1], self.best[metrics.STEP]
             lines.append(f"  best  val top1 {top1:.2f}%, at step {step}")
+        kept = {"report": REPORT_FILE, "weights": WEIGHTS_FILE} if run_dir else {}
+        for what, name in kept.items():
+            if run_dir is not None and (run_dir / name).exists():
+                lines.append(f"  {what}: {run_dir / name}")
         return "\n".join([*lines, f"  curves: {'; '.join(self.curves)}"])
 
     @staticmethod

@@ -3,7 +3,7 @@
 import sys
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate.tracking import GeneralTracker
 
@@ -15,19 +15,34 @@ if TYPE_CHECKING:
 
 # Seconds between two lines of training progress if there is no terminal.
 CALM = 30.0
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
+VAL_TOP1 = f"val/{metrics.TOP1}"
+
+
+class Best(NamedTuple):
+    """The best validation so far: its step and top-1. The earliest of several that are equal."""
+
+    step: int
+    top1: float
 
 
 class Console(GeneralTracker):
     """A progress bar on a terminal, or lines in a log file.
 
     A log file gets one line for each evaluation, and at most one line for training every 30 s.
+
+    Args:
+        steps: total steps of the run.
+        done: steps that are done already.
+        best: the best validation so far, if any.
     """
 
     name = "console"
     requires_logging_directory = False
 
-    def __init__(self, steps: int, done: int = 0) -> None:
+    def __init__(self, steps: int, done: int = 0, best: Best | None = None) -> None:
         super().__init__()
+        self._best = best
         self._steps = steps
         self._before = done
         self._done = 0  # steps of this launch
@@ -57,7 +72,7 @@ class Console(GeneralTracker):
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         assert step is not None
         if metrics.TRAIN_LOSS not in values:
-            self.say(f"{self._where(values)}  {metrics.describe(values)}")
+            self.say(f"{self._where(values)}  {metrics.describe(values)}{self._standing(values)}")
         elif self._bar is not None:
             self._bar.set_postfix_str(metrics.describe(values))
         elif time.monotonic() - self._last_line >= CALM:
@@ -72,6 +87,16 @@ class Console(GeneralTracker):
         if self._bar is not None:
             self._bar.close()
 
+    def _standing(self, row: metrics.Row) -> str:
+        """Returns how a validation compares with those before; empty for other evaluations."""
+        top1 = row.get(VAL_TOP1)
+        if top1 is None:
+            return ""
+        if self._best is None or top1 > self._best.top1:
+            self._best = Best(int(row[metrics.STEP]), top1)
+            return "  <- new best"
+        return f"  (best top1 {100 * self._best.top1:.2f}% at step {self._best.step})"
+
     def _where(self, row: metrics.Row) -> str:
         step = f"{row[metrics.STEP]:>{len(str(self._steps))}}/{self._steps}"
         return f"step {step}  epoch {row[metrics.EPOCH]:.2f}"
@@ -80,7 +105,9 @@ class Console(GeneralTracker):
 def _progress_bar(steps: int, done: int) -> "tqdm[Any]":
     from tqdm import tqdm
 
-    return tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1)
+    return tqdm(
+        total=steps, initial=done, bar_format=BAR, unit="step", dynamic_ncols=True, smoothing=0.1
+    )
 
 
 def _duration(seconds: float) -> str:

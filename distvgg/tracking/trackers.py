@@ -19,7 +19,7 @@ from distvgg.config import Config
 from distvgg.errors import UserError
 from distvgg.runs.layout import METRICS_FILE
 from distvgg.runs.metrics_file import Mark, MetricsFile, read_rows
-from distvgg.tracking.console import Console
+from distvgg.tracking.console import Best, Console
 from distvgg.tracking.others import OtherTracker, require_others
 from distvgg.tracking.wandb_process import WandBProcess, start_wandb
 
@@ -34,6 +34,7 @@ class Tracking:
         steps: total steps of the run.
         done: steps that are done already.
         mark: the end of metrics.jsonl after `done` steps.
+        best: step and top-1 of the best validation so far, if any.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Tracking:
         steps: int,
         done: int = 0,
         mark: Mark = Mark(),  # noqa: B008  frozen
+        best: Best | None = None,
     ) -> None:
         self._trackers: list[GeneralTracker] = []
         self._console: Console | None = None
@@ -52,7 +54,7 @@ class Tracking:
         self._local = [str(run_dir / METRICS_FILE)]
         if not accelerator.is_main_process:
             return
-        self._console = Console(steps, done)
+        self._console = Console(steps, done, best)
         require_others(config.track.also)
         self._file = MetricsFile(run_dir / METRICS_FILE, mark, self.say)
         if config.track.wandb and os.environ.get("WANDB_MODE") != "disabled":
@@ -72,6 +74,10 @@ class Tracking:
         purge = {"tensorboard": {"purge_step": done + 1}}
         accelerator.init_trackers(config.track.project, flat, purge)
         self._trackers = accelerator.trackers
+
+    def planned_curves(self) -> list[str]:
+        """Lists where the curves will be, without waiting for W&B to say where."""
+        return self._local + (["W&B, whose line follows"] if self._wandb else [])
 
     def curves(self) -> list[str]:
         """Lists the places and addresses of the curves."""

@@ -20,7 +20,9 @@ from distvgg.runs.confusion import Confusion, save_confusion
 from distvgg.runs.folder import check_same_config, mark_stopped
 from distvgg.runs.layout import STOP_FILE
 from distvgg.runs.result import Result, read_result, save_result, save_weights
+from distvgg.tracking.console import Best
 from distvgg.tracking.trackers import Tracking
+from distvgg.training.banner import startup_banner
 from distvgg.training.diagnose import diagnose
 from distvgg.training.evaluation import Evaluation, evaluate_over_ranks
 from distvgg.training.nan_monitor import NonFiniteError
@@ -58,9 +60,13 @@ def train(config: Config, run_dir: str | Path) -> Result:
     with clean_shutdown(), translate_peer_failure():
         run = build(config, run_dir)
         try:
-            done, mark = run.state.step, run.state.metrics
-            tracking = Tracking(run.accelerator, run.config, run_dir, run.steps, done, mark)
-            for line in (startup_banner(run), *(f"note: {note}" for note in run.notes)):
+            state = run.state
+            best = None if state.best_step is None else Best(state.best_step, state.best_top1)
+            tracking = Tracking(
+                run.accelerator, run.config, run_dir, run.steps, state.step, state.metrics, best
+            )
+            banner = startup_banner(run, tracking.planned_curves())
+            for line in (banner, *(f"note: {note}" for note in run.notes)):
                 tracking.say(line)
             try:
                 return fit(run, tracking)
@@ -299,20 +305,3 @@ def evaluation_due(step: int, every_epochs: float, plan: BatchPlan, total: int) 
 def add_prefix(split: str, row: metrics.Row) -> metrics.Row:
     """Returns a split's metrics under the names that they have in rows."""
     return {f"{split}/{name}": value for name, value in row.items()}
-
-
-def startup_banner(run: Run) -> str:
-    """Returns the lines that describe a run at its start."""
-    model, plan, accelerator = run.config.model, run.plan, run.accelerator
-    size = sum(p.numel() for p in run.vgg.parameters()) / 1e6
-    name = f"VGG-{model.depth}{'-BN' if model.batch_norm else ''}"
-    on_cpu = accelerator.device.type == "cpu"
-    threads = f", {run.config.train.cpu_threads} thread(s) each" if on_cpu else ""
-    return (
-        f"{name} of {size:.1f}M parameters on {run.config.data.name}:"
-        f" {plan.n_samples:,} train, {run.val_loader.n_samples:,} val images\n"
-        f"{run.steps:,} steps of {plan.global_batch_size} = {accelerator.num_processes} process(es)"
-        f" x {plan.accumulation} x {plan.micro_batch_size}, {accelerator.mixed_precision} on"
-        f" {accelerator.device.type}{threads}, into {run.folder}"
-        + (f"\nresumed after step {run.state.step:,}" if run.state.step else "")
-    )

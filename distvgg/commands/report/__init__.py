@@ -52,21 +52,20 @@ def report(run_dirs: Sequence[Path], out: Path, *, watch: bool = False) -> str:
     return f"the watch has ended: {out}"
 
 
-def report_line(run_dir: Path) -> str:
+def write_at_end(run_dir: Path) -> str | None:
     """Writes the report of a run that has just ended into its folder.
 
     Returns:
-        A line for the user: the file, or why there is none. Never raises an exception, because the
-        run has succeeded.
+        A line for the user if there is no report. Never raises an exception, because the run has
+        succeeded.
     """
-    out = run_dir / REPORT_FILE
     try:
         _require_bokeh()
-        write([run_dir], out)
+        write([run_dir], run_dir / REPORT_FILE)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         return f"  report: not written ({reason})"
-    return f"  report: {out}"
+    return None
 
 
 def write(run_dirs: Sequence[Path], out: Path, *, reload_seconds: int | None = None) -> None:

@@ -17,10 +17,44 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_a_terminal_has_a_progress_bar(shown: str) -> None:
     *_, last = (line for line in shown.split("\r") if "10/10 [" in line)
-    assert re.search(r"100%\|█+\| 10/10 \[\d\d:\d\d<\d\d:\d\d", last), last
+    assert re.search(r"100%\|█+\| 10/10 \[\d\d:\d\d, 00:00 left, ", last), last
     assert re.search(r"loss \d\.\d{3}, top1 \d+\.\d\d%, [\d,]+ images/s", last), last
     # Lines stand above the bar, each on its own.
-    assert re.search(r"\rstep 10/10  epoch 1\.07  val loss [^\r]+\r\n", shown)
+    assert re.search(r"\rstep 10/10  epoch 1\.07  val loss [^\r]+  <- new best\r\n", shown)
+
+
+def test_a_terminal_says_first_what_will_run_and_last_where_the_results_are(shown: str) -> None:
+    lines = shown.replace("\r\n", "\n").splitlines()
+    table = dict(line.split(maxsplit=1) for line in lines[:6])
+    assert list(table) == ["data", "network", "training", "optimizer", "compute", "curves"]
+    assert len({re.match(r"\w+ +", line).end() for line in lines[:6]}) == 1  # aligned
+    assert table["data"] == "synthetic: 600 train, 103 val, 2,000 test images, 100 classes"
+    assert re.fullmatch(
+        r"VGG-11-BN at 32x32, 28,281 parameters, 0\.00263 GFLOP .+", table["network"]
+    )
+    assert table["training"].startswith("10 steps of 64 = 1 process(es) x 4 x 16; 1.07 epochs, ")
+    assert table["optimizer"].startswith("sgd, lr 0.1, cosine after ")
+    assert table["compute"].startswith("precision no on cpu, 1 thread(s) each; ")
+    assert table["curves"].endswith("/run/metrics.jsonl")
+    assert lines[-2].endswith("/run/model.safetensors")
+    assert lines[-1] == f"  curves: {table['curves']}"
+
+
+def test_a_validation_says_whether_it_is_the_best_so_far_also_after_a_resume(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from distvgg.tracking.console import Best, Console
+
+    console = Console(400, done=100, best=Best(90, 0.5))
+    for step, top1 in ((200, 0.5), (300, 0.625), (400, 0.6)):
+        console.log({"step": step, "epoch": step / 100, "val/loss": 1.0, "val/top1": top1}, step)
+    console.log({"step": 400, "epoch": 4.0, "test/loss": 1.0, "test/top1": 0.7}, 400)
+    assert [line.split("%", 1)[1] for line in capsys.readouterr().out.splitlines()] == [
+        "  (best top1 50.00% at step 90)",  # the earliest of several
+        "  <- new best",
+        "  (best top1 62.50% at step 300)",
+        "",
+    ]
 
 
 @pytest.fixture(scope="module")
