@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 
-from distvgg.config import DataConfig, SplitName
+from distvgg.config import SplitName
 from distvgg.runs.confusion import Confusion, class_accuracy, worst_pairs
 
 A_CLASS = 5
@@ -36,17 +36,23 @@ class Examples:
 
 
 def read_examples(
-    config: DataConfig, confusions: Sequence[Confusion], n_pairs: int, n_classes: int
+    entry_name: str, confusions: Sequence[Confusion], n_pairs: int, n_classes: int
 ) -> Examples:
-    """Returns images of the classes that the tables of some confusion matrices name."""
-    from distvgg.data.cache import cache_entry, is_complete, open_entry
+    """Returns images of the classes that the tables of some confusion matrices name.
+
+    Args:
+        entry_name: of the cache entry that the runs read. Its source may be slow to list.
+        confusions: the matrices.
+        n_pairs: rows of the table of pairs.
+        n_classes: rows of the table of hardest classes.
+    """
+    from distvgg.data.cache import cache_dir, is_complete, open_entry
 
     try:
-        entry = cache_entry(config)
-        complete = is_complete(entry)
-    except (OSError, RuntimeError):  # no home directory, or a folder that cannot be read
-        complete = False
-    if not complete:
+        entry = cache_dir() / entry_name
+    except RuntimeError:  # there is no home directory
+        return Examples("No example images: DISTVGG_CACHE is not set.")
+    if not is_complete(entry):
         return Examples(
             "No example images: the data is not in the cache of this machine (DISTVGG_CACHE)."
         )

@@ -220,8 +220,10 @@ def _classes(
     if not totals:
         return _NO_CONFUSION, {}
     with_examples = [total for _, total in totals[:GROUPS_WITH_EXAMPLES]]
-    first = of_entry[id(groups[0].entries[0])]
-    examples = read_examples(first.config.data, with_examples, N_PAIRS, N_CLASSES)
+    digests = [e.result.data_fingerprint for g in groups for e in g.entries if e.result]
+    data = next(iter(of_entry.values())).config.data.name
+    entry = f"{data}-{digests[0] if digests else 'unknown'}"
+    examples = read_examples(entry, with_examples, N_PAIRS, N_CLASSES)
     matrices = {f"classes{n}": _matrix(total) for n, (_, total) in enumerate(totals)}
     drawn = {key: matrix for key, matrix in matrices.items() if matrix is not None}
     cells: dict[str, Any] = {}
