@@ -152,7 +152,7 @@ def _train(options: Namespace) -> str:
         return result.text()
     from distvgg.commands.report import write_at_end
 
-    failure = write_at_end(run_dir)
+    failure = write_at_end(run_dir) if config.track.report else None
     return result.text(run_dir) + (f"\n{failure}" if failure else "")
 
 

@@ -336,6 +336,8 @@ class TrackConfig(FrozenModel):
     """Upload model.safetensors and preprocessing.json to W&B as an artifact at the end."""
     tensorboard: bool = False
     """Write TensorBoard event files in the run folder."""
+    report: bool = True
+    """Write report.html to the run folder at the end, if Bokeh is installed. Takes a second."""
     also: Trackers = ()
     """Other trackers of accelerate, such as trackio,mlflow: of aim, clearml, comet_ml, dvclive,
     mlflow, swanlab, trackio."""

@@ -249,7 +249,7 @@ def _yaml_of_0_1(config: Config) -> str:
     newer = {
         "train": ("cpu_threads", "cuda_graphs", "overfit_batches", "profile_steps"),
         "data": ("image_column", "label_column", "on_error", "max_pixels"),
-        "track": ("wandb_artifact", "also"),
+        "track": ("wandb_artifact", "report", "also"),
     }
     for section, names in newer.items():
         for name in names:

@@ -202,9 +202,10 @@ def test_several_processes_that_are_each_alone_are_refused(tmp_path: Path) -> No
 
 def test_a_finished_run_is_shown_not_repeated_and_another_config_refused(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / "run"  # a name that is also that of a part of a run
-    first = train(folder, "--train.epochs", "0.2")
+    args = ("--train.epochs", "0.2", "--track.report", "true")
+    first = train(folder, *args)
     before = (folder / "metrics.jsonl").stat().st_mtime_ns
-    again = train(folder, "--train.epochs", "0.2")
+    again = train(folder, *args)
     assert first.strip().endswith(again.strip())
     assert f"  weights: {folder}/model.safetensors" in again
     assert f"\n  report: {folder}/report.html\n" in again

@@ -33,7 +33,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     seeds = [folder / "seed0", folder / "seed1"]
     for n, seed in enumerate(seeds):
-        train(seed, "--seed", str(n), "--eval.every_epochs", "0.3")
+        words = ("--seed", str(n), "--eval.every_epochs", "0.3", "--track.report", "true")
+        train(seed, *words)
     other = folder / ODD
     words = ("--optim.lr", "0.2", "--eval.every_epochs", "0.3")
     with Started(other, *words) as started:
@@ -196,9 +197,11 @@ def test_both_colour_schemes_on_a_desk_and_a_phone(
 
 
 def test_a_training_leaves_a_report_and_says_where(browser: Browser, runs: list[Path]) -> None:
-    words = ["train", str(runs[0] / "config.yaml"), "--run-dir", str(runs[0])]
     report = runs[0] / "report.html"
-    assert run(words).stdout.splitlines()[-1] == f"  report: {report}"
+    written = report.stat().st_mtime_ns  # by the training
+    words = ["train", str(runs[0] / "config.yaml"), "--run-dir", str(runs[0])]
+    assert f"  report: {report}" in run(words).stdout.splitlines()
+    assert report.stat().st_mtime_ns == written
     assert report.stat().st_size < 3e6
     browser.emulate("light", 1400)
     browser.open(report)
@@ -214,7 +217,8 @@ def test_without_bokeh_the_command_says_what_to_install_and_a_training_ends_well
     out = tmp_path / "out.html"
     done = run(["report", str(runs[0]), "--out", str(out)], program=WITHOUT_BOKEH)
     assert (done.returncode, done.stderr) == (2, f"distvgg: error: {missing}\n")
-    words = ["train", str(runs[0] / "config.yaml"), "--run-dir", str(runs[0])]
+    (runs[1] / "report.html").unlink(missing_ok=True)
+    words = ["train", str(runs[1] / "config.yaml"), "--run-dir", str(runs[1])]
     done = run(words, program=WITHOUT_BOKEH)
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == f"  report: not written ({missing})"

@@ -22,6 +22,7 @@ TINY = (
     *("--data.train_size", "600", "--data.val_size", "103", "--model.width", "0.05"),
     *("--train.epochs", "1", "--train.global_batch_size", "64", "--train.micro_batch_size", "16"),
     *("--train.precision", "no", "--track.wandb", "false", "--track.every_steps", "1"),
+    *("--track.report", "false"),  # a second of each run
 )
 
 

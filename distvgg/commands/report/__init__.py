@@ -59,9 +59,12 @@ def write_at_end(run_dir: Path) -> str | None:
         A line for the user if there is no report. Never raises an exception, because the run has
         succeeded.
     """
+    report, result = run_dir / REPORT_FILE, run_dir / RESULT_FILE
     try:
+        if report.is_file() and report.stat().st_mtime_ns >= result.stat().st_mtime_ns:
+            return None  # the run had ended before
         _require_bokeh()
-        write([run_dir], run_dir / REPORT_FILE)
+        write([run_dir], report)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         return f"  report: not written ({reason})"

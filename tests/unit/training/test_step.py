@@ -167,7 +167,7 @@ def test_a_run_leaves_its_config_metrics_weights_and_result(tmp_path: Path) -> N
     files = {p.name for p in folder.iterdir()}
     assert files == {
         *("config.yaml", "metrics.jsonl", "model.safetensors", "confusion.json", "result.json"),
-        *("preprocessing.json", "checkpoints", ".lock", "report.html"),
+        *("preprocessing.json", "checkpoints", ".lock"),
     }
     # 10 steps; rows of training every 4 and at the end, of validation twice, of test once.
     table = rows(folder)
