@@ -35,7 +35,7 @@ def findings(done: subprocess.CompletedProcess[str]) -> Findings:
     assert all(parsed), done.stdout + done.stderr
     assert len({match.start(3) for match in parsed if match}) == 1  # aligned
     found = {match[2]: (match[1], match[3]) for match in parsed if match}
-    assert bool(card) is ("decoded in" in found.get("data", ("", ""))[1])
+    assert not card or "decoded in" in found["data"][1]
     to_fix = [name for name, (verdict, _) in found.items() if verdict == "fix"]
     assert done.returncode == (1 if to_fix else 0)
     if to_fix:

@@ -66,7 +66,7 @@ def test_a_micro_batch_in_detail(on_two: Path) -> None:
 
 
 def test_rows_of_several_steps_are_compared_at_their_end(tmp_path: Path) -> None:
-    train(tmp_path / "run", "--train.epochs", "2", "--track.every_steps", "8", processes=4)
+    train(tmp_path / "run", "--train.epochs", "2", "--track.every_steps", "8", processes=2)
     said = replay(tmp_path / "run", "--step", "10")  # from the initial weights
     assert equal_steps(said) == [8, 16]
 

@@ -23,6 +23,12 @@ WITHOUT_BOKEH = (
     "import sys; sys.modules['bokeh'] = None; from distvgg.cli import main; sys.exit(main())",
 )
 
+# A shell starts what is in its background with SIGINT ignored.
+HEARS_CTRL_C = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    " from distvgg.cli import main; sys.exit(main(sys.argv[1:]))"
+)
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
@@ -276,7 +282,7 @@ def test_a_watch_follows_a_run_to_its_end(
     lines = (runs[0] / "metrics.jsonl").read_text().splitlines(keepends=True)
     (growing / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
     watch = subprocess.Popen(
-        [sys.executable, "-m", "distvgg", "report", str(growing), "--out", str(out), "--watch"],
+        [sys.executable, "-c", HEARS_CTRL_C, "report", str(growing), "--out", str(out), "--watch"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -151,7 +151,7 @@ def test_levels_are_the_gpus_of_a_node_and_then_nodes(
     assert levels_of(world_size, per_node) == levels
 
 
-@pytest.mark.parametrize("world_size", [4, 6])
+@pytest.mark.parametrize("world_size", [pytest.param(4, marks=pytest.mark.long), 6])
 def test_sums_over_real_processes(world_size: int) -> None:
     """Several at a time, of all shapes, over gloo: tests/support/tree_sum_ranks.py compares."""
     program = (str(ROOT / "tests" / "support" / "tree_sum_ranks.py"),)
