@@ -45,7 +45,7 @@ PARTS = ("first_step", "imports", "help", "decode", "memory")
 HELPS = {"--help": ["--help"], "train fast --help": ["train", "fast", "--help"]}
 # Small networks of the recipe, where the network is not what is measured.
 NARROW = ("--model.width", "0.05", "--train.precision", "no")
-# What starts torch._dynamo is any optimizer (torch 2.14): told apart from the rest of torch.
+# torch's own optimizers import torch._dynamo (torch 2.14): told apart from the rest of torch.
 DYNAMO = "torch._dynamo"
 LOAD = (
     "import sys; from distvgg.commands.arguments import resolve, train_parser\n"

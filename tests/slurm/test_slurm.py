@@ -346,7 +346,9 @@ def test_nodes_without_slurm_start_again_after_a_worker_died(login: Login, tmp_p
         for node in (head, other)
     ]
     while not any(row["step"] >= 25 for row in rows(tmp_path / "run")[-1:]):
-        assert all(node.poll() is None for node in nodes)
+        assert all(node.poll() is None for node in nodes), [
+            node.communicate()[0] for node in nodes if node.poll() is not None
+        ]
         time.sleep(0.05)
     descendants(nodes[1].pid, " train ")[-1].kill()
     said = [node.communicate(timeout=100)[0] for node in nodes]
