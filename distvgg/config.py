@@ -97,6 +97,10 @@ Flip = Annotated[
 TestTimeAugmentation = Annotated[Literal["no", "flip"], _no]
 
 
+MAX_PIXELS = 500_000_000
+"""Default of `data.max_pixels`."""
+
+
 class DataConfig(FrozenModel):
     """The dataset and its train/validation split."""
 
@@ -122,7 +126,7 @@ class DataConfig(FrozenModel):
     cropped. None: all images must have one shape already."""
     on_error: Literal["refuse", "skip"] = "refuse"
     """Images that cannot be decoded: refuse names them, skip leaves them out and counts them."""
-    max_pixels: int = Field(500_000_000, ge=1)
+    max_pixels: int = Field(MAX_PIXELS, ge=1)
     """Largest image that is decoded, in pixels, as a guard against files made to fill memory."""
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from distvgg import environment
-from distvgg.commands.bench_options import BenchOptions, gpu_spec, interconnect, peak_share
+from distvgg.commands.bench_options import BenchOptions, assumption, gpu_spec, interconnect
 from distvgg.commands.text_tables import plain_table
 from distvgg.config import Config
 from distvgg.distributed.cost_model import (
@@ -33,6 +33,7 @@ from distvgg.distributed.cost_model import (
 )
 from distvgg.distributed.hardware import HARDWARE
 from distvgg.errors import UserError
+from distvgg.models.summary import network_name
 from distvgg.models.vgg import VGG
 from distvgg.runs.provenance import commit, hardware, versions
 
@@ -77,7 +78,7 @@ def bench(config: Config, recipe: str, options: BenchOptions, *, as_json: bool) 
     size = sum(sum(layer.gradients) for layer in job.layers)
     header = ["GPUs", "micro-batches", "batch", "step ms", "exposed", "wait", "images/s", "eff."]
     parts = [
-        f"VGG-{model.depth}{'-BN' if model.batch_norm else ''} of {recipe}: {size / 1e6:.1f} MB of"
+        f"{network_name(model)} of {recipe}: {size / 1e6:.1f} MB of"
         f" gradients, {job.flops / 1e9:.2f} GFLOP an image, micro-batches of {m}\n"
         + "\n".join(origins(setup, options, source, alone)),
         f"Strong scaling: the global batch of {batch.global_batch_size:,} shared by more GPUs\n"
@@ -295,28 +296,6 @@ def origins(setup: Setup, options: BenchOptions, source: str, alone: int) -> lis
         f" ({'given' if given else f'ASSUMED, {named.name}'})"
     )
     return lines
-
-
-def assumption(options: BenchOptions, job: Job) -> str:
-    """Returns how the throughput of a GPU was assumed, and what was measured."""
-    assert options.gpu is not None
-    gpu = HARDWARE[options.gpu]
-    at = (
-        f"an {gpu.name.split(',')[0]} at {peak_share(options):.1%} of its peak of"
-        f" {gpu.peak / 1e12:.0f} TFLOP/s"
-    )
-    found = gpu.measured
-    if options.peak_share is not None:
-        return f"{at}, as given"
-    if found is None:
-        return f"{at}: distvgg was never measured on this GPU; small micro-batches reach less"
-    measured = (
-        f"{at}, as measured on {found.date}: {found.images_per_sec:,.0f} images/s of"
-        f" {found.network} (distvgg {found.version})"
-    )
-    if job.flops == found.flops:
-        return measured
-    return f"{measured}; that this network reaches the same share is assumed"
 
 
 def _device() -> torch.device:

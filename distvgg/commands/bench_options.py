@@ -67,6 +67,28 @@ def peak_share(options: BenchOptions) -> float:
     return options.peak_share or HARDWARE[options.gpu].measured_share or PEAK_SHARE
 
 
+def assumption(options: BenchOptions, job: Job) -> str:
+    """Returns how the throughput of a GPU was assumed, and what was measured."""
+    assert options.gpu is not None
+    gpu = HARDWARE[options.gpu]
+    at = (
+        f"an {gpu.name.split(',')[0]} at {peak_share(options):.1%} of its peak of"
+        f" {gpu.peak / 1e12:.0f} TFLOP/s"
+    )
+    found = gpu.measured
+    if options.peak_share is not None:
+        return f"{at}, as given"
+    if found is None:
+        return f"{at}: distvgg was never measured on this GPU; small micro-batches reach less"
+    measured = (
+        f"{at}, as measured on {found.date}: {found.images_per_sec:,.0f} images/s of"
+        f" {found.network} (distvgg {found.version})"
+    )
+    if job.flops == found.flops:
+        return measured
+    return f"{measured}; that this network reaches the same share is assumed"
+
+
 def gpu_spec(options: BenchOptions, job: Job, accumulation: int) -> Gpu:
     """Returns the GPU that the options give by `images_per_sec`, else by name.
 

@@ -43,7 +43,7 @@ from distvgg.training.nan_monitor import NonFiniteError
 from distvgg.training.setup import build
 from distvgg.training.state import Run, warmup_steps
 from distvgg.training.step import train_step
-from distvgg.training.trainer import due
+from distvgg.training.trainer import due, train_row
 
 COMPARED = (metrics.TRAIN_LOSS, metrics.TRAIN_TOP1, metrics.TRAIN_LR, metrics.TRAIN_GRAD_NORM)
 SHOWN = 8  # samples with the highest losses
@@ -169,8 +169,7 @@ def _take_step(run: Run, logged: dict[int, metrics.Row], compared: Comparison) -
     state.step += 1
     run.monitor.drain()
     if due(state.step, config.track.every_steps, run.steps):
-        row = {metrics.STEP: state.step} | run.meter.read() | {metrics.TRAIN_LR: lr}
-        row[metrics.TRAIN_GRAD_NORM] = run.monitor.grad_norm
+        row = train_row(run, lr)
         if state.step in logged:
             compared.add(logged[state.step], row)
 

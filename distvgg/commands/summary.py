@@ -6,7 +6,8 @@ from distvgg.data import synthetic
 from distvgg.data.cache import cache_entry, is_complete, open_entry
 from distvgg.data.cifar import CLASSES
 from distvgg.errors import UserError
-from distvgg.models.summary import layers_of, network_name, training_flops_of
+from distvgg.models.flops import training_flops
+from distvgg.models.summary import layers_of, network_name
 
 
 def summary(config: Config) -> str:
@@ -23,7 +24,8 @@ def summary(config: Config) -> str:
         cells = [f"{layer.parameters:,}" if layer.parameters else "", _mega(layer.flops)]
         rows.append([layer.name, layer.kind, shape, *cells])
     parameters = sum(layer.parameters for layer in layers)
-    forward, training = sum(layer.flops for layer in layers), training_flops_of(layers)
+    forward = sum(layer.flops for layer in layers)
+    training = training_flops(config.model, classes)
     name = network_name(config.model)
     return "\n".join(
         [

@@ -123,10 +123,7 @@ def _labels(rows: Rows, names: list[str], values: list[Any] | None, train: Rows)
 
 def _plain(where: str, column: Labels) -> list[Any]:
     """Returns the values of a column: strings, integers or booleans."""
-    values = column.values
-    if values.null_count:
-        i = int(np.flatnonzero(values.is_null().to_numpy())[0])
-        raise UserError(f"{where}: image {i} has no {column.column}: fix or drop that row")
+    values = _without_gaps(where, column)
     kind = values.type
     found: list[Any] = values.to_pylist()
     if pa.types.is_floating(kind) and all(value == int(value) for value in found):
@@ -146,10 +143,7 @@ def integers(where: str, column: Labels, n: int) -> np.ndarray:
     Raises:
         UserError: a value is missing, no integer, or not in 0..n-1.
     """
-    values = column.values
-    if values.null_count:
-        i = int(np.flatnonzero(values.is_null().to_numpy())[0])
-        raise UserError(f"{where}: image {i} has no {column.column}: fix or drop that row")
+    values = _without_gaps(where, column)
     if not pa.types.is_integer(values.type):
         raise UserError(
             f"{where}: column {column.column} is of type {values.type}: number the classes from 0"
@@ -162,6 +156,14 @@ def integers(where: str, column: Labels, n: int) -> np.ndarray:
             " or drop that row"
         )
     return labels
+
+
+def _without_gaps(where: str, column: Labels) -> pa.ChunkedArray:
+    values = column.values
+    if values.null_count:
+        i = int(np.flatnonzero(values.is_null().to_numpy())[0])
+        raise UserError(f"{where}: image {i} has no {column.column}: fix or drop that row")
+    return values
 
 
 def number_names(where: str, column: Labels, limit: int) -> list[str]:

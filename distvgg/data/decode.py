@@ -5,9 +5,7 @@ cold. Invariant: the output of `write` has one image shape, labels in range, and
 every class or for none.
 """
 
-import io
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +23,7 @@ from distvgg.data.cifar import (
     SIDE,
 )
 from distvgg.data.classes import integers, join_classes, number_names
-from distvgg.data.images import PNG, check_png, cover, upright_rgb
+from distvgg.data.images import cover, decode_upright
 from distvgg.data.readers import Rows, read, reason
 from distvgg.errors import UserError
 
@@ -179,8 +177,8 @@ class Decoder:
                     image = Image.fromarray(encoded)
                 else:
                     name = f" ({encoded['path']})" if encoded and encoded["path"] else ""
-                    image = decode_image(_bytes_of(encoded), self._config.max_pixels)
-            except Exception as error:  # corrupt bytes make Pillow raise any type
+                    image = decode_upright(_bytes_of(encoded), self._config.max_pixels)
+            except (OSError, ValueError) as error:
                 why = "not an image" if isinstance(error, UnidentifiedImageError) else reason(error)
                 self.damaged.append(f"image {i}{name} cannot be decoded: {why}")
                 continue
@@ -208,32 +206,4 @@ def _bytes_of(encoded: dict[str, Any] | None) -> bytes:
     if not encoded or not (encoded["bytes"] or encoded["path"]):
         raise ValueError("there is none")
     data: bytes = encoded["bytes"] or Path(encoded["path"]).read_bytes()
-    if data.startswith(PNG):
-        check_png(data)
     return data
-
-
-def decode_image(data: bytes, max_pixels: int) -> Image.Image:
-    """Decodes an image to upright RGB, as `upright_rgb`.
-
-    Raises:
-        ValueError: it has more than `max_pixels`, or its pixels have no known range.
-        Exception: of any type, for corrupt bytes.
-    """
-    with _any_size():
-        image: Image.Image = Image.open(io.BytesIO(data))
-    if image.width * image.height > max_pixels:
-        raise ValueError(
-            f"{image.width}x{image.height} pixels are more than data.max_pixels {max_pixels}"
-        )
-    return upright_rgb(image)
-
-
-@contextmanager
-def _any_size() -> Iterator[None]:
-    """Lifts Pillow's limit on pixels, for which `data.max_pixels` stands."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit

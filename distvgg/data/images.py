@@ -5,26 +5,37 @@ Imports neither torch nor the libraries that read datasets.
 
 import io
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from distvgg.config import MAX_PIXELS
 
 PNG = b"\x89PNG\r\n\x1a\n"
 # Modes of one channel of 16 bits. Pillow before 11 reads a PNG of 16 bits as mode I.
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
-def decode_upright(data: bytes) -> Image.Image:
+def decode_upright(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes a file of any format that Pillow reads into an upright RGB image.
 
     Raises:
         UnidentifiedImageError: the format is unknown.
-        ValueError: the content is damaged, or its pixels have no known range.
+        ValueError: the content is damaged, its pixels have no known range, or there are more than
+            `max_pixels`.
     """
     try:
         if data.startswith(PNG):
             check_png(data)
-        return upright_rgb(Image.open(io.BytesIO(data)))
+        with _any_size():
+            image: Image.Image = Image.open(io.BytesIO(data))
+        if image.width * image.height > max_pixels:
+            raise ValueError(
+                f"{image.width}x{image.height} pixels are more than data.max_pixels {max_pixels}"
+            )
+        return upright_rgb(image)
     except UnidentifiedImageError:
         raise
     except Exception as error:  # corrupt bytes make Pillow raise any type
@@ -62,6 +73,16 @@ def cover(image: Image.Image, height: int, width: int) -> Image.Image:
     left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
     resized = image.resize(covering, Image.Resampling.BILINEAR)
     return resized.crop((left, top, left + width, top + height))
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Lifts Pillow's limit on pixels, for which `max_pixels` stands."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def check_png(data: bytes) -> None:

@@ -1,13 +1,13 @@
 """The layers of a network with their output shapes, parameters and operations.
 
-Nothing is computed: shapes come from a forward pass on the meta device.
+Nothing is computed. Shapes follow from the layers: a forward pass on the meta device would import
+torch.compile's front end, a second at each start.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distvgg.config import ModelConfig
 from distvgg.models.vgg import VGG
@@ -38,27 +38,27 @@ def layers_of(config: ModelConfig, num_classes: int) -> list[Layer]:
     Max-pools that `model.max_pools` drops are omitted.
     """
     with torch.device("meta"):
-        vgg = VGG(config, num_classes).eval()  # BatchNorm in training rejects a single pixel
-        image = torch.empty(1, 3, config.image_size, config.image_size)
+        vgg = VGG(config, num_classes)
     found: list[Layer] = []
-
-    def note(name: str, module: nn.Module, _: object, output: Tensor) -> None:
-        shape = tuple(output.shape[1:])
+    shape: tuple[int, ...] = (3, config.image_size, config.image_size)
+    for name, module in vgg.named_modules():
+        if list(module.children()) or isinstance(module, nn.Identity):
+            continue
+        shape = _output_shape(module, shape)
         parameters = sum(p.numel() for p in module.parameters())
         found.append(Layer(name, _kind(module), shape, parameters, _flops(module, shape)))
-
-    for name, module in vgg.named_modules():
-        if not list(module.children()) and not isinstance(module, nn.Identity):
-            module.register_forward_hook(partial(note, name))
-    with torch.inference_mode():
-        vgg(image)
     return found
 
 
-def training_flops_of(layers: list[Layer]) -> int:
-    """Returns the operations of one image's forward and backward, as `training_flops` does."""
-    flops = [layer.flops for layer in layers if layer.flops]
-    return 3 * sum(flops) - flops[0]  # nothing needs the gradient of the images
+def _output_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(module, nn.Conv2d):
+        return (module.out_channels, *shape[1:])
+    if isinstance(module, nn.MaxPool2d):
+        return (shape[0], *(max(1, side // 2) for side in shape[1:]))
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        assert isinstance(module.output_size, int)
+        return (shape[0], module.output_size, module.output_size)
+    return (module.out_features,) if isinstance(module, nn.Linear) else shape
 
 
 def network_name(config: ModelConfig) -> str:

@@ -1,4 +1,4 @@
-"""What a finished run adds to its W&B run: final numbers, confusion matrix, report and weights.
+"""Upload of the end of a run to W&B: final numbers, confusion matrix, report and weights.
 
 Invariant: all of it goes to the summary or is an artifact, never to the history, whose items are
 the rows of metrics.jsonl. Sent twice, it replaces itself: a summary has one value for each name,

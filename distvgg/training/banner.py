@@ -1,9 +1,8 @@
-"""What a training prints at its start: one line for each part of the run, before the first step."""
+"""Startup banner of a training: one line for each part of the run, before the first step."""
 
 from collections.abc import Sequence
 
 from distvgg.cores import describe_cores
-from distvgg.models.flops import training_flops
 from distvgg.models.summary import network_name
 from distvgg.runs.provenance import hardware, processor
 from distvgg.training.state import Run, warmup_steps
@@ -39,10 +38,9 @@ def _data(run: Run) -> str:
 def _network(run: Run) -> str:
     model, side = run.config.model, run.config.model.image_size
     parameters = sum(p.numel() for p in run.vgg.parameters())
-    flops = training_flops(model, run.dataset.num_classes)
     return (
         f"{network_name(model)} at {side}x{side}, {parameters:,} parameters,"
-        f" {flops / 1e9:.3g} GFLOP to train on an image"
+        f" {run.clock.flops_per_image / 1e9:.3g} GFLOP to train on an image"
     )
 
 

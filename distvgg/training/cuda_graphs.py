@@ -25,7 +25,7 @@ from distvgg.training.step import StepParts, summed_loss
 
 
 class Computed(NamedTuple):
-    """What a micro-batch gives; a graph's are buffers that its next replay overwrites.
+    """Result of a micro-batch. That of a graph is in buffers that its next replay overwrites.
 
     Attributes:
         loss: [] summed over samples.

@@ -59,6 +59,9 @@ class Clock:
         images_per_step: the global batch size.
         flops_per_image: of forward and backward.
         steps, seconds: totals of earlier launches of the run.
+
+    Attributes:
+        flops_per_image: as given.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class Clock:
         steps: int = 0,
         seconds: float = 0.0,
     ) -> None:
-        self._images_per_step, self._flops_per_image = images_per_step, flops_per_image
+        self._images_per_step, self.flops_per_image = images_per_step, flops_per_image
         self._started: float | None = None
         self._steps, self._total_steps = 0, steps
         self._waited, self._total_seconds = 0.0, seconds
@@ -105,7 +108,7 @@ class Clock:
         self._started, self._steps, self._waited = now, 0, 0.0
         return {
             IMAGES_PER_SEC: images_per_sec,
-            TFLOPS: images_per_sec * self._flops_per_image / 1e12,
+            TFLOPS: images_per_sec * self.flops_per_image / 1e12,
             STEP_MS: 1000 * seconds / steps,
             DATA_WAIT_MS: 1000 * waited / steps,
         }

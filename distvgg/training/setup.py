@@ -236,7 +236,7 @@ def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> t
     """Loads the dataset on every rank, unless a stop is requested on any of them.
 
     Returns:
-        The dataset, and whether it was decoded just now.
+        The dataset, and on the main process whether it was decoded just now.
 
     Raises:
         Preempted: a stop was requested; every rank raises it.
@@ -249,7 +249,7 @@ def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> t
     except Preempted:
         pass
     entry = from_local_main(accelerator, entry)
-    is_new = entry is not None and not is_complete(entry)
+    is_new = accelerator.is_main_process and entry is not None and not is_complete(entry)
     try:
         with preemption.interruptible():
             if entry is not None:

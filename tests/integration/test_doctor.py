@@ -8,13 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from disks import small_disk
 from distvgg.config import load
 from distvgg.errors import UserError
+from made_data import noise, write_folders
 from processes import ROOT, run, tiny
 
 pytestmark = pytest.mark.usefixtures("newcomer")
@@ -51,13 +50,8 @@ def findings(done: subprocess.CompletedProcess[str]) -> Findings:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small set in a folder: two classes of noise, 96 images to train on and 8 held out."""
     folder = tmp_path_factory.mktemp("images") / "noise"
-    rng = np.random.default_rng(0)
-    for split, n in {"train": 96, "test": 8}.items():
-        for i in range(n):
-            file = folder / split / f"class_{i % 2}" / f"{i}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
-    return folder
+    splits = {"train": noise(96, 0, side=16), "test": noise(8, 1, side=16)}
+    return Path(write_folders(folder, ["class_0", "class_1"], splits))
 
 
 def of_set(path: Path | str, run_dir: Path) -> list[str]:

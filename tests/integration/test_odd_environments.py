@@ -11,10 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from made_data import noise, write_folders
 from processes import CPU, Started, assert_same_run, run, tiny, train
 
 SITE = str(Path(__file__).parents[1] / "support" / "no_locks")
@@ -193,13 +192,8 @@ def test_where_no_home_can_be_made_one_line_says_what_to_set(no_entry: Path) -> 
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A set whose class names are not ASCII."""
     folder = tmp_path_factory.mktemp("images") / "set"
-    rng = np.random.default_rng(0)
-    for split, n in {"train": 96, "test": 40}.items():
-        for i in range(n):
-            file = folder / split / ("\u00e4pfel", "\u65e5\u672c")[i % 2] / f"{i}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
-    return folder
+    splits = {"train": noise(96, 0, side=16), "test": noise(40, 1, side=16)}
+    return Path(write_folders(folder, ["\u00e4pfel", "\u65e5\u672c"], splits))
 
 
 @pytest.mark.parametrize(

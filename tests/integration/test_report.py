@@ -45,8 +45,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     words = ("--optim.lr", "0.2", "--eval.every_epochs", "0.3")
     with Started(other, *words) as started:
         started.until_step(4)
-        (other / "STOP").touch()
+        started.process.send_signal(signal.SIGTERM)  # sooner seen than STOP: ten steps take 0.3 s
         started.end()
+    assert (other / "REQUEUE").exists()
     train(other, *words, processes=2)
     return [*seeds, other]
 

@@ -65,6 +65,7 @@ def write_at_end(run_dir: Path) -> str | None:
             return None  # the run had ended before
         _require_bokeh()
         write([run_dir], report)
+    # Whatever Bokeh or a damaged file raises, the run has its result.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         return f"  report: not written ({reason})"

@@ -125,7 +125,7 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Unit:
-    """What the legend hides and shows: a run, or the mean of runs that differ in their seed."""
+    """Entry of the legend: a run, or the mean of runs that differ in their seed."""
 
     key: str
     name: str
@@ -210,6 +210,9 @@ def draw_curves(units: Sequence[Unit], found: Figures) -> None:
         found.curves.append(plot.id)
 
 
+UnitLine = tuple[Unit, series.Line]
+
+
 def _has(unit: Unit, curve: Curve) -> bool:
     return any(series.rows_with(run.columns, curve.metric).size for run in unit.runs)
 
@@ -222,7 +225,7 @@ def _draw_curve(
     found: Figures,
     limits: Mapping[bool, int],
 ) -> None:
-    lines: list[tuple[Unit, series.Line]] = []
+    lines: list[UnitLine] = []
     for unit in units:
         columns = [run.columns for run in unit.runs]
         line = (
@@ -238,50 +241,68 @@ def _draw_curve(
         outlines = [(unit, line.outline()) for unit, line in bands]
         band = Patches(xs="step", ys="y", fill_color="colour", fill_alpha=0.18, line_color=None)
         _add(plot, _source_of_lines(outlines), band, [unit for unit, _ in bands], found)
-    dashed, point = curve.style == "dashed", curve.style == "point"
-    what, form = ("", f"@name: {curve.label}"), "{%.5g}" + "%" * (panel.scale == 100)
-    if not point:
-        path = MultiLine(
-            xs="step",
-            ys="y",
-            line_color="colour",
-            line_width=2 if dashed else 1.5,
-            line_dash=[7, 4] if dashed else "solid",
-        )
-        owners = [unit for unit, _ in lines]
-        renderer = _add(plot, _source_of_lines(lines), path, owners, found)
-        if not dashed:  # the points of a dashed curve have tooltips
-            hover = HoverTool(
-                renderers=[renderer],
-                tooltips=[what, ("value", f"$snap_y{form}"), (AXES[0], "$snap_x{0,0.[00]}")],
-                formatters={"$snap_y": "printf"},
-                line_policy="nearest",
-                visible=False,
-            )
-            plot.add_tools(hover)
-            found.hovers.append(hover.id)
-    single = [(unit, line) for unit, line in lines if dashed or point or len(line.step) < 5]
+    if curve.style != "point":
+        _draw_path(plot, lines, panel, curve, found)
+    single = [pair for pair in lines if curve.style != "solid" or len(pair[1].step) < 5]
     if single:
-        dot = Scatter(
-            x="step",
-            y="y",
-            marker="diamond" if point else "circle",
-            size=13 if point else 5,
-            line_color="colour",
-            fill_color="colour",
+        _draw_points(plot, single, panel, curve, found)
+
+
+def _draw_path(
+    plot: figure, lines: Sequence[UnitLine], panel: Panel, curve: Curve, found: Figures
+) -> None:
+    dashed = curve.style == "dashed"
+    path = MultiLine(
+        xs="step",
+        ys="y",
+        line_color="colour",
+        line_width=2 if dashed else 1.5,
+        line_dash=[7, 4] if dashed else "solid",
+    )
+    renderer = _add(plot, _source_of_lines(lines), path, [unit for unit, _ in lines], found)
+    if dashed:  # its points have tooltips
+        return
+    value = ("value", f"$snap_y{_number_format(panel)}")
+    hover = HoverTool(
+        renderers=[renderer],
+        tooltips=[("", f"@name: {curve.label}"), value, (AXES[0], "$snap_x{0,0.[00]}")],
+        formatters={"$snap_y": "printf"},
+        line_policy="nearest",
+        visible=False,
+    )
+    plot.add_tools(hover)
+    found.hovers.append(hover.id)
+
+
+def _draw_points(
+    plot: figure, lines: Sequence[UnitLine], panel: Panel, curve: Curve, found: Figures
+) -> None:
+    point = curve.style == "point"
+    dot = Scatter(
+        x="step",
+        y="y",
+        marker="diamond" if point else "circle",
+        size=13 if point else 5,
+        line_color="colour",
+        fill_color="colour",
+    )
+    owners = [unit for unit, line in lines for _ in line.step]
+    renderer = _add(plot, _source_of_points(lines), dot, owners, found)
+    tooltips = [
+        ("", f"@name: {curve.label}"),
+        ("value", f"@y{_number_format(panel)}"),
+        ("step, epoch", "@step{0,0}, @epoch{0.00}"),
+        (f"{found.time_unit[0]} in steps", "@time{0.00}"),
+    ]
+    plot.add_tools(
+        HoverTool(
+            renderers=[renderer], tooltips=tooltips, formatters={"@y": "printf"}, visible=False
         )
-        owners = [unit for unit, line in single for _ in line.step]
-        renderer = _add(plot, _source_of_points(single), dot, owners, found)
-        where = [("step, epoch", "@step{0,0}, @epoch{0.00}")]
-        where.append((f"{found.time_unit[0]} in steps", "@time{0.00}"))
-        plot.add_tools(
-            HoverTool(
-                renderers=[renderer],
-                tooltips=[what, ("value", f"@y{form}"), *where],
-                formatters={"@y": "printf"},
-                visible=False,
-            )
-        )
+    )
+
+
+def _number_format(panel: Panel) -> str:
+    return "{%.5g}" + "%" * (panel.scale == 100)
 
 
 def _source_of_lines(lines: Sequence[tuple[Unit, series.Line]]) -> ColumnDataSource:

@@ -74,15 +74,30 @@ def page(runs: Sequence[RunData], *, reload_seconds: int | None = None) -> str:
         ("config", "Config", _config(ordered)),
         ("provenance", "Provenance", _provenance(ordered)),
     ]
-    css, js = ((files(__package__) / name).read_text() for name in ("report.css", "report.js"))
-    reload = f'<meta http-equiv="refresh" content="{reload_seconds}">' if reload_seconds else ""
-    inline = Resources(mode="inline", components=["bokeh"])
     title = escape(f"{runs[0].name} \N{MIDDLE DOT} distvgg" if len(runs) == 1 else "distvgg report")
     links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading, _ in sections)
     body = "".join(
         f'<section id="{key}"><h2>{heading}</h2>{content}</section>'
         for key, heading, content in sections
     )
+    header = f"<h1>{title}</h1>{_subtitle(runs)}<nav>{links}</nav>"
+    controls = _controls(units, modes, found)
+    return _document(title, header, controls, body, script, _json(spec), reload_seconds)
+
+
+def _document(
+    title: str,
+    header: str,
+    controls: str,
+    body: str,
+    script: str,
+    spec: str,
+    reload_seconds: int | None,
+) -> str:
+    """Returns the page around its content, with all styles and scripts inline."""
+    css, js = ((files(__package__) / name).read_text() for name in ("report.css", "report.js"))
+    reload = f'<meta http-equiv="refresh" content="{reload_seconds}">' if reload_seconds else ""
+    inline = Resources(mode="inline", components=["bokeh"])
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -97,12 +112,12 @@ def page(runs: Sequence[RunData], *, reload_seconds: int | None = None) -> str:
 {inline.render_js()}
 </head>
 <body>
-<header><h1>{title}</h1>{_subtitle(runs)}<nav>{links}</nav></header>
-{_controls(units, modes, found)}
+<header>{header}</header>
+{controls}
 <main>{body}</main>
 <footer>Written {datetime.now():%Y-%m-%d %H:%M:%S} by distvgg {__version__}.
 The page is one file and requests nothing.</footer>
-<script type="application/json" id="spec">{_json(spec)}</script>
+<script type="application/json" id="spec">{spec}</script>
 {script}
 <script>{js}</script>
 </body>

@@ -22,8 +22,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.scaling import compare
-from distvgg.commands.bench import FEW, MANY, assumption, describe_workload, fit_gpu, measure
-from distvgg.commands.bench_options import BenchOptions, gpu_spec, interconnect
+from distvgg.commands.bench import FEW, MANY, describe_workload, fit_gpu, measure
+from distvgg.commands.bench_options import BenchOptions, assumption, gpu_spec, interconnect
 from distvgg.config import Config, load
 from distvgg.data.dataset import Dataset, Split
 from distvgg.data.loader import DeviceImages, DeviceLoader

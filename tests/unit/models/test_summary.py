@@ -1,4 +1,4 @@
-"""The summary of a network against the network itself, torch's counter and `training_flops`."""
+"""The summary and the operations of a network against the network itself and torch's counter."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from distvgg.commands.summary import summary
 from distvgg.config import ModelConfig, load, recipe_names
 from distvgg.errors import UserError
 from distvgg.models.flops import training_flops
-from distvgg.models.summary import layers_of, training_flops_of
+from distvgg.models.summary import layers_of
 from distvgg.models.vgg import VGG
 
 MODELS = {name: load(name).model for name in recipe_names()} | {
@@ -26,13 +26,15 @@ def test_totals_are_those_of_the_network(name: str) -> None:
     config = MODELS[name]
     layers = layers_of(config, 100)
     with torch.device("meta"):
-        model = VGG(config, 100).eval()
+        model = VGG(config, 100).eval()  # BatchNorm in training rejects one image of 1 x 1
         image = torch.empty(1, 3, config.image_size, config.image_size)
     assert sum(x.parameters for x in layers) == sum(p.numel() for p in model.parameters())
-    assert training_flops_of(layers) == training_flops(config, 100)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
     assert sum(x.flops for x in layers) == counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        model(image).sum().backward()
+    assert training_flops(config, 100) == counter.get_total_flops()
     modules = dict(model.named_modules())
     # Where there is no BatchNorm and no dropped max-pool, no layer is left out.
     assert [x.name for x in layers] == [
