@@ -54,10 +54,14 @@ class Card:
         self._digests[name], self._decoding = self._decoding, set()
         counts = np.bincount(labels, minlength=len(self._names))
         small, large = int(counts.argmin()), int(counts.argmax())
+        range_of_sizes = f"{counts[small]:,} each"
+        if counts[small] < counts[large]:
+            range_of_sizes = (
+                f"from {counts[small]:,} ({self._names[small]}) to {counts[large]:,}"
+                f" ({self._names[large]}) each"
+            )
         self._lines.append(
-            f"{name}: {len(labels):,} images of {int((counts > 0).sum())} classes, from"
-            f" {counts[small]:,} ({self._names[small]}) to {counts[large]:,}"
-            f" ({self._names[large]}) each"
+            f"{name}: {len(labels):,} images of {int((counts > 0).sum())} classes, {range_of_sizes}"
         )
         reasons = dict(left_out) | ({"damaged": len(damaged)} if damaged else {})
         if reasons:

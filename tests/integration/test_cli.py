@@ -53,7 +53,9 @@ def test_help_answers_within_a_second_and_imports_nothing_heavy() -> None:
     assert re.search(r"--model\.depth \{11,13,16,19\}[^-]*\(default: 11\)", done.stdout)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize(
+    "optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.variant), "muon"]
+)
 def test_a_training_imports_nothing_that_only_compilation_and_sharding_need(
     tmp_path: Path, optimizer: str
 ) -> None:

@@ -32,7 +32,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("what", "processes"), [("loss", 1), ("loss", 2), ("gradient", 2)])
+@pytest.mark.parametrize(
+    ("what", "processes"),
+    [("loss", 1), pytest.param("loss", 2, marks=pytest.mark.variant), ("gradient", 2)],
+)
 def test_the_micro_batch_that_went_wrong_is_named_and_nothing_is_spoilt(
     what: str, processes: int, whole: Path, tmp_path: Path
 ) -> None:

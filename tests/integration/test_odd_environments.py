@@ -58,7 +58,15 @@ def test_a_training_with_half_a_launcher_says_which_half_at_once(
 POD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "29500"}
 
 
-@pytest.mark.parametrize("left", [HALVES[0][0], HALVES[3][0], POD, HALVES[6][0]], ids=str)
+@pytest.mark.parametrize(
+    "left",
+    [
+        HALVES[0][0],
+        *(pytest.param(left, marks=pytest.mark.variant) for left in (HALVES[3][0], HALVES[6][0])),
+        POD,
+    ],
+    ids=str,
+)
 def test_commands_of_one_process_ignore_ranks_that_are_left_in_a_shell(
     left: dict[str, str], finished: Path
 ) -> None:
@@ -200,7 +208,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "env",
     [
         {"PYTHONIOENCODING": "ascii"},
-        {"LC_ALL": "C", "LANG": "C"},
+        pytest.param({"LC_ALL": "C", "LANG": "C"}, marks=pytest.mark.variant),
     ],
     ids=str,
 )

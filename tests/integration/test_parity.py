@@ -61,7 +61,7 @@ def torchvisions(config: ModelConfig, num_classes: int) -> nn.Module:
 @pytest.mark.parametrize(
     "shape",
     [
-        {"depth": 16, "batch_norm": True, **PAPER},
+        pytest.param({"depth": 16, "batch_norm": True, **PAPER}, marks=pytest.mark.variant),
         {"depth": 19, "batch_norm": False, **PAPER},
         {"depth": 16, "batch_norm": True, "width": 0.1},
         {"depth": 19, "batch_norm": False, "width": 0.1},
@@ -106,7 +106,7 @@ def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         assert error <= TOLERANCE * largest, name
 
 
-@pytest.mark.parametrize("dropout", [0, 0.5])
+@pytest.mark.parametrize("dropout", [pytest.param(0, marks=pytest.mark.variant), 0.5])
 def test_the_tutorials_recipe_is_a_plain_torch_loop_step_by_step(
     tmp_path: Path, dropout: float
 ) -> None:

@@ -103,7 +103,9 @@ def test_on_a_fresh_machine_the_first_command_makes_its_own_environment(tmp_path
     assert "Installing" not in again.stdout
 
 
-@pytest.mark.parametrize("flags", ["", "--profile --train.overfit_batches 2"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param("", marks=pytest.mark.variant), "--profile --train.overfit_batches 2"]
+)
 def test_debugging_trains_on_one_process_without_trackers(checkout: Path, flags: str) -> None:
     done = shell(
         f"./launch/single_gpu.sh quickstart --train.epochs 0.1 --run-dir runs/debug{len(flags)} "

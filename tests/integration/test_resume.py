@@ -97,11 +97,18 @@ WAYS_TO_STOP = (
 )
 
 
+@pytest.mark.parametrize(
+    "ways",
+    [
+        pytest.param(WAYS_TO_STOP[:3], id="three"),
+        pytest.param(WAYS_TO_STOP[3:], id="two", marks=pytest.mark.variant),
+    ],
+)
 def test_told_to_stop_in_any_way_it_saves_leaves_the_marker_and_goes_on(
-    whole: Path, tmp_path: Path
+    ways: tuple[tuple[Callable[[Started], None], str, int], ...], whole: Path, tmp_path: Path
 ) -> None:
     folder, at = tmp_path / "run", 0
-    for nth, (stop, why, exit_code) in enumerate(WAYS_TO_STOP, start=1):
+    for nth, (stop, why, exit_code) in enumerate(ways, start=1):
         started = on_two(folder)
         # A stop may have taken more than 17 steps: then the old rows say nothing of this start.
         started.until_step(max(17 * nth, at + 1))
@@ -146,7 +153,16 @@ def test_told_to_stop_during_the_imports_it_leaves_with_the_marker(tmp_path: Pat
     assert (folder / "REQUEUE").exists()
 
 
-@pytest.mark.parametrize("stop", [signal_the_launcher, signal_one_worker, touch_the_stop_file])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        signal_the_launcher,
+        *(
+            pytest.param(s, marks=pytest.mark.variant)
+            for s in (signal_one_worker, touch_the_stop_file)
+        ),
+    ],
+)
 def test_told_to_stop_while_it_decodes_images_it_leaves_at_once(
     cifar100: str, tmp_path: Path, stop: Callable[[Started], None]
 ) -> None:

@@ -138,7 +138,7 @@ FIRST = {
 LATER: dict[str, Any] = {name: f"x{value[:3]}" for name, value in FIRST.items()}
 
 
-@pytest.mark.parametrize("mode", ["online", "offline"])
+@pytest.mark.parametrize("mode", ["online", pytest.param("offline", marks=pytest.mark.variant)])
 def test_the_environment_of_the_first_start_names_the_run_for_ever(
     tmp_path: Path, mode: str
 ) -> None:

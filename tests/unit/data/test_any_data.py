@@ -372,7 +372,7 @@ def test_the_card_counts_classes_sizes_and_shared_images(tmp_path: Path) -> None
     dataset = load_dataset(custom(str(tmp_path / "set"), resize=32))
     assert dataset.card == (
         "train: 110 images of 2 classes, from 10 (a) to 100 (b) each",
-        "test: 8 images of 2 classes, from 4 (a) to 4 (a) each",
+        "test: 8 images of 2 classes, 4 each",
         "sizes: 90 of 40x40, 28 of 32x32",
         "4 images are in train and in test",
     )
