@@ -22,7 +22,7 @@ from distvgg.distributed.reduction_plan import Ranks, levels_of
 from distvgg.errors import UserError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
 
 def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
@@ -51,23 +51,7 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
     # Accelerator reads this variable, but PartialState does not.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu, **_store_of_this_attempt())
-    launched = environment.world_size()
-    if launched > 1 and state.num_processes == 1:
-        raise UserError(
-            f"WORLD_SIZE is {launched} but no process group was formed, so each process would train"
-            " the same thing: set ACCELERATE_USE_CPU=true where there is no GPU, and start with"
-            f" accelerate launch{'' if os.environ.get('LOCAL_RANK') else ', which sets LOCAL_RANK'}"
-        )
-    if state.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise UserError(
-            f"accelerate starts {state.distributed_type.value} here, which distvgg does not have:"
-            " launch with --config_file accelerate_config.yaml"
-        )
-    if state.device.type == "mps":
-        raise UserError(
-            "Apple's GPU (mps) lacks the float64 sums that exact metrics need: set"
-            " ACCELERATE_USE_CPU=true"
-        )
+    _check_supported(state)
     if state.device.type == "cpu":
         torch.set_num_threads(config.train.cpu_threads)
         keep_freed_memory()
@@ -87,6 +71,31 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_plugin=TorchDynamoPlugin(backend="inductor" if config.train.compile else "no"),
     )
+
+
+def _check_supported(state: "PartialState") -> None:
+    """Checks the process group and the device that accelerate has chosen.
+
+    Raises:
+        UserError: distvgg does not train on them.
+    """
+    launched = environment.world_size()
+    if launched > 1 and state.num_processes == 1:
+        raise UserError(
+            f"WORLD_SIZE is {launched} but no process group was formed, so each process would train"
+            " the same thing: set ACCELERATE_USE_CPU=true where there is no GPU, and start with"
+            f" accelerate launch{'' if os.environ.get('LOCAL_RANK') else ', which sets LOCAL_RANK'}"
+        )
+    if state.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise UserError(
+            f"accelerate starts {state.distributed_type.value} here, which distvgg does not have:"
+            " launch with --config_file accelerate_config.yaml"
+        )
+    if state.device.type == "mps":
+        raise UserError(
+            "Apple's GPU (mps) lacks the float64 sums that exact metrics need: set"
+            " ACCELERATE_USE_CPU=true"
+        )
 
 
 def _store_of_this_attempt() -> dict[str, Any]:

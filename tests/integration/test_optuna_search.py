@@ -71,7 +71,6 @@ def search(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(program, env=env, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.variant
 def test_a_trial_worse_than_the_median_is_stopped_and_a_search_continues(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     # With this seed, the two first trials take 1e-9, which changes nothing, and the third 1.0.
