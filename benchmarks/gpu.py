@@ -63,6 +63,7 @@ from distvgg.data.cache import load_dataset
 from distvgg.data.plan import BatchPlan
 from distvgg.distributed.device import device_here
 from distvgg.metrics import STEP_MS
+from distvgg.models.blocks import use_kernels
 from distvgg.models.flops import training_flops
 from distvgg.runs.layout import RESULT_FILE
 from distvgg.training.setup import build
@@ -289,12 +290,15 @@ def measure_rate(setting: Setting) -> Findings:
 def measure_graphs(setting: Setting, best: float | None) -> Findings:
     """The recipe's training step with and without CUDA graphs, in turns."""
     cases = {"with graphs": True, "without": False}
+    plain = "with graphs, torch's BatchNorm"
     findings: Findings = {}
     with tempfile.TemporaryDirectory() as temporary:
         runs = {
             name: fresh_run(setting.config(train__cuda_graphs=on), Path(temporary) / name)
             for name, on in cases.items()
         }
+        runs[plain] = fresh_run(setting.config(), Path(temporary) / "plain")
+        use_kernels(runs[plain].vgg, on=False)
         steps = {name: real_step(run) for name, run in runs.items()}
         for step in steps.values():
             for _ in range(COMPARED):
@@ -308,15 +312,16 @@ def measure_graphs(setting: Setting, best: float | None) -> Findings:
             events = device_events(step, setting.sizes.profiled, setting.device)
             found = describe_speed(samples, name, images, flops, best, reference="without")
             found |= in_kernels(events, setting.sizes.profiled)
+            found["longest_kernels"] = longest_kernels(events, setting.sizes.profiled)
             failure = (graphs := runs[name].graphs) and graphs.failure()
             findings[name] = found | {"digest": digests[name], "failure": failure}
-    equal = len(set(digests.values())) == 1
+    equal = len({digests[name] for name in cases}) == 1
     header = ["step", "images/s", "step, ms", "in kernels, ms", "kernels", "of the rate", "bytes"]
     rows = [
         [
             *(name, f"{f['images_per_sec']['median']:,.0f}", f"{f['step_ms']:.2f}"),
             *(f"{f['kernel_ms']:.2f}", f"{f['kernels']:,.0f}", _cell(f["of_rate"])),
-            "equal" if equal else "DIFFERENT",
+            "others" if name == plain else "equal" if equal else "DIFFERENT",
         ]
         for name, f in findings.items()
     ]
@@ -349,6 +354,20 @@ def in_kernels(events: Sequence[Mapping[str, Any]], steps: int) -> Findings:
     }
 
 
+def longest_kernels(
+    events: Sequence[Mapping[str, Any]], steps: int, most: int = 40
+) -> dict[str, list[float]]:
+    """Returns launches and milliseconds a step of the kernels that take the longest, by name."""
+    found: dict[str, list[float]] = {}
+    for event in events:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            of_name = found.setdefault(event["name"][:160], [0.0, 0.0])
+            of_name[0] += 1 / steps
+            of_name[1] += event["dur"] / steps / 1000
+    longest = sorted(found.items(), key=lambda item: -item[1][1])[:most]
+    return {name: [round(value, 4) for value in values] for name, values in longest}
+
+
 def measure_variants(setting: Setting, best: float | None) -> Findings:
     """Forward and backward of a micro-batch under changes of the network, and Muon's iteration."""
     config, device, sizes = setting.config(), setting.device, setting.sizes
@@ -374,9 +393,10 @@ def measure_variants(setting: Setting, best: float | None) -> Findings:
         forget()
     header = ["forward and backward", "images", "images/s", "ms", "TFLOP/s", "of the rate", "ratio"]
     print(markdown_table(header, rows) + "\n")
+    ways = {"layer by layer": (False, True), "in fp32": (False, False), "batched": (True, True)}
     iterations = {
-        name: speed(setting, Loop(newton_schulz(config, device, batched=batched), 1024))
-        for name, batched in (("layer by layer", False), ("batched by shape", True))
+        name: speed(setting, Loop(newton_schulz(config, device, batched=batched, tf32=tf32), 1024))
+        for name, (batched, tf32) in ways.items()
     }
     samples = in_turns(iterations, sizes.rounds)
     ms = {name: 1024e3 / spread(values)["median"] for name, values in samples.items()}
@@ -750,9 +770,17 @@ def measure_target(setting: Setting, target: float, epochs: float) -> Findings:
     reached = next((r for r in validations(rows) if r["val/top1"] >= target), None)
     findings: Findings = {"target": target, "best_val_top1": best, "test": result["test"]}
     if reached is None:
-        epochs_taken = rows[-1]["epoch"]
-        print(f"val/top1 {target}: not reached in {epochs_taken:g} epochs, best {best:.4f}\n")
-        return findings | {"reached": None, "epochs": epochs_taken}
+        epochs_taken, steps = rows[-1]["epoch"], int(rows[-1]["step"])
+        taken = {
+            "training_s": round(training_seconds(rows, steps), 2),
+            "wall_s": max(seen.values()),
+        }
+        print(
+            f"val/top1 {target}: not reached in {epochs_taken:g} epochs, best {best:.4f};"
+            f" {taken['training_s']} s of training, the last validation after"
+            f" {taken['wall_s']:.1f} s\n"
+        )
+        return findings | {"reached": None, "epochs": epochs_taken} | taken
     when = {
         "val_top1": reached["val/top1"],
         "step": reached["step"],

@@ -6,7 +6,6 @@ pays is then built in, with its own tests.
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -14,26 +13,19 @@ from torch import Tensor, nn
 
 from benchmarks.fixed_batch import Step, captured, network
 from distvgg.config import Config
+from distvgg.models.blocks import Features, use_kernels
 from distvgg.models.vgg import VGG
-from distvgg.optim.muon import A, B, C, orthogonalise
+from distvgg.optim.muon import A, B, C, orthogonalise, products_in_tf32
 
 Change = Callable[[VGG], None]
 NORM_BATCH = 128
 """Images over which BatchNorm normalises in larger micro-batches."""
 
 
-def without_bias(vgg: VGG) -> None:
-    """Removes the biases that BatchNorm cancels; their exact gradient is zero."""
-    for layer, following in pairwise(vgg.features):
-        if isinstance(layer, nn.Conv2d) and isinstance(following, nn.BatchNorm2d):
-            layer.bias = None
-
-
-def without_count(vgg: VGG) -> None:
-    """Stops BatchNorm from counting batches, a kernel a layer."""
-    for layer in vgg.features:
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.num_batches_tracked = None
+def kernels(vgg: VGG) -> None:
+    """Runs BatchNorm, ReLU and max-pool by `norm_kernels.py`, as training does on a GPU."""
+    if next(vgg.parameters()).is_cuda:
+        use_kernels(vgg)
 
 
 def bf16_filters(vgg: VGG) -> None:
@@ -56,7 +48,7 @@ def compiled_pointwise(vgg: VGG) -> None:
                 layers.append(layer)
         else:
             block.append(layer)
-    vgg.features = nn.Sequential(*layers)
+    vgg.features = Features(*layers)
 
 
 def grouped_norm(vgg: VGG) -> None:
@@ -76,12 +68,11 @@ class _GroupedNorm(nn.Module):
 
 
 VARIANTS: dict[str, tuple[Change, ...]] = {
-    "as it is": (),
-    "no bias before BatchNorm": (without_bias,),
-    "no bias, no count of batches": (without_bias, without_count),
-    "the same, filters in bf16": (without_bias, without_count, bf16_filters),
-    "the same, BatchNorm over groups": (without_bias, without_count, grouped_norm),
-    "the same, BatchNorm to pool compiled": (without_bias, without_count, compiled_pointwise),
+    "as it is": (kernels,),
+    "torch's BatchNorm": (),
+    "torch's BatchNorm over groups": (grouped_norm,),
+    "BatchNorm to pool compiled": (compiled_pointwise,),
+    "filters in bf16": (kernels, bf16_filters),
 }
 
 
@@ -106,7 +97,7 @@ def micro_batch(
     return captured(step) if device.type == "cuda" else step
 
 
-def newton_schulz(config: Config, device: torch.device, *, batched: bool) -> Step:
+def newton_schulz(config: Config, device: torch.device, *, batched: bool, tf32: bool) -> Step:
     """Returns Muon's orthogonalisations of a step, layer by layer or batched by equal shape."""
     vgg = network(config, 100, device)
     shapes = [p.flatten(1).shape for p in vgg.parameters() if p.ndim > 1][:-1]
@@ -116,15 +107,13 @@ def newton_schulz(config: Config, device: torch.device, *, batched: bool) -> Ste
         torch.stack([m for m in matrices if m.shape == shape]) for shape in dict.fromkeys(shapes)
     ]
 
-    def one_by_one() -> None:
-        for matrix in matrices:
-            orthogonalise(matrix, steps)
+    def step() -> None:
+        with products_in_tf32(torch.bfloat16 if tf32 else torch.float32, device):
+            for stack in stacks if batched else ():
+                orthogonalise_batch(stack, steps)
+            for matrix in () if batched else matrices:
+                orthogonalise(matrix, steps)
 
-    def in_batches() -> None:
-        for stack in stacks:
-            orthogonalise_batch(stack, steps)
-
-    step = in_batches if batched else one_by_one
     return captured(step) if device.type == "cuda" else step
 
 

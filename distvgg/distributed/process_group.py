@@ -52,6 +52,9 @@ def start(config: Config, run_dir: Path | None = None) -> "Accelerator":
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu, **_store_of_this_attempt())
     _check_supported(state)
+    if cpu and state.device.type != "cpu":  # ACCELERATE_TORCH_DEVICE: a GPU shared over gloo
+        # accelerate 1.15 lets that variable overrule this one, and then refuses the pair.
+        del os.environ["ACCELERATE_USE_CPU"]
     if state.device.type == "cpu":
         torch.set_num_threads(config.train.cpu_threads)
         keep_freed_memory()

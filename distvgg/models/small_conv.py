@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
+from distvgg.models.blocks import UnbiasedConv2d
+
 DENSE_SIDE = 2
 """Largest side of a grid that is computed as one matrix over all pairs of pixels."""
 TAPS_SIDE = 4
@@ -34,27 +36,45 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves [n, in, h, w] -> [n, out, h, w], in autocast's dtype if autocast is on."""
-        if not x.is_cpu or max(x.shape[-2:]) > TAPS_SIDE or torch.compiler.is_compiling():
-            return super().forward(x)
-        assert self.bias is not None
-        if torch.is_autocast_enabled("cpu"):
-            x = x.to(torch.get_autocast_dtype("cpu"))
-        y: Tensor = _TinyGrid.apply(x, self.weight, self.bias)
-        return y
+        if _is_tiny(x):
+            return _on_tiny_grid(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+class UnbiasedConv3x3(UnbiasedConv2d):
+    """`UnbiasedConv2d` with 3x3 filters, optimised for tiny grids as `Conv3x3` is."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolves [n, in, h, w] -> [n, out, h, w], in autocast's dtype if autocast is on."""
+        return _on_tiny_grid(x, self.weight, None) if _is_tiny(x) else super().forward(x)
+
+
+def _is_tiny(x: Tensor) -> bool:
+    return x.is_cpu and max(x.shape[-2:]) <= TAPS_SIDE and not torch.compiler.is_compiling()
+
+
+def _on_tiny_grid(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        x = x.to(torch.get_autocast_dtype("cpu"))
+    y: Tensor = _TinyGrid.apply(x, weight, bias)
+    return y
 
 
 class _TinyGrid(torch.autograd.Function):
-    """The convolution [n, i, h, w], [o, i, 3, 3], [o] -> [n, o, h, w], and its gradients.
+    """The convolution [n, i, h, w], [o, i, 3, 3], [o] or None -> [n, o, h, w], and its gradients.
 
     The output and the gradient of the input have the dtype of the input. The gradients of weight
     and bias have the dtype of the weight.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         n, _, h, w = x.shape
         ctx.dtype = weight.dtype
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if max(h, w) > DENSE_SIDE:
             ctx.save_for_backward(x, weight)
             return torch.conv2d(x, weight, bias, padding=1)
@@ -64,11 +84,15 @@ class _TinyGrid(torch.autograd.Function):
         y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
         # Written into y itself: the ReLU could not change a view of another tensor in place.
         flat = _pixels_last(y).view(n, -1)
-        torch.addmm(bias.repeat(h * w), _pixels_last(x).reshape(n, -1), matrix.T, out=flat)
+        pixels = _pixels_last(x).reshape(n, -1)
+        if bias is None:
+            torch.mm(pixels, matrix.T, out=flat)
+        else:
+            torch.addmm(bias.repeat(h * w), pixels, matrix.T, out=flat)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         (grad,) = gradients
         x, weight = ctx.saved_tensors
         n, _, h, w = x.shape
@@ -79,7 +103,8 @@ class _TinyGrid(torch.autograd.Function):
             else:
                 flat = _pixels_last(grad).reshape(n, -1) @ weight
                 grad_x = flat.view(n, h, w, -1).permute(0, 3, 1, 2)
-        return grad_x, weight_gradient(x, grad, ctx.dtype), grad.sum((0, 2, 3), dtype=ctx.dtype)
+        grad_bias = grad.sum((0, 2, 3), dtype=ctx.dtype) if ctx.needs_input_grad[2] else None
+        return grad_x, weight_gradient(x, grad, ctx.dtype), grad_bias
 
 
 def dense_matrix(weight: Tensor, height: int, width: int) -> Tensor:

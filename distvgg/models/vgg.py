@@ -6,13 +6,16 @@ Invariant: the keys of `state_dict()` are torchvision's (`features.N.*`, `classi
 load the other's weights.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distvgg.config import ModelConfig
-from distvgg.models.small_conv import Conv3x3
+from distvgg.models.blocks import BatchNorm2d, Features, UnbiasedConv2d, fold_biases
+from distvgg.models.small_conv import Conv3x3, UnbiasedConv3x3
 
 # Output channels of the convolutions between max-pools (table 1 of the paper).
 STAGES: dict[int, tuple[tuple[int, ...], ...]] = {
@@ -44,20 +47,25 @@ class VGG(nn.Module):
 
         # At 32x32, only networks with all five max-pools have grids of 2x2 pixels.
         plain = config.max_pools == (1, 2, 3, 4, 5)
-        convolution = Conv3x3 if plain else partial(nn.Conv2d, kernel_size=3, padding=1)
+        convolution: Callable[[int, int], nn.Module]
+        if plain:
+            convolution = UnbiasedConv3x3 if config.batch_norm else Conv3x3
+        else:
+            kind = UnbiasedConv2d if config.batch_norm else nn.Conv2d
+            convolution = partial(kind, kernel_size=3, padding=1)
         layers: list[nn.Module] = []
         channels = 3
         for number, stage in enumerate(STAGES[config.depth], start=1):
             for out in map(scaled, stage):
                 layers.append(convolution(channels, out))
                 if config.batch_norm:
-                    layers.append(nn.BatchNorm2d(out))
+                    layers.append(BatchNorm2d(out))
                 layers.append(nn.ReLU(inplace=True))
                 channels = out
             # A dropped pool keeps its index, so that the layers after it keep their keys.
             pool = LastPool() if number == len(STAGES[config.depth]) else nn.MaxPool2d(2, 2)
             layers.append(pool if number in config.max_pools else nn.Identity())
-        self.features = nn.Sequential(*layers)
+        self.features = Features(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(config.pool_size)
         hidden = scaled(config.head_width)
         self.classifier = nn.Sequential(
@@ -73,6 +81,12 @@ class VGG(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.avgpool(self.features(images)).flatten(1))
         return logits
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *rest: Any, **more: Any
+    ) -> None:
+        fold_biases(self.features, state_dict, f"{prefix}features.")
+        super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
 
 def build_vgg(config: ModelConfig, num_classes: int, seed: int) -> VGG:

@@ -34,10 +34,12 @@ from distvgg.distributed.step_sums import StepReducer
 from distvgg.distributed.tree_sum import ExchangeQueue
 from distvgg.errors import UserError
 from distvgg.file_lock import FileLock
+from distvgg.models.blocks import kernels_fail, use_kernels
 from distvgg.models.ema import EMA
 from distvgg.models.flops import training_flops
 from distvgg.models.vgg import VGG, batch_norm_layers, build_vgg
 from distvgg.optim.build import build_optimizer
+from distvgg.optim.muon import Muon
 from distvgg.preemption import Preempted
 from distvgg.rng import derive_seed
 from distvgg.runs.folder import claim_run_dir, mark_stopped
@@ -49,7 +51,7 @@ from distvgg.training.checkpoint import (
     CheckpointManager,
     load_optimizer_tensors,
 )
-from distvgg.training.cuda_graphs import CudaRecorder, MicroBatchGraphs
+from distvgg.training.cuda_graphs import CudaRecorder, StepGraphs
 from distvgg.training.meters import Clock, TrainMeter
 from distvgg.training.nan_monitor import StepMonitor
 from distvgg.training.state import METER, TRAINED, Run, TrainState, parameter_names
@@ -105,7 +107,9 @@ def _build(
     dataset, is_new = _load_dataset(config, accelerator, folder)
     plan, loader, val_loader = _build_loaders(config, dataset, accelerator)
     ranks, queue = ranks_of(accelerator), ExchangeQueue(accelerator.device)
-    trainable = _build_trainable(config, dataset.num_classes, accelerator, ranks, queue)
+    kernels, kernel_notes = _choose_kernels(config, accelerator)
+    classes = dataset.num_classes
+    trainable = _build_trainable(config, classes, accelerator, ranks, queue, kernels=kernels)
     preprocessing = Preprocessing.of(dataset, config.model)
     checkpoints = None
     if lock is not None:
@@ -119,10 +123,14 @@ def _build(
     broadcast_from_main(accelerator, lambda: _write_preprocessing(preprocessing, folder))
     notes = _note_launch(state, accelerator, config, requested, resumed=found is not None)
     notes += (*dataset.card, *dataset.notes) if is_new else dataset.notes
+    notes += kernel_notes
 
     vgg, ema, device = trainable.vgg, trainable.ema, accelerator.device
     torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
     model = prepare_model(accelerator, vgg)
+    graphs = _build_graphs(config, device, notes)
+    if graphs is not None and isinstance(trainable.optimizer, Muon):
+        trainable.optimizer.launch = graphs.update
     optimizer = accelerator.prepare_optimizer(trainable.optimizer, device_placement=False)
     model.train()
     if ema is not None:
@@ -130,7 +138,7 @@ def _build(
     tree = TreePlan(plan.micro_batches, ranks)
     gradients = GradientReducer(vgg.parameters(), tree, queue)
     gradients.attach()
-    flops = training_flops(config.model, dataset.num_classes)
+    flops = training_flops(config.model, classes)
     return Run(
         config=config,
         folder=folder,
@@ -144,7 +152,7 @@ def _build(
         vgg=vgg,
         ema=ema,
         model=model,
-        graphs=_build_graphs(config, device, notes),
+        graphs=graphs,
         optimizer=optimizer,
         tree=tree,
         queue=queue,
@@ -191,23 +199,40 @@ def _build_trainable(
     accelerator: "Accelerator",
     ranks: Ranks,
     queue: ExchangeQueue,
+    *,
+    kernels: bool,
 ) -> _Trainable:
     vgg = build_vgg(config.model, num_classes, derive_seed(config.seed, "weights"))
     place(vgg, accelerator, config)
+    if kernels:
+        use_kernels(vgg)
     optimizer = build_optimizer(vgg, config.optim, config.train.precision, ranks, queue)
     ema = EMA(vgg, config.optim.ema_decay) if config.optim.ema_decay else None
     return _Trainable(vgg, ema, optimizer, TrainMeter(accelerator.device))
 
 
-def _build_graphs(
-    config: Config, device: torch.device, notes: list[str]
-) -> MicroBatchGraphs | None:
+def _choose_kernels(config: Config, accelerator: "Accelerator") -> tuple[bool, list[str]]:
+    """Decides for all ranks whether BatchNorm runs by kernels of this project; not compiled.
+
+    Returns:
+        The decision, and lines for the user.
+    """
+    if accelerator.device.type != "cuda" or config.train.compile or not config.model.batch_norm:
+        return False, []
+    failure = kernels_fail(accelerator.device)
+    if not any_rank(accelerator, failure is not None):
+        return True, []
+    reason = failure or "they cannot be used on another GPU of this run"
+    return False, [f"BatchNorm by torch's kernels, slower and with other last bits: {reason}"]
+
+
+def _build_graphs(config: Config, device: torch.device, notes: list[str]) -> StepGraphs | None:
     if device.type != "cuda" or not config.train.cuda_graphs:
         return None
     if config.train.detect_anomaly:
         notes.append("train.detect_anomaly: the step runs without CUDA graphs")
         return None
-    return MicroBatchGraphs(CudaRecorder(device))
+    return StepGraphs(CudaRecorder(device))
 
 
 def _note_launch(

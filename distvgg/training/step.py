@@ -26,7 +26,7 @@ from distvgg.training.nan_monitor import StepMonitor
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from distvgg.training.cuda_graphs import InputBuffers, MicroBatchGraphs
+    from distvgg.training.cuda_graphs import InputBuffers, StepGraphs
 
 
 class GradientSum(Protocol):
@@ -53,7 +53,7 @@ class StepParts:
     config: Config
     accelerator: "Accelerator"
     model: nn.Module
-    graphs: "MicroBatchGraphs | None"
+    graphs: "StepGraphs | None"
     optimizer: torch.optim.Optimizer
     ema: EMA | None
     gradients: GradientSum
@@ -77,6 +77,8 @@ def train_step(parts: StepParts, step: int, micro_batches: Sequence[MicroBatch],
         micro_batches: those of this rank, in order.
         lr: learning rate of the step.
     """
+    if parts.graphs is not None:
+        parts.graphs.start_step(parts)
     for batch in micro_batches:
         computed = None if parts.graphs is None else parts.graphs.run(parts, batch)
         if computed is None:

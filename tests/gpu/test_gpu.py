@@ -13,6 +13,7 @@ from benchmarks.gpu import (
     device_events,
     fresh_run,
     in_kernels,
+    longest_kernels,
     no_host_sync,
     traffic,
     training_seconds,
@@ -23,6 +24,7 @@ from benchmarks.network_variants import orthogonalise_batch
 from distvgg.config import load
 from distvgg.data.dataset import train_val_indices
 from distvgg.data.loader import DeviceImages, DeviceLoader
+from distvgg.models.vgg import batch_norm_layers
 from distvgg.optim.muon import orthogonalise
 from distvgg.training.state import Run
 from processes import TINY, Started, assert_same_run, rows, run, train
@@ -121,6 +123,9 @@ def test_kernels_and_launches_from_events_of_the_profiler() -> None:
         {"cat": "gpu_memcpy", "name": "Memcpy DtoD (Device -> Device)", "ts": 9000, "dur": 5},
     ]
     assert in_kernels(events, steps=2) == {"kernels": 1, "kernel_ms": 2, "launches": 1.5}
+    longest = {"conv": [1, 2], "Memcpy DtoD (Device -> Device)": [0.5, 0.0025]}
+    assert longest_kernels(events, steps=2) == longest
+    assert list(longest_kernels(events, steps=2, most=1)) == ["conv"]
 
 
 @pytest.mark.long
@@ -252,6 +257,28 @@ def test_a_micro_batch_is_one_launch(tmp_path: Path) -> None:
     assert found[True]["launches"] < found[False]["launches"] / 2
     # The same kernels, and the copies into and out of the graph's buffers.
     assert found[True]["kernels"] < 1.2 * found[False]["kernels"]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_kernels_of_batch_norm_compute_what_torch_does(dtype: torch.dtype) -> None:
+    from norm_cases import LARGE, SHAPES, compare, keeps_nan
+
+    for shape, pool in SHAPES + LARGE:
+        compare("cuda", dtype, shape, pool=pool)
+    keeps_nan("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_training_takes_the_kernels(tmp_path: Path) -> None:
+    made = on_gpu(tmp_path)
+    assert all(layer.kernels for layer in batch_norm_layers(made.vgg))
+    step = warmed_up(made, windows(made.plan, 1, 8)["within an epoch"])
+    names = longest_kernels(device_events(step, 8, made.accelerator.device), 8, most=1000)
+    assert any("_input_gradient" in name for name in names)
+    assert not any("batch_norm" in name or "max_pool" in name for name in names)
 
 
 @pytest.mark.gpu

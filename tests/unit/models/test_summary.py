@@ -58,7 +58,7 @@ def test_shapes_are_those_of_a_forward_pass() -> None:
 def test_the_table_has_a_row_for_each_layer_and_totals() -> None:
     config = load("fast")
     text = summary(config)
-    assert re.search(r"^features\.0 +Conv2d +64 x 32 x 32 +1,792 +3\.54$", text, re.MULTILINE)
+    assert re.search(r"^features\.0 +Conv2d +64 x 32 x 32 +1,728 +3\.54$", text, re.MULTILINE)
     assert f"training    {training_flops(config.model, 100):,} FLOP an image" in text
     with pytest.raises(UserError, match="--prepare"):
         summary(load("fast", {"data.name": "custom", "data.path": "/nowhere"}))

@@ -5,6 +5,7 @@ tests/gpu/test_gpu.py has the graphs themselves.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from configs import tiny
 from distvgg.config import Config
 from distvgg.errors import RunError
 from distvgg.training import setup, trainer
-from distvgg.training.cuda_graphs import Compute, Computed, MicroBatchGraphs
+from distvgg.training.cuda_graphs import Computed, StepGraphs
 from processes import assert_same_run, rows
 
+T = TypeVar("T")
 MIXED = {"augment__cutmix_alpha": 1.0, "augment__mixup_alpha": 0.5, "augment__mix_probability": 0.5}
 
 
@@ -26,22 +28,22 @@ class Rerun:
     def __init__(self) -> None:
         self.captures = self.replays = 0
 
-    def warm_up(self, compute: Compute) -> Computed:
+    def warm_up(self, compute: Callable[[], T]) -> T:
         return compute()
 
-    def capture(self, compute: Compute) -> tuple[Callable[[], None], Computed]:
+    def capture(self, compute: Callable[[], T]) -> tuple[Callable[[], None], T]:
         self.captures += 1
         computed = compute()
-        buffers = (computed.loss, computed.logits, *computed.gradients)
+        buffers = computed.tensors() if isinstance(computed, Computed) else ()
         for buffer in buffers:
             buffer.fill_(torch.nan)  # a capture computes nothing
 
         def replay() -> None:
             self.replays += 1
             again = compute()
-            values = (again.loss, again.logits, *again.gradients)
-            for buffer, value in zip(buffers, values, strict=True):
-                buffer.copy_(value)
+            if isinstance(again, Computed):
+                for buffer, value in zip(buffers, again.tensors(), strict=True):
+                    buffer.copy_(value)
 
         return replay, computed
 
@@ -56,7 +58,7 @@ def train(
     config: Config, folder: Path, recorder: Rerun | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
-    graphs = recorder and MicroBatchGraphs(recorder)
+    graphs = recorder and StepGraphs(recorder)
     monkeypatch.setattr(setup, "_build_graphs", lambda *_: graphs)
     trainer.train(config, folder)
 
@@ -85,9 +87,10 @@ def test_replays_train_the_run_of_eager_micro_batches(
     assert_same_run(tmp_path / "eager", tmp_path / "replayed")
     micro_batches = rows(tmp_path / "eager")[-1]["step"] * 4
     kinds = 2 if "augment__mix_probability" in changes else 1
-    assert recorder.captures == kinds
+    parts = 2 if config.optim.name == "muon" else 0  # of the optimizer
+    assert recorder.captures == kinds + parts
     # The first of a kind is replayed for the comparison only.
-    assert recorder.replays == micro_batches
+    assert recorder.replays == micro_batches + parts * micro_batches // 4
 
 
 def test_a_resume_in_the_middle_records_anew(
@@ -97,7 +100,7 @@ def test_a_resume_in_the_middle_records_anew(
     train(config, tmp_path / "eager", None, monkeypatch)
 
     class DiesLater(Rerun):
-        def capture(self, compute: Compute) -> tuple[Callable[[], None], Computed]:
+        def capture(self, compute: Callable[[], T]) -> tuple[Callable[[], None], T]:
             replay, computed = super().capture(compute)
 
             def dying() -> None:
@@ -116,7 +119,7 @@ def test_a_resume_in_the_middle_records_anew(
 
 
 class Unrecordable(Rerun):
-    def capture(self, compute: Compute) -> tuple[Callable[[], None], Computed]:
+    def capture(self, compute: Callable[[], T]) -> tuple[Callable[[], None], T]:
         self.captures += 1
         raise RuntimeError("CUDA out of memory.\nTried to allocate 20.00 MiB.")
 
@@ -124,11 +127,12 @@ class Unrecordable(Rerun):
 class Unequal(Rerun):
     """Gives a gradient that differs in its last bit."""
 
-    def capture(self, compute: Compute) -> tuple[Callable[[], None], Computed]:
+    def capture(self, compute: Callable[[], T]) -> tuple[Callable[[], None], T]:
         replay, computed = super().capture(compute)
 
         def wrong() -> None:
             replay()
+            assert isinstance(computed, Computed)
             last = computed.gradients[-1]
             last.copy_(torch.nextafter(last, torch.full_like(last, 10.0)))
 
@@ -174,7 +178,8 @@ def test_a_step_that_is_not_finite_is_diagnosed_as_without_graphs(
 def test_each_image_size_has_a_graph(tmp_path: Path) -> None:
     run = setup.build(config_of(), tmp_path / "run")
     recorder = Rerun()
-    graphs = MicroBatchGraphs(recorder)
+    graphs = StepGraphs(recorder)
+    graphs.start_step(run)
     for side in (32, 48, 32, 48):
         (batch, *_) = run.loader.micro_batches(0)
         images = torch.nn.functional.interpolate(batch.images, size=side)
@@ -185,3 +190,33 @@ def test_each_image_size_has_a_graph(tmp_path: Path) -> None:
     assert recorder.captures == 2
     assert recorder.replays == 4
     run.accelerator.end_training()
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_an_update_has_taken_place_once_whatever_its_graph_gives(wrong: bool) -> None:
+    class Recorder(Rerun):
+        def capture(self, compute: Callable[[], T]) -> tuple[Callable[[], None], T]:
+            replay, computed = super().capture(compute)
+            return other_step if wrong else replay, computed
+
+    def other_step() -> None:
+        weights.add_(2)
+
+    def step() -> None:
+        weights.add_(gradient)
+
+    weights, gradient, other = torch.zeros(3), torch.ones(3), torch.ones(3)
+    recorder = Recorder()
+    graphs = StepGraphs(recorder)
+    for number in range(1, 4):
+        graphs.update(step, (gradient,), (weights,))
+        assert weights.tolist() == [number] * 3
+    assert recorder.captures == 1
+    failure = graphs.failure()
+    if wrong:
+        assert failure is not None
+        assert "the graph of an update gives other bits" in failure
+        return
+    assert failure is None
+    graphs.update(step, (other,), (weights,))  # what it reads lies elsewhere
+    assert recorder.captures == 2
