@@ -389,7 +389,7 @@ def test_what_was_measured_on_a_gpu_and_what_is_assumed_is_said() -> None:
 def test_the_command_answers_with_tables_and_with_curves() -> None:
     text = run(["bench", "fast", "--gpu", "h100", "--jitter", "0.02"]).stdout
     assert (
-        "(ASSUMED)\n          an NVIDIA H100 SXM at 5.2% of its peak of 989 TFLOP/s, as measured"
+        "(ASSUMED)\n          an NVIDIA H100 SXM at 24.8% of its peak of 989 TFLOP/s, as measured"
         in text
     )
     assert "that this network reaches the same share is assumed" in text
