@@ -94,6 +94,11 @@ Flip = Annotated[
     Literal["no", "random", "alternating"],
     BeforeValidator(lambda v: _SWITCH.get(v, v) if isinstance(v, bool | str) else v),
 ]
+Patterns = Annotated[
+    tuple[Annotated[str, Field(min_length=1), AfterValidator(str.strip)], ...],
+    _list,
+    AfterValidator(lambda v: tuple(sorted(set(v)))),
+]
 TestTimeAugmentation = Annotated[Literal["no", "flip"], _no]
 
 
@@ -166,6 +171,10 @@ class ModelConfig(FrozenModel):
     init: Literal["he", "dirac"] = "he"
     """Initial filters: he (He et al., 2015) or dirac (Zagoruyko and Komodakis, 2017). With dirac, a
     layer copies its input channels to its first output channels; further filters are he."""
+    weights: str | None = Field(None, min_length=1)
+    """Weights to start from: the folder of a finished run, one of its checkpoints/step_*, a
+    safetensors file, or torchvision's, such as torchvision:vgg16_bn. All of features.* must fit;
+    linear layers that do not fit start anew. None: all layers start anew."""
 
 
 # Fields that were removed: the values that equal the current behaviour (None: any value), and the
@@ -272,6 +281,11 @@ class OptimConfig(FrozenModel):
     """Decay of the learning rate after the warm-up. cosine and linear: to zero; constant: none."""
     warmup_epochs: float = Field(1.0, ge=0)
     """Epochs of linear warm-up from zero."""
+    frozen: Patterns = ()
+    """Layers or parameters that are not trained, such as features or features.0,features.1; * and ?
+    are wildcards. The running statistics of a frozen BatchNorm layer stay as well."""
+    trunk_lr_ratio: float = Field(1.0, gt=0)
+    """Factor on the learning rate of features.*, such as 0.1 to fine-tune."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> "OptimConfig":

@@ -33,8 +33,9 @@ from distvgg.distributed.cost_model import (
 )
 from distvgg.distributed.hardware import HARDWARE
 from distvgg.errors import UserError
+from distvgg.models.freezing import freeze, learned_parameters
 from distvgg.models.summary import network_name
-from distvgg.models.vgg import VGG
+from distvgg.models.vgg import VGG, FrozenBatchNorm
 from distvgg.runs.provenance import commit, hardware, versions
 
 if TYPE_CHECKING:
@@ -107,24 +108,29 @@ def describe_workload(config: Config) -> Job:
     """
     with torch.device("meta"):
         model = VGG(config.model, 10 if config.data.name == "cifar10" else 100)
+    freeze(model, config.optim.frozen)
     layers: list[Layer] = []
-    side, statistics_ = config.model.image_size, 0
+    side, statistics_, is_behind = config.model.image_size, 0, False
     for module in [*model.features, *model.classifier]:
-        gradients = tuple(p.numel() * p.element_size() for p in module.parameters())
+        learned = learned_parameters(module)
+        gradients = tuple(p.numel() * p.element_size() for p in learned)
         if isinstance(module, nn.Conv2d | nn.Linear):
             pixels = side**2 if isinstance(module, nn.Conv2d) else 1
             forward = 2 * module.weight.numel() * pixels
             if isinstance(module, nn.Linear):
                 # The weight is transposed before the product: its gradient follows the bias's.
                 gradients = gradients[::-1]
-            # The first layer computes no gradient of the images.
-            layers.append(Layer(gradients, forward, 2 * forward if layers else forward))
+            # No gradient of what is in front of all trained layers, such as the images.
+            backward = forward * (is_behind + module.weight.requires_grad)
+            layers.append(Layer(gradients, forward, backward))
         elif isinstance(module, nn.BatchNorm2d):
             # BatchNorm's gradients are ready before those of the convolution in front of it.
             layers[-1] = layers[-1]._replace(gradients=gradients + layers[-1].gradients)
-            statistics_ += 2 * module.num_features
+            if not isinstance(module, FrozenBatchNorm):
+                statistics_ += 2 * module.num_features
         elif isinstance(module, nn.MaxPool2d):
             side = max(1, side // 2)
+        is_behind = is_behind or bool(learned)
     shared, results = shared_work(model, config)
     return Job(tuple(layers), config.train.micro_batch_size, statistics_, shared, results)
 
@@ -139,7 +145,8 @@ def shared_work(model: nn.Module, config: Config) -> tuple[tuple[int, ...], tupl
     from distvgg.optim.build import muon_dtype, parameter_groups
     from distvgg.optim.muon import orthogonalise_flops
 
-    muon, *_ = (group["params"] for group in parameter_groups(model, config.optim))
+    groups = parameter_groups(model, config.optim)
+    muon = [p for group in groups if group["orthogonalised"] for p in group["params"]]
     steps, size = config.optim.muon_steps, muon_dtype(config.train.precision).itemsize
     flops = tuple(orthogonalise_flops(len(p), p[0].numel(), steps) for p in muon)
     return flops, tuple(size * p.numel() for p in muon)
@@ -171,6 +178,7 @@ def benchmark_config(config: Config, ranks: int) -> Config:
     """
     return config.replace(
         data=Config().data.model_dump() | {"name": "synthetic", "val_size": 1000},
+        model__weights=None,
         train__global_batch_size=ranks * MANY * config.train.micro_batch_size,
         track__wandb=False,
         track__tensorboard=False,

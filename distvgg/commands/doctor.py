@@ -33,11 +33,14 @@ from distvgg.data.dataset import train_and_val
 from distvgg.data.plan import BatchPlan, valid_world_sizes
 from distvgg.distributed.device import device_here, has_nvidia_hardware, resolve_precision
 from distvgg.errors import RunError, UserError
+from distvgg.models.freezing import describe_frozen
+from distvgg.models.transfer import preview
 from distvgg.models.vgg import VGG
+from distvgg.models.weight_sources import is_cached
 from distvgg.requirements import unmet
 from distvgg.runs.files import free_space
 from distvgg.runs.folder import check_is_run_dir, check_same_config
-from distvgg.runs.layout import CHECKPOINTS
+from distvgg.runs.layout import CHECKPOINTS, checkpoint_dirs
 from distvgg.tracking.others import require_others
 from distvgg.tracking.trackers import require_tensorboard
 from distvgg.tracking.wandb_sync import OfflineError, check_online, sync_command
@@ -53,7 +56,7 @@ def run_checks(recipe: Config | None, run_dir: Path, *, prepare: bool) -> str:
     Args:
         recipe: config of the run. None: check the machine only.
         run_dir: folder of the run.
-        prepare: decode the data of the recipe into the cache.
+        prepare: decode the data of the recipe into the cache, and download torchvision's weights.
 
     Raises:
         RunError: there is something to fix.
@@ -70,6 +73,8 @@ def run_checks(recipe: Config | None, run_dir: Path, *, prepare: bool) -> str:
     if entry:
         checks["processes"] = partial(processes, config.train)
         checks["data"] = partial(images, config.data, entry, prepare)
+        if config.model.weights is not None or config.optim.frozen:
+            checks["weights"] = partial(initial_weights, config, run_dir, entry, prepare)
     checks["cache"] = partial(cache, entry)
     checks["run folder"] = partial(run_folder, run_dir, recipe, entry)
     checks["W&B"] = partial(wandb, config, run_dir if recipe else Path("RUN_DIR"))
@@ -199,6 +204,25 @@ def images(config: DataConfig, entry: Path, prepare: bool) -> Finding:
 
         check_hub_id(source)
     return "note", f"{source} is not decoded yet: the first start does so, or --prepare now"
+
+
+def initial_weights(config: Config, run_dir: Path, entry: Path, prepare: bool) -> Finding:
+    """Reports what a run starts from: weights that exist and fit, and frozen layers that exist."""
+    name, text = config.model.weights, list[str]()
+    verdict: Literal["ok", "note"] = "ok"
+    if name is not None and checkpoint_dirs(run_dir / CHECKPOINTS):
+        text, name = [f"{name} is not read again, since the run has a checkpoint"], None
+    elif name is not None and not prepare and not is_cached(name):
+        text = [f"{name} is not in torch's cache: the first start downloads it, or --prepare now"]
+        verdict, name = "note", None
+    dataset = open_entry(entry) if is_complete(entry) else None
+    classes, names = (dataset.num_classes, dataset.class_names) if dataset else (100, [])
+    vgg, record = preview(config.replace(model__weights=name), classes, names)
+    if record is not None:
+        text.append(record.text())
+    if config.optim.frozen:
+        text.append(f"frozen: {describe_frozen(vgg, config.optim.frozen)}")
+    return verdict, f"\n{' ' * INDENT}".join(text)
 
 
 def cache(entry: Path | None) -> Finding:

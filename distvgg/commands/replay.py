@@ -32,6 +32,7 @@ from distvgg.runs.layout import (
     CHECKPOINTS,
     CONFIG_FILE,
     FAILURE_FILE,
+    INITIAL_WEIGHTS_FILE,
     METRICS_FILE,
     checkpoint_dirs,
     run_of,
@@ -145,6 +146,9 @@ def _run_before(run_dir: Path, config: Config, step: int) -> Iterator[Run]:
         (folder / CONFIG_FILE).write_text(config.to_yaml())
         if (run_dir / METRICS_FILE).exists():
             (folder / METRICS_FILE).symlink_to((run_dir / METRICS_FILE).absolute())
+        if (run_dir / INITIAL_WEIGHTS_FILE).exists():
+            initial = (run_dir / INITIAL_WEIGHTS_FILE).absolute()
+            (folder / INITIAL_WEIGHTS_FILE).symlink_to(initial)
         for path in checkpoint_dirs(run_dir / CHECKPOINTS):
             if int(path.name.removeprefix("step_")) < step:
                 (folder / CHECKPOINTS / path.name).symlink_to(path.absolute())

@@ -107,7 +107,7 @@ def cost(config: Config, results: Sequence[Result], confusions: Sequence[Confusi
         seconds = timedelta(seconds=round(images / speed))
         body.append(["time in training steps at that speed", str(seconds)])
     if confusions:
-        flops = training_flops(config.model, len(confusions[0].class_names))
+        flops = training_flops(config.model, len(confusions[0].class_names), config.optim.frozen)
         spent = results[0].steps * config.train.global_batch_size * flops
         body.append(["floating-point operations of training", f"{spent:.3g}"])
         body.append(["of those that recipe `tutorial` takes", f"{spent / tutorial_flops():.4f}"])

@@ -300,7 +300,7 @@ def ready_buckets(layers: Sequence[Layer]) -> list[tuple[float, int]]:
     Returns:
         For each bucket, the share of the backward after which it is complete, and its bytes.
     """
-    total = sum(layer.backward for layer in layers)
+    total = sum(layer.backward for layer in layers) or 1  # a bias alone may be trained
     gradients: list[tuple[float, int]] = []
     done = 0
     for layer in reversed(layers):

@@ -23,7 +23,8 @@ class GradientReducer:
     """Takes each micro-batch's gradients from the parameters and gives back their sum.
 
     Args:
-        parameters: in the order of the network; every backward must produce all their gradients.
+        parameters: those that are trained, in the order of the network; every backward must produce
+            all their gradients.
         plan: of the sum over micro-batches.
         queue: runs the exchanges; may hold other exchanges too.
     """

@@ -21,16 +21,9 @@ from distvgg.config import load as load_config
 from distvgg.data.images import cover, decode_upright, upright_rgb
 from distvgg.data.transforms import normalise, resize
 from distvgg.errors import UserError
-from distvgg.models.pretrained import read_weights, with_weights
+from distvgg.models.pretrained import check_has_weights, read_weights, with_weights
 from distvgg.models.vgg import VGG
-from distvgg.runs.layout import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    PREPROCESSING_FILE,
-    WEIGHTS_FILE,
-    checkpoint_dirs,
-    run_of,
-)
+from distvgg.runs.layout import CONFIG_FILE, PREPROCESSING_FILE, WEIGHTS_FILE, run_of
 from distvgg.runs.preprocessing import Preprocessing, of_metadata, read_preprocessing
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -204,7 +197,7 @@ def load(run: str | os.PathLike[str]) -> Classifier:
     """
     folder = Path(run)
     file = folder / WEIGHTS_FILE
-    _check_has_weights(folder)
+    check_has_weights(folder)
     weights, metadata = read_weights(file)
     run_dir = run_of(folder)
     preprocessing = read_preprocessing(run_dir) or of_metadata(metadata, file)
@@ -220,24 +213,6 @@ def load(run: str | os.PathLike[str]) -> Classifier:
         return with_weights(
             lambda outputs: Classifier(model, preprocessing, outputs, flip=flip), weights, file
         )
-
-
-def _check_has_weights(folder: Path) -> None:
-    if not os.path.isdir(folder):
-        raise UserError(f"run folder {folder} does not exist: give a folder of distvgg train")
-    if os.path.exists(folder / WEIGHTS_FILE):
-        return
-    saved = [
-        path for path in checkpoint_dirs(folder / CHECKPOINTS) if (path / WEIGHTS_FILE).exists()
-    ]
-    if saved:
-        raise UserError(
-            f"{folder} has no {WEIGHTS_FILE}, because its run is not finished: finish it with the"
-            f" same training command, or take its newest checkpoint, {saved[-1]}"
-        )
-    raise UserError(
-        f"{folder} has no {WEIGHTS_FILE}: give the folder of a finished run, or a checkpoint"
-    )
 
 
 def _config(run_dir: Path) -> Config | None:

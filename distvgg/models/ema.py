@@ -41,8 +41,10 @@ class EMA:
         self._decay = decay
         self.network = copy.deepcopy(vgg).eval().requires_grad_(False)
         self.measured_at: int | None = None
-        self._average: list[Tensor] = list(self.network.parameters())
-        self._weights: list[Tensor] = list(vgg.parameters())
+        pairs = zip(self.network.parameters(), vgg.parameters(), strict=True)
+        learned = [(average, weight) for average, weight in pairs if weight.requires_grad]
+        self._average: list[Tensor] = [average for average, _ in learned]
+        self._weights: list[Tensor] = [weight for _, weight in learned]
         self._layers = batch_norm_layers(self.network)
         for layer in self._layers:
             layer.momentum = 1.0  # so that the buffers hold the statistics of one batch

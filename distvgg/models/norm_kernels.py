@@ -119,6 +119,8 @@ class _NormReLU(torch.autograd.Function):
             PARTS=triton.next_power_of_2(parts),
             COLUMNS=SUMMED_CHANNELS,
         )
+        if not ctx.needs_input_grad[0]:
+            return None, sums[1], sums[0], None, None, None, None, None
         dx = torch.empty_like(x)
         _input_gradient[_grid(rows_out, c, tile)](
             x, dy, dx, found, weight, bias, sums, rows, rows_out, c, w, POOL=pool, **tile

@@ -1,5 +1,6 @@
 """Trained networks from run folders."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +11,7 @@ from torch import Tensor
 from distvgg.config import Config, load
 from distvgg.errors import UserError
 from distvgg.models.vgg import VGG
-from distvgg.runs.layout import CONFIG_FILE, WEIGHTS_FILE, run_of
+from distvgg.runs.layout import CHECKPOINTS, CONFIG_FILE, WEIGHTS_FILE, checkpoint_dirs, run_of
 
 Network = TypeVar("Network", bound=VGG)
 
@@ -72,6 +73,29 @@ def with_weights(
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(_refused(file, error)) from error
     return model.eval()
+
+
+def check_has_weights(folder: Path) -> None:
+    """Checks that a folder holds weights.
+
+    Raises:
+        UserError: it does not, or does not exist. The message names the newest checkpoint, if any.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"run folder {folder} does not exist: give a folder of distvgg train")
+    if os.path.exists(folder / WEIGHTS_FILE):
+        return
+    saved = [
+        path for path in checkpoint_dirs(folder / CHECKPOINTS) if (path / WEIGHTS_FILE).exists()
+    ]
+    if saved:
+        raise UserError(
+            f"{folder} has no {WEIGHTS_FILE}, because its run is not finished: finish it with the"
+            f" same training command, or take its newest checkpoint, {saved[-1]}"
+        )
+    raise UserError(
+        f"{folder} has no {WEIGHTS_FILE}: give the folder of a finished run, or a checkpoint"
+    )
 
 
 def _refused(file: Path, error: Exception) -> str:

@@ -92,7 +92,9 @@ class _TinyGrid(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    def backward(
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (grad,) = gradients
         x, weight = ctx.saved_tensors
         n, _, h, w = x.shape
@@ -103,8 +105,9 @@ class _TinyGrid(torch.autograd.Function):
             else:
                 flat = _pixels_last(grad).reshape(n, -1) @ weight
                 grad_x = flat.view(n, h, w, -1).permute(0, 3, 1, 2)
+        grad_weight = weight_gradient(x, grad, ctx.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum((0, 2, 3), dtype=ctx.dtype) if ctx.needs_input_grad[2] else None
-        return grad_x, weight_gradient(x, grad, ctx.dtype), grad_bias
+        return grad_x, grad_weight, grad_bias
 
 
 def dense_matrix(weight: Tensor, height: int, width: int) -> Tensor:

@@ -36,6 +36,14 @@ class LastPool(nn.MaxPool2d):
         return x if min(x.shape[-2:]) < 2 else super().forward(x)
 
 
+class FrozenBatchNorm(nn.BatchNorm2d):
+    """A BatchNorm layer that always normalises by its running statistics, which never change."""
+
+    def train(self, mode: bool = True) -> "FrozenBatchNorm":
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+
 class VGG(nn.Module):
     """A VGG network: images [n, 3, s, s], s >= 16, normalised floats -> logits [n, num_classes]."""
 
@@ -123,5 +131,6 @@ def _pass_on(module: nn.Module) -> None:
 
 
 def batch_norm_layers(model: nn.Module) -> list[nn.BatchNorm2d]:
-    """Returns all BatchNorm layers of a model, in order."""
-    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    """Returns the BatchNorm layers of a model that measure statistics, in order."""
+    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    return [m for m in layers if not isinstance(m, FrozenBatchNorm)]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from distvgg.config import OptimConfig
 from distvgg.distributed.reduction_plan import Ranks
 from distvgg.distributed.tree_sum import ExchangeQueue
+from distvgg.models.freezing import learned_parameters
 from distvgg.optim.eager import SGD, AdamW
 from distvgg.optim.muon import Muon
 
@@ -21,31 +22,34 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Builds the optimizer over the groups of `parameter_groups`.
 
-    Muon partitions its work over `ranks` (None: a single process).
+    Muon partitions its work over `ranks` (None: a single process). Where all that Muon would
+    orthogonalise is frozen, SGD trains the rest, as Muon does.
     """
     groups = parameter_groups(model, config)
-    if config.name == "muon":
+    if any(group.get("orthogonalised") for group in groups):
         queue = queue or ExchangeQueue(next(model.parameters()).device)
         return Muon(groups, config.muon_steps, muon_dtype(precision), ranks or Ranks(), queue)
     if config.name == "adamw":
         return AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
     sgd = SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     if config.momentum:
-        for p in model.parameters():
+        for p in learned_parameters(model):
             # torch would use uninitialised memory if the first step is skipped (fp16).
             sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return sgd
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Returns the parameter groups of the optimizer.
+    """Returns the parameter groups of the optimizer, without frozen parameters.
 
     One group holds matrices and filters, which decay. Another holds biases and BatchNorm's weights,
     which decay unless `decay_norm_and_bias` is off. Muon's group comes first and holds all matrices
-    and filters except the last. `lr_ratio` is the ratio of a group's learning rate to `config.lr`.
+    and filters except the last. With `trunk_lr_ratio`, each group is divided into the parameters of
+    `features` and the others. `lr_ratio` is the ratio of a group's learning rate to `config.lr`.
     """
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    last = [p for p in model.parameters() if p.ndim > 1][-1]
+    matrices = [p for p in learned_parameters(model) if p.ndim > 1]
+    vectors = [p for p in learned_parameters(model) if p.ndim <= 1]
     vector_decay = config.weight_decay if config.decay_norm_and_bias else 0.0
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": config.weight_decay, "lr_ratio": 1.0},
@@ -56,14 +60,27 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         groups = [group | sgd for group in groups]
         muon = {
             "orthogonalised": True,
-            "params": matrices[:-1],
+            "params": [p for p in matrices if p is not last],
             "momentum": config.muon_momentum,
             "nesterov": True,
             "lr_ratio": config.muon_lr / config.lr,
         }
-        groups[0]["params"] = matrices[-1:]
+        groups[0]["params"] = [p for p in matrices if p is last]
         groups.insert(0, muon)
+    if config.trunk_lr_ratio != 1:
+        groups = [part for group in groups for part in _divided(model, group, config)]
     return [{"lr": config.lr * group["lr_ratio"]} | group for group in groups if group["params"]]
+
+
+def _divided(
+    model: nn.Module, group: dict[str, Any], config: OptimConfig
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Divides a group into the trunk, with its own learning rate, and the rest."""
+    trunk = {id(p) for name, p in model.named_parameters() if name.startswith("features.")}
+    inside = [p for p in group["params"] if id(p) in trunk]
+    outside = [p for p in group["params"] if id(p) not in trunk]
+    ratio = group["lr_ratio"] * config.trunk_lr_ratio
+    return group | {"params": inside, "lr_ratio": ratio}, group | {"params": outside}
 
 
 def muon_dtype(precision: str) -> torch.dtype:

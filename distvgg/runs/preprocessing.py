@@ -38,7 +38,8 @@ class Preprocessing:
         image_size: side of the network's input in pixels.
         class_names: names by output index; empty if they are unknown.
         superclass_of: [classes], index into `superclass_names`; None if there are no superclasses.
-        model: the section `model` of the config, which the shapes of the weights do not determine.
+        model: the section `model` of the config without `weights`, which the shapes of the weights
+            do not determine.
             None in files of earlier versions.
     """
 
@@ -64,7 +65,7 @@ class Preprocessing:
             class_names=dataset.class_names,
             superclass_names=dataset.superclass_names,
             superclass_of=None if superclasses is None else superclasses.tolist(),
-            model=model.model_dump(),
+            model=model.model_dump(exclude={"weights"}),  # no part of the network
         )
 
     def metadata(self) -> dict[str, str]:

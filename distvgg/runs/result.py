@@ -14,6 +14,7 @@ from distvgg import metrics
 from distvgg.config import Config
 from distvgg.data.plan import BatchPlan
 from distvgg.runs.files import atomic_write, read_json
+from distvgg.runs.initial_weights import InitialWeights
 from distvgg.runs.layout import REPORT_FILE, RESULT_FILE, WEIGHTS_FILE
 from distvgg.runs.provenance import commit, hardware, versions
 
@@ -34,6 +35,8 @@ class Result:
         test: as `val`; None if test was not read, because `eval.test` is off or the data has no
             test split.
         starts: (step, world size) of each launch that contributed to the numbers.
+        initial_weights: what the run started from; None: all layers started anew.
+        frozen, trunk_lr_ratio: the fields of the section `optim`.
     """
 
     seed: int
@@ -52,6 +55,9 @@ class Result:
     versions: dict[str, str]
     commit: str | None
     curves: list[str]
+    initial_weights: InitialWeights | None = None
+    frozen: tuple[str, ...] = ()
+    trunk_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         named = [r for r in (self.val, self.test, self.best) if r is not None]
@@ -92,6 +98,7 @@ class Result:
         starts: list[tuple[int, int]],
         images_per_sec: float | None,
         curves: list[str],
+        initial_weights: InitialWeights | None,
     ) -> "Result":
         steps = plan.steps(config.train.epochs)
         return Result(
@@ -111,6 +118,9 @@ class Result:
             versions=versions(),
             commit=commit(),
             curves=curves,
+            initial_weights=initial_weights,
+            frozen=config.optim.frozen,
+            trunk_lr_ratio=config.optim.trunk_lr_ratio,
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from distvgg.cores import describe_cores
+from distvgg.models.freezing import describe_frozen
 from distvgg.models.summary import network_name
 from distvgg.runs.provenance import hardware, processor
 from distvgg.training.state import Run, warmup_steps
@@ -18,6 +19,7 @@ def startup_banner(run: Run, curves: Sequence[str]) -> str:
     lines = {
         "data": _data(run),
         "network": _network(run),
+        **_start(run),
         "training": _training(run),
         "optimizer": _optimizer(run),
         "compute": _compute(run),
@@ -44,6 +46,16 @@ def _network(run: Run) -> str:
     )
 
 
+def _start(run: Run) -> dict[str, str]:
+    """Returns lines on initial weights and frozen layers, where there are any."""
+    initial, frozen, lines = run.initial_weights, run.config.optim.frozen, {}
+    if initial is not None:
+        lines["weights"] = f"{initial.text()}; sha256 {initial.sha256[:12]}"
+    if frozen:
+        lines["frozen"] = describe_frozen(run.vgg, frozen)
+    return lines
+
+
 def _training(run: Run) -> str:
     plan, saves = run.plan, run.config.checkpoint.every_steps
     every = f"every {saves:,} steps" if saves else "at the best validation"
@@ -59,6 +71,8 @@ def _optimizer(run: Run) -> str:
     rate = f"lr {optim.lr:g}"
     if optim.name == "muon":
         rate = f"lr {optim.muon_lr:g} (others {optim.lr:g})"
+    if optim.trunk_lr_ratio != 1:
+        rate += f" (features: x {optim.trunk_lr_ratio:g})"
     average = f", EMA {optim.ema_decay:g}" if optim.ema_decay else ""
     return f"{optim.name}, {rate}, {optim.schedule} after {warmup:,} steps of warm-up{average}"
 

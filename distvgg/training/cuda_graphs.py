@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from distvgg.data.loader import MicroBatch
+from distvgg.models.freezing import learned_parameters
 from distvgg.training.step import StepParts, summed_loss
 
 
@@ -31,7 +32,7 @@ class Computed(NamedTuple):
     Attributes:
         loss: [] summed over samples.
         logits: [m, classes].
-        gradients: one for each parameter, in the order of the network.
+        gradients: one for each parameter that is not frozen, in the order of the network.
     """
 
     loss: Tensor
@@ -97,8 +98,11 @@ class CastWeights:
             for name, p in model.named_parameters()
             if p.ndim > 1 and dtype != torch.float32
         }
+        learned = {id(p) for p in learned_parameters(model)}
         self._cast = {
-            name: p.to(dtype, copy=True).requires_grad_() for name, p in self._originals.items()
+            name: self._originals[name].to(dtype, copy=True).requires_grad_(id(p) in learned)
+            for name, p in model.named_parameters()
+            if name in self._originals
         }
 
     @torch.no_grad()
@@ -116,8 +120,8 @@ class CastWeights:
         return functional_call(self._model, self._cast, (images,))  # type: ignore[no-any-return]
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
-        """Returns the gradient of each parameter in its own dtype, in the order of the network."""
-        parameters = dict(self._model.named_parameters())
+        """Returns the gradients of the trained parameters in their own dtypes, in order."""
+        parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         found = torch.autograd.grad(loss, [self._cast.get(n, p) for n, p in parameters.items()])
         if not self._cast:
             return found

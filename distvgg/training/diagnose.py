@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import torch
 
+from distvgg.models.freezing import learned_parameters
 from distvgg.optim.schedule import lr_at
 from distvgg.runs.files import atomic_write
 from distvgg.runs.layout import FAILURE_FILE
@@ -56,7 +57,7 @@ def find_non_finite_gradient(run: Run, step: int) -> int | None:
     Every rank computes its micro-batches again; the weights are still those before the step. None:
     each gradient is finite, and only their sum is not.
     """
-    parameters = list(run.vgg.parameters())
+    parameters = learned_parameters(run.vgg)
     scaler, found = run.accelerator.scaler, run.plan.micro_batches
     for batch in reversed(run.loader.micro_batches(step)):
         loss, _ = forward(run.vgg, batch, run.config.train.label_smoothing)

@@ -45,7 +45,8 @@ class Inspection:
         logits: [m, classes] float32.
         sample_losses: [m] float32; their sum may differ from `loss` by rounding.
         activations: of each layer, in order.
-        gradients: norm of the gradient of `loss / global_batch_size` by parameter.
+        gradients: norm of the gradient of `loss / global_batch_size` by parameter, without frozen
+            parameters.
     """
 
     loss: float
@@ -81,15 +82,15 @@ def inspect_micro_batch(parts: StepParts, network: nn.Module, batch: MicroBatch)
     finally:
         for handle in handles:
             handle.remove()
-    names, parameters = zip(*network.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(loss / parts.plan.global_batch_size, parameters)
+    learned = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss / parts.plan.global_batch_size, list(learned.values()))
     norms = [float(g.float().norm()) for g in gradients]
     return Inspection(
         loss=loss.item(),
         logits=logits.detach().float(),
         sample_losses=summed_loss(logits.detach().float(), batch, smoothing, reduction="none"),
         activations=found,
-        gradients=dict(zip(names, norms, strict=True)),
+        gradients=dict(zip(learned, norms, strict=True)),
     )
 
 

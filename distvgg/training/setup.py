@@ -37,6 +37,7 @@ from distvgg.file_lock import FileLock
 from distvgg.models.blocks import kernels_fail, use_kernels
 from distvgg.models.ema import EMA
 from distvgg.models.flops import training_flops
+from distvgg.models.freezing import freeze, learned_parameters
 from distvgg.models.vgg import VGG, batch_norm_layers, build_vgg
 from distvgg.optim.build import build_optimizer
 from distvgg.optim.muon import Muon
@@ -52,6 +53,7 @@ from distvgg.training.checkpoint import (
     load_optimizer_tensors,
 )
 from distvgg.training.cuda_graphs import CudaRecorder, StepGraphs
+from distvgg.training.initial_weights import check_start, load_initial_weights
 from distvgg.training.meters import Clock, TrainMeter
 from distvgg.training.nan_monitor import StepMonitor
 from distvgg.training.state import METER, TRAINED, Run, TrainState, parameter_names
@@ -83,7 +85,12 @@ def build(config: Config, folder: Path) -> Run:
     requested = config.train.precision
     config = config.replace(train__precision=accelerator.mixed_precision)
     locks: list[FileLock] = []  # on the main process only
-    broadcast_from_main(accelerator, lambda: locks.append(claim_run_dir(folder, config)))
+
+    def claim() -> None:
+        check_start(config, folder)
+        locks.append(claim_run_dir(folder, config))
+
+    broadcast_from_main(accelerator, claim)
     try:
         return _build(config, folder, accelerator, requested, locks[0] if locks else None)
     except BaseException:
@@ -107,15 +114,19 @@ def _build(
     dataset, is_new = _load_dataset(config, accelerator, folder)
     plan, loader, val_loader = _build_loaders(config, dataset, accelerator)
     ranks, queue = ranks_of(accelerator), ExchangeQueue(accelerator.device)
-    kernels, kernel_notes = _choose_kernels(config, accelerator)
-    classes = dataset.num_classes
-    trainable = _build_trainable(config, classes, accelerator, ranks, queue, kernels=kernels)
     preprocessing = Preprocessing.of(dataset, config.model)
     checkpoints = None
     if lock is not None:
         metadata, keep = preprocessing.metadata(), config.checkpoint.keep
         checkpoints = CheckpointManager(folder / CHECKPOINTS, keep, metadata)
     found = _newest(checkpoints, folder, accelerator)
+    vgg = build_vgg(config.model, dataset.num_classes, derive_seed(config.seed, "weights"))
+    freeze(vgg, config.optim.frozen)
+    initial, news = load_initial_weights(
+        vgg, config, preprocessing, folder, accelerator, resumed=found is not None
+    )
+    kernels, kernel_notes = _choose_kernels(config, accelerator)
+    trainable = _build_trainable(vgg, config, accelerator, ranks, queue, kernels=kernels)
     state = TrainState(data=_digest(dataset))
     if found is not None:
         state = _restore(found, state, trainable, accelerator)
@@ -123,9 +134,9 @@ def _build(
     broadcast_from_main(accelerator, lambda: _write_preprocessing(preprocessing, folder))
     notes = _note_launch(state, accelerator, config, requested, resumed=found is not None)
     notes += (*dataset.card, *dataset.notes) if is_new else dataset.notes
-    notes += kernel_notes
+    notes += (*kernel_notes, *news)
 
-    vgg, ema, device = trainable.vgg, trainable.ema, accelerator.device
+    ema, device = trainable.ema, accelerator.device
     torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
     model = prepare_model(accelerator, vgg)
     graphs = _build_graphs(config, device, notes)
@@ -136,9 +147,9 @@ def _build(
     if ema is not None:
         prepare_model(accelerator, ema.network)
     tree = TreePlan(plan.micro_batches, ranks)
-    gradients = GradientReducer(vgg.parameters(), tree, queue)
+    gradients = GradientReducer(learned_parameters(vgg), tree, queue)
     gradients.attach()
-    flops = training_flops(config.model, classes)
+    flops = training_flops(config.model, dataset.num_classes, config.optim.frozen)
     return Run(
         config=config,
         folder=folder,
@@ -150,6 +161,7 @@ def _build(
         loader=loader,
         val_loader=val_loader,
         vgg=vgg,
+        initial_weights=initial,
         ema=ema,
         model=model,
         graphs=graphs,
@@ -194,15 +206,14 @@ def _build_loaders(
 
 
 def _build_trainable(
+    vgg: VGG,
     config: Config,
-    num_classes: int,
     accelerator: "Accelerator",
     ranks: Ranks,
     queue: ExchangeQueue,
     *,
     kernels: bool,
 ) -> _Trainable:
-    vgg = build_vgg(config.model, num_classes, derive_seed(config.seed, "weights"))
     place(vgg, accelerator, config)
     if kernels:
         use_kernels(vgg)

@@ -23,7 +23,9 @@ from distvgg.distributed.step_sums import StepReducer
 from distvgg.distributed.tree_sum import ExchangeQueue
 from distvgg.file_lock import FileLock
 from distvgg.models.ema import STATISTICS_STEPS
+from distvgg.models.freezing import learned_parameters
 from distvgg.models.vgg import VGG, batch_norm_layers
+from distvgg.runs.initial_weights import InitialWeights
 from distvgg.runs.metrics_file import Mark
 from distvgg.runs.preprocessing import Preprocessing
 from distvgg.training.checkpoint import CheckpointManager, optimizer_tensors
@@ -73,6 +75,7 @@ class Run(StepParts):
 
     Attributes:
         vgg: the bare network; `model` runs it.
+        initial_weights: what it started from; None: all layers started anew.
         steps: optimizer steps of the whole run.
         checkpoints, lock: on the main process only.
         notes: lines for the user about the machine and the environment.
@@ -85,6 +88,7 @@ class Run(StepParts):
     loader: MicroBatchSource
     val_loader: EvalLoader
     vgg: VGG
+    initial_weights: InitialWeights | None
     tree: TreePlan
     queue: ExchangeQueue
     gradients: GradientReducer
@@ -109,7 +113,7 @@ def of_global_batch(run: Run, size: int, pixels: DeviceImages, rows: np.ndarray)
         graphs=run.graphs and run.graphs.fresh(),
         tree=tree,
         sums=StepReducer(run.accelerator, tree, batch_norm_layers(run.vgg), run.queue),
-        gradients=GradientReducer(run.vgg.parameters(), tree, run.queue),
+        gradients=GradientReducer(learned_parameters(run.vgg), tree, run.queue),
     )
 
 

@@ -246,6 +246,7 @@ def finish(run: Run, tracking: Tracking) -> Result:
         starts=state.starts,
         images_per_sec=run.clock.images_per_sec(),
         curves=tracking.curves(),
+        initial_weights=run.initial_weights,
     )
     if run.checkpoints is not None:
         run.checkpoints.wait()

@@ -144,7 +144,7 @@ def test_unknown_keys_are_answered_with_the_nearest_name() -> None:
     assert "unknown key train.epoch, did you mean train.epochs?" in message(
         "fast", train__epoch="1"
     )
-    assert "did you mean optim.lr or optim.muon_lr?" in message("fast", train__lr="1")
+    assert "did you mean optim.lr or optim.muon_lr" in message("fast", train__lr="1")
     assert "did you mean train.global_batch_size?" in message("fast", data__global_batch_size="1")
     assert "did you mean model?" in message("fast", modle__depth="16")
     assert "the sections are seed, data, model" in message("fast", qqqq="1")

@@ -39,6 +39,7 @@ from distvgg.distributed.shared_results import PartitionedCompute
 from distvgg.distributed.step_sums import StepReducer
 from distvgg.distributed.tree_sum import ExchangeQueue, Messages, TreeSum
 from distvgg.models.flops import training_flops
+from distvgg.models.freezing import freeze, learned_parameters
 from distvgg.models.vgg import batch_norm_layers, build_vgg
 from distvgg.optim.build import build_optimizer
 from distvgg.optim.muon import orthogonalise, orthogonalise_flops
@@ -311,14 +312,20 @@ def test_the_smallest_efficient_batch_is_the_smallest(ranks: int) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"model__batch_norm": False, "optim__name": "sgd"}, {"model__depth": 19}],
+    [
+        {},
+        {"model__batch_norm": False, "optim__name": "sgd"},
+        {"model__depth": 19},
+        {"optim__frozen": "features.0,features.1,features.4,classifier.3"},
+    ],
 )
 def test_the_job_is_the_network(changes: dict[str, object]) -> None:
     config = load("fast").replace(**changes)
     job, vgg = describe_workload(config), build_vgg(config.model, 100, seed=0)
-    assert job.flops == training_flops(config.model, 100)
+    freeze(vgg, config.optim.frozen)
+    assert job.flops == training_flops(config.model, 100, config.optim.frozen)
     gradients = [n for layer in job.layers for n in layer.gradients]
-    assert sorted(gradients) == sorted(4 * p.numel() for p in vgg.parameters())
+    assert sorted(gradients) == sorted(4 * p.numel() for p in learned_parameters(vgg))
     plan = BatchPlan(45_000, 256, 64)
     with world(0, ranks=1) as accelerator:
         tree = TreePlan(plan.micro_batches)

@@ -12,6 +12,7 @@ from distvgg.commands.summary import summary
 from distvgg.config import ModelConfig, load, recipe_names
 from distvgg.errors import UserError
 from distvgg.models.flops import training_flops
+from distvgg.models.freezing import freeze
 from distvgg.models.summary import layers_of
 from distvgg.models.vgg import VGG
 
@@ -42,6 +43,22 @@ def test_totals_are_those_of_the_network(name: str) -> None:
         for n, m in modules.items()
         if not list(m.children()) and not isinstance(m, torch.nn.Identity)
     ]
+
+
+@pytest.mark.parametrize(
+    "frozen", [("features",), ("features.0", "features.1"), ("features.4", "classifier.6.weight")]
+)
+def test_frozen_layers_save_the_operations_of_their_gradients(frozen: tuple[str, ...]) -> None:
+    config = MODELS["fast"]
+    with torch.device("meta"):
+        model = VGG(config, 100)
+        freeze(model, frozen)
+        model.eval()
+        image = torch.empty(1, 3, config.image_size, config.image_size)
+    with FlopCounterMode(display=False) as counter:
+        model(image).sum().backward()
+    assert training_flops(config, 100, frozen) == counter.get_total_flops()
+    assert training_flops(config, 100, frozen) < training_flops(config, 100)
 
 
 def test_shapes_are_those_of_a_forward_pass() -> None:

@@ -75,8 +75,9 @@ def config_of(**changes: object) -> Config:
         MIXED,
         MIXED | {"train__precision": "bf16", "optim__name": "muon", "optim__ema_decay": 0.9},
         {"train__label_smoothing": 0.1, "optim__clip_norm": 0.5, "model__batch_norm": False},
+        {"optim__frozen": "features.0,features.1,features.4,classifier.3.bias"},
     ],
-    ids=["plain", "mixed", "mixed, bf16, Muon, EMA", "clipped, without BatchNorm"],
+    ids=["plain", "mixed", "mixed, bf16, Muon, EMA", "clipped, without BatchNorm", "frozen"],
 )
 def test_replays_train_the_run_of_eager_micro_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
@@ -163,10 +164,11 @@ def test_without_a_usable_graph_the_run_is_the_same_and_a_line_says_why(
     assert said == [f"no CUDA graphs, the step runs eagerly with the same bits: {reason}"]
 
 
+@pytest.mark.parametrize("frozen", ["", "features.0,features.1"])
 def test_a_step_that_is_not_finite_is_diagnosed_as_without_graphs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frozen: str
 ) -> None:
-    config, said = config_of(optim__lr=1e20, optim__warmup_epochs=0), []
+    config, said = config_of(optim__lr=1e20, optim__warmup_epochs=0, optim__frozen=frozen), []
     for name, recorder in (("eager", None), ("replayed", Rerun())):
         with pytest.raises(RunError) as error:
             train(config, tmp_path / name, recorder, monkeypatch)
