@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from distvgg.config import load as load_config
     from distvgg.errors import RunError, UserError
     from distvgg.models.classifier import load
+    from distvgg.models.hub import HubClassifier
     from distvgg.models.pretrained import load_model
     from distvgg.runs.metrics_file import read_metrics
     from distvgg.training.trainer import train
 
 __version__ = "0.2.0"
 __all__ = [
+    "HubClassifier",
     "RunError",
     "UserError",
     "__version__",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _PUBLIC = {
+    "HubClassifier": ("distvgg.models.hub", "HubClassifier"),
     "RunError": ("distvgg.errors", "RunError"),
     "UserError": ("distvgg.errors", "UserError"),
     "evaluate": ("distvgg.commands.evaluate", "evaluate"),

@@ -40,6 +40,7 @@ usage: distvgg COMMAND ...
   evaluate RUN_DIR [--split test|val|train]                  its weights, or a checkpoint's
   replay RUN_DIR --step S [--micro-batch K] [--break]        a step again, on one device
   predict RUN_DIR IMAGE... [--top N] [--json]                classes of images and folders of images
+  export RUN_DIR --to onnx|safetensors|hub [--out PATH]      the network, for other programs
   compare RUN_DIR... [--out FILE]                            runs as one table, seeds averaged
   curves RUN_DIR... --out FILE                               their curves in one picture
   report RUN_DIR... [--out FILE] [--watch]                   curves, confusions and more, as a page
@@ -292,6 +293,34 @@ def _predict(options: Namespace) -> str:
     return ""
 
 
+def _export_parser(_: Config) -> Parser:
+    parser = Parser(
+        "export",
+        """Writes the network of a run for other programs, with normalisation or its constants.
+
+onnx: one file that takes pixels, uint8, in batches of any size, and is compared with PyTorch before
+it is written. safetensors: one file of weights that plain torchvision loads. hub: a folder with a
+model card, as huggingface_hub loads it.""",
+    )
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", type=Path, help="folder of a run or checkpoint, as in predict"
+    )
+    parser.add_argument("--to", required=True, choices=("onnx", "safetensors", "hub"), help="form")
+    parser.add_argument(
+        "--out", metavar="PATH", type=_file, help="file to write, or folder (default: RUN's name)"
+    )
+    parser.add_argument(
+        "--push", metavar="REPO_ID", help="upload the folder of hub to this repository, USER/NAME"
+    )
+    return parser
+
+
+def _export(options: Namespace) -> str:
+    from distvgg.commands.export import export
+
+    return export(options.run_dir, options.to, options.out, options.push)
+
+
 def _parser_of_runs(command: str, description: str) -> Parser:
     parser = Parser(command, description)
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", type=Path, help="folders of runs")
@@ -510,6 +539,7 @@ COMMANDS = {
     "evaluate": Command(_evaluate_parser, _evaluate),
     "replay": Command(_replay_parser, _replay),
     "predict": Command(_predict_parser, _predict),
+    "export": Command(_export_parser, _export),
     "compare": Command(_compare_parser, _compare),
     "curves": Command(_curves_parser, _curves),
     "report": Command(_report_parser, _report),

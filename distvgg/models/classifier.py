@@ -45,6 +45,7 @@ class Classifier(VGG):
     and `to(device)` moves it.
 
     Attributes:
+        config: of the network.
         preprocessing: constants of the run's data.
         class_names: names by output index; the numbers of the outputs, as text, if the run has no
             names.
@@ -61,7 +62,7 @@ class Classifier(VGG):
         flip: bool = False,
     ) -> None:
         super().__init__(config, num_classes)
-        self.preprocessing, self.flip = preprocessing, flip
+        self.config, self.preprocessing, self.flip = config, preprocessing, flip
         self.class_names = preprocessing.class_names or [str(i) for i in range(num_classes)]
         if len(self.class_names) != num_classes:
             raise ValueError(

@@ -86,7 +86,7 @@ def test_usage(args: list[str]) -> None:
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["trian"], "no command 'trian': give one of train, evaluate, replay, predict, compare"),
+        (["trian"], "no command 'trian': give one of train, evaluate, replay, predict, export"),
         (["train"], "give one recipe, not none: one of best, debug, fast, quickstart"),
         (["train", "fast", "more"], "give one recipe, not fast more"),
         (["train", "quikstart"], "did you mean quickstart?"),
