@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from distvgg.errors import UserError
+from distvgg.layer_table import POOL, Table, max_pools, read_table
 
 
 class FrozenModel(BaseModel):
@@ -56,6 +57,11 @@ Stages = Annotated[
     tuple[Annotated[Literal[1, 2, 3, 4, 5], _integer], ...],
     _list,
     AfterValidator(lambda v: tuple(sorted(set(v)))),
+]
+# A value that is no list is left to pydantic, which names the field.
+Layers = Annotated[
+    Table | None,
+    BeforeValidator(lambda v: read_table(_split(v)) if isinstance(v, str | list | tuple) else v),
 ]
 # YAML 1.1 reads an unquoted `no` as false.
 _no = BeforeValidator(lambda v: "no" if v is False else v)
@@ -148,8 +154,15 @@ class DataConfig(FrozenModel):
 class ModelConfig(FrozenModel):
     """VGG (Simonyan and Zisserman, 2015, table 1): depth 11, 13, 16, 19 are columns A, B, D, E."""
 
+    name: Literal["vgg", "alexnet", "lenet5"] = "vgg"
+    """The network. alexnet is torchvision's (Krizhevsky, 2014); lenet5 is that of LeCun et al.
+    (1998) for colour images. On the command line, it drops what it lacks from the recipe."""
     depth: Depth = 16
     """Weight layers: 11, 13, 16 or 19."""
+    layers: Layers = None
+    """All convolutions and max-pools, such as 64,M,128,M,256,1x1-256,M, in place of `depth` and
+    `max_pools`. A number is a 3x3 convolution with that many channels, 1x1-N a 1x1 convolution with
+    N channels, M a max-pool. On the command line, it replaces those of the recipe."""
     batch_norm: bool = True
     """Use BatchNorm after each convolution."""
     width: float = Field(1.0, gt=0, le=16)
@@ -175,6 +188,62 @@ class ModelConfig(FrozenModel):
     """Weights to start from: the folder of a finished run, one of its checkpoints/step_*, a
     safetensors file, or torchvision's, such as torchvision:vgg16_bn. All of features.* must fit;
     linear layers that do not fit start anew. None: all layers start anew."""
+
+    def scaled(self, channels: int) -> int:
+        """Returns a number of channels or units times `width`, at least 1."""
+        return max(1, round(channels * self.width))
+
+    def _changed(self, names: Sequence[str]) -> list[str]:
+        """Returns those of some fields that differ from the default, with values as typed."""
+        return [
+            f"model.{name} is {_text(value)}"
+            for name in names
+            if (value := getattr(self, name)) != ModelConfig.model_fields[name].default
+        ]
+
+    @model_validator(mode="after")
+    def _options_fit_the_network(self) -> "ModelConfig":
+        if given := self._changed(LACKS[self.name]):
+            raise ValueError(
+                f"model.name {self.name} has no such option: {' and '.join(given)}; drop"
+                f" {' and '.join(text.split()[0] for text in given)}, or set --model.name vgg"
+            )
+        if self.name == "alexnet" and self.image_size < ALEXNET_SIZE:
+            raise ValueError(
+                f"model.name alexnet: model.image_size {self.image_size} (expected at least"
+                f" {ALEXNET_SIZE}, so that a pixel reaches its head); set --model.image_size 64"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_fit(self) -> "ModelConfig":
+        if self.layers is None:
+            return self
+        if given := self._changed(SHORTHANDS):
+            raise ValueError(
+                f"model.layers gives all layers, and {' and '.join(given)}: drop"
+                f" {' and '.join(text.split()[0] for text in given)}, or set --model.layers none"
+            )
+        pools, most = self.layers.count(POOL), max_pools(self.image_size)
+        if pools > most:
+            larger = f", or set --model.image_size {2**pools}" if 2**pools <= 1024 else ""
+            raise ValueError(
+                f"model.layers: {pools} max-pools at model.image_size {self.image_size} (expected"
+                f" at most {most}); drop {pools - most} M{larger}"
+            )
+        return self
+
+
+# Fields that say in short what `model.layers` says in full.
+SHORTHANDS = ("depth", "max_pools")
+# Fields without effect on a network of `model.name`.
+LACKS: dict[str, tuple[str, ...]] = {
+    "vgg": (),
+    "alexnet": ("layers", *SHORTHANDS),
+    "lenet5": ("layers", *SHORTHANDS, "head_width", "pool_size", "dropout"),
+}
+ALEXNET_SIZE = 63
+"""Smallest `model.image_size` of AlexNet, in pixels."""
 
 
 # Fields that were removed: the values that equal the current behaviour (None: any value), and the
@@ -443,8 +512,13 @@ def load(recipe: str, overrides: Mapping[str, Any] | None = None) -> Config:
     Raises:
         UserError: no such recipe, not YAML, an unknown key or a value out of range.
     """
-    values = _read_recipe(recipe)
-    _merge(values, overrides or {})
+    values, overrides = _read_recipe(recipe), overrides or {}
+    model = values.get("model")
+    if isinstance(model, dict):
+        table = SHORTHANDS if from_text(overrides.get("model.layers")) is not None else ()
+        for name in (*table, *LACKS.get(str(overrides.get("model.name")), ())):
+            model.pop(name, None)
+    _merge(values, overrides)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -501,9 +575,14 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")
         elif isinstance(value, tuple):
-            yield f"{prefix}{key}", ",".join(map(str, value)) or None
+            yield f"{prefix}{key}", _text(value) or None
         else:
             yield f"{prefix}{key}", value
+
+
+def _text(values: Any) -> str:
+    """Returns a value as it is typed on the command line."""
+    return ",".join(map(str, values)) if isinstance(values, tuple) else str(values)
 
 
 def nearest(name: str, names: Sequence[str], prefix: str = "") -> str:

@@ -249,7 +249,7 @@ def _yaml_of_0_1(config: Config) -> str:
     newer = {
         "train": ("cpu_threads", "cuda_graphs", "overfit_batches", "profile_steps"),
         "data": ("image_column", "label_column", "on_error", "max_pixels"),
-        "model": ("weights",),
+        "model": ("name", "layers", "weights"),
         "optim": ("frozen", "trunk_lr_ratio"),
         "track": ("wandb_artifact", "report", "also"),
     }

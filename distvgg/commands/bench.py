@@ -34,7 +34,7 @@ from distvgg.distributed.cost_model import (
 from distvgg.distributed.hardware import HARDWARE
 from distvgg.errors import UserError
 from distvgg.models.freezing import freeze, learned_parameters
-from distvgg.models.summary import network_name
+from distvgg.models.summary import layers_of, network_name
 from distvgg.models.vgg import VGG, FrozenBatchNorm
 from distvgg.runs.provenance import commit, hardware, versions
 
@@ -106,30 +106,28 @@ def describe_workload(config: Config) -> Job:
     The network is on the meta device and has 100 classes, or 10 for CIFAR-10. Operations are
     counted as in `flops.training_flops`: those of convolutions and linear layers.
     """
+    classes = 10 if config.data.name == "cifar10" else 100
     with torch.device("meta"):
-        model = VGG(config.model, 10 if config.data.name == "cifar10" else 100)
+        model = VGG(config.model, classes)
     freeze(model, config.optim.frozen)
     layers: list[Layer] = []
-    side, statistics_, is_behind = config.model.image_size, 0, False
-    for module in [*model.features, *model.classifier]:
+    statistics_, is_behind = 0, False
+    for found in layers_of(config.model, classes):
+        module = model.get_submodule(found.name)
         learned = learned_parameters(module)
         gradients = tuple(p.numel() * p.element_size() for p in learned)
         if isinstance(module, nn.Conv2d | nn.Linear):
-            pixels = side**2 if isinstance(module, nn.Conv2d) else 1
-            forward = 2 * module.weight.numel() * pixels
             if isinstance(module, nn.Linear):
                 # The weight is transposed before the product: its gradient follows the bias's.
                 gradients = gradients[::-1]
             # No gradient of what is in front of all trained layers, such as the images.
-            backward = forward * (is_behind + module.weight.requires_grad)
-            layers.append(Layer(gradients, forward, backward))
+            backward = found.flops * (is_behind + module.weight.requires_grad)
+            layers.append(Layer(gradients, found.flops, backward))
         elif isinstance(module, nn.BatchNorm2d):
             # BatchNorm's gradients are ready before those of the convolution in front of it.
             layers[-1] = layers[-1]._replace(gradients=gradients + layers[-1].gradients)
             if not isinstance(module, FrozenBatchNorm):
                 statistics_ += 2 * module.num_features
-        elif isinstance(module, nn.MaxPool2d):
-            side = max(1, side // 2)
         is_behind = is_behind or bool(learned)
     shared, results = shared_work(model, config)
     return Job(tuple(layers), config.train.micro_batch_size, statistics_, shared, results)

@@ -4,13 +4,13 @@ The license is left to the user, because it depends on the data.
 """
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from torch import nn
 
 from distvgg import metrics
 from distvgg.config import Config
 from distvgg.data.cache import HUB_IDS
 from distvgg.models.classifier import Classifier
 from distvgg.models.export import torchvision_code
+from distvgg.models.summary import network_name
 from distvgg.runs.layout import WEIGHTS_FILE
 from distvgg.runs.result import Result
 
@@ -32,13 +32,19 @@ def model_card(model: Classifier, config: Config | None, result: Result | None, 
         repo: the repository or folder, for the code that loads it.
     """
     data = config.data.name if config else "custom"
-    depth = sum(isinstance(layer, nn.Conv2d | nn.Linear) for layer in model.modules())
-    name = f"vgg{depth}{'_bn' if model.config.batch_norm else ''}-{data}"
+    name = (
+        f"{network_name(model.config).lower().replace('vgg-', 'vgg').replace('-bn', '_bn')}-{data}"
+    )
     results = _eval_results(result, data)
     card_data = ModelCardData(
         library_name="distvgg",
         pipeline_tag="image-classification",
-        tags=["vgg", "image-classification", "model_hub_mixin", "pytorch_model_hub_mixin"],
+        tags=[
+            model.config.name,
+            "image-classification",
+            "model_hub_mixin",
+            "pytorch_model_hub_mixin",
+        ],
         datasets=[HUB_IDS[data]] if data in HUB_IDS else None,
         model_name=name,
         metrics=sorted({found.metric_type for found in results}) or None,
@@ -110,7 +116,7 @@ def _title(model: Classifier, name: str) -> str:
     more = ", ..." if len(model.class_names) > 10 else ""
     return f"""# {name}
 
-A VGG image classifier with {count:,} parameters, trained with distvgg.
+{network_name(model.config)} with {count:,} parameters, an image classifier trained with distvgg.
 
 - Input: RGB images of {height}x{width} pixels, normalised and resized to {side}x{side}.
 - Output: logits of {len(model.class_names)} classes ({names}{more}).

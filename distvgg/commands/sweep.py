@@ -10,6 +10,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args, get_origin
+
+from pydantic import BaseModel
 
 from distvgg.config import Config, load
 from distvgg.errors import UserError
@@ -105,11 +108,11 @@ def _values(name: str, text: str) -> tuple[str, ...]:
 def list_fields() -> set[str]:
     """Returns the dotted names of the config fields that hold a list."""
     return {
-        f"{section}.{field}"
-        for section, values in Config().model_dump().items()
-        if isinstance(values, dict)
-        for field, value in values.items()
-        if isinstance(value, tuple)
+        f"{section}.{name}"
+        for section, values in Config()
+        if isinstance(values, BaseModel)
+        for name, field in type(values).model_fields.items()
+        if tuple in {get_origin(t) for t in (field.annotation, *get_args(field.annotation))}
     }
 
 

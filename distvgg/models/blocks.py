@@ -36,15 +36,18 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     Attributes:
         kernels: run as one with ReLU and max-pool in training, by `norm_kernels.py`.
-        pools: a max-pool of 2x2 pixels follows the ReLU.
+        rectifies: a ReLU follows.
+        pools: and then a max-pool of 2x2 pixels.
     """
 
     kernels = False
+    rectifies = False
     pools = False
 
     def following(self, x: Tensor) -> int:
         """Returns the number of layers behind this one that `forward` includes."""
-        if not (self.kernels and self.training) or self.momentum is None:
+        in_use = self.kernels and self.rectifies and self.training
+        if not in_use or self.momentum is None:
             return 0
         return 2 if self.pools and not (x.shape[2] % 2 or x.shape[3] % 2) else 1
 
@@ -72,9 +75,10 @@ class Features(nn.Sequential):
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(*layers)
-        for norm, pool in zip(layers, layers[2:], strict=False):
+        for norm, relu, pool in zip(layers, layers[1:], (*layers[2:], None), strict=False):
             if isinstance(norm, BatchNorm2d):
-                norm.pools = isinstance(pool, nn.MaxPool2d)
+                norm.rectifies = isinstance(relu, nn.ReLU)
+                norm.pools = isinstance(pool, nn.MaxPool2d) and pool.kernel_size == pool.stride == 2
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs the layers."""

@@ -239,7 +239,7 @@ def _table(
     entries: list[int | str] = []
     replaced: dict[int, str] = {}
     batch_norm = any(isinstance(layer, nn.BatchNorm2d) for layer in features)
-    after_conv = [nn.BatchNorm2d, nn.ReLU] if batch_norm else [nn.ReLU]
+    after_conv: list[type[nn.Module]] = [nn.BatchNorm2d, nn.ReLU] if batch_norm else [nn.ReLU]
     layers = list(features)
     at = 0
     while at < len(layers):

@@ -8,7 +8,7 @@ library's kernels compute most of the other products as well. Measured on two co
 512 channels, 64 images, one thread): forward and backward of a convolution take 53 ms instead of 59
 at 4x4, and 12 instead of 26 at 2x2.
 
-Only networks with all five max-pools use this module. A step of 512 images at 32x32 then takes
+Only networks with at least five max-pools use this module. A step of 512 images at 32x32 then takes
 2.36 s instead of 2.53 (VGG-16, two processes). With one pool less there is no 2x2 grid, and a gain
 from 7.90 to 7.85 s was not worthwhile. At 8x8 there is nothing to gain.
 """

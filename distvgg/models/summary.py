@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from distvgg.config import ModelConfig
-from distvgg.models.vgg import VGG
+from distvgg.layer_table import POOL
+from distvgg.models.vgg import VGG, layers_of_table
 
 
 class Layer(NamedTuple):
@@ -33,7 +34,7 @@ class Layer(NamedTuple):
 
 
 def layers_of(config: ModelConfig, num_classes: int) -> list[Layer]:
-    """Returns the layers of a VGG in the order of its forward pass.
+    """Returns the layers of a network in the order of its forward pass.
 
     Max-pools that `model.max_pools` drops are omitted.
     """
@@ -51,10 +52,15 @@ def layers_of(config: ModelConfig, num_classes: int) -> list[Layer]:
 
 
 def _output_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if isinstance(module, nn.Conv2d):
-        return (module.out_channels, *shape[1:])
-    if isinstance(module, nn.MaxPool2d):
-        return (shape[0], *(max(1, side // 2) for side in shape[1:]))
+    if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+        channels = module.out_channels if isinstance(module, nn.Conv2d) else shape[0]
+        kernel, stride, padding = (
+            size if isinstance(size, int) else int(size[0])
+            for size in (module.kernel_size, module.stride, module.padding)
+        )
+        # `LastPool` keeps a single pixel.
+        sides = (max(1, (side + 2 * padding - kernel) // stride + 1) for side in shape[1:])
+        return (channels, *sides)
     if isinstance(module, nn.AdaptiveAvgPool2d):
         assert isinstance(module.output_size, int)
         return (shape[0], module.output_size, module.output_size)
@@ -62,8 +68,10 @@ def _output_shape(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def network_name(config: ModelConfig) -> str:
-    """Returns the name of a network, such as VGG-16-BN."""
-    return f"VGG-{config.depth}{'-BN' if config.batch_norm else ''}"
+    """Returns the name of a network, such as VGG-16-BN, with the number of its weight layers."""
+    convolutions = [e for e in layers_of_table(config) if e not in (POOL, None)]
+    names = {"vgg": f"VGG-{len(convolutions) + 3}", "alexnet": "AlexNet", "lenet5": "LeNet-5"}
+    return names[config.name] + ("-BN" if config.batch_norm else "")
 
 
 def _kind(module: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""VGG (Simonyan and Zisserman, "Very Deep Convolutional Networks", ICLR 2015), columns A, B, D, E.
+"""VGG (Simonyan and Zisserman, "Very Deep Convolutional Networks", ICLR 2015), any table.
 
 Owns the layers and their initial values, independent of processes, devices and training.
 Invariant: the keys of `state_dict()` are torchvision's (`features.N.*`, `classifier.N.*`). With
@@ -6,15 +6,16 @@ Invariant: the keys of `state_dict()` are torchvision's (`features.N.*`, `classi
 load the other's weights.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from distvgg.config import ModelConfig
+from distvgg.layer_table import POOL, convolution
+from distvgg.models.alexnet import alexnet_layers
 from distvgg.models.blocks import BatchNorm2d, Features, UnbiasedConv2d, fold_biases
+from distvgg.models.lenet import lenet5_layers
 from distvgg.models.small_conv import Conv3x3, UnbiasedConv3x3
 
 # Output channels of the convolutions between max-pools (table 1 of the paper).
@@ -26,8 +27,21 @@ STAGES: dict[int, tuple[tuple[int, ...], ...]] = {
 }
 
 
+def layers_of_table(config: ModelConfig) -> list[int | str | None]:
+    """Returns the table of a config, from the shorthands where it has none.
+
+    The entries are those of `distvgg.layer_table`. None is a max-pool that `max_pools` drops.
+    """
+    if config.layers is not None:
+        return [*config.layers]
+    table: list[int | str | None] = []
+    for number, stage in enumerate(STAGES[config.depth], start=1):
+        table += [*stage, POOL if number in config.max_pools else None]
+    return table
+
+
 class LastPool(nn.MaxPool2d):
-    """The fifth max-pool, which returns a single pixel (from images below 32 pixels) unchanged."""
+    """The last max-pool, which returns a single pixel (from images below 32 pixels) unchanged."""
 
     def __init__(self) -> None:
         super().__init__(2, 2)
@@ -45,46 +59,16 @@ class FrozenBatchNorm(nn.BatchNorm2d):
 
 
 class VGG(nn.Module):
-    """A VGG network: images [n, 3, s, s], s >= 16, normalised floats -> logits [n, num_classes]."""
+    """A network: images [n, 3, s, s], s >= 16, normalised floats -> logits [n, num_classes].
+
+    It is a VGG, or one of the two networks before it that `model.name` chooses.
+    """
 
     def __init__(self, config: ModelConfig, num_classes: int) -> None:
         super().__init__()
-
-        def scaled(channels: int) -> int:
-            return max(1, round(channels * config.width))
-
-        # At 32x32, only networks with all five max-pools have grids of 2x2 pixels.
-        plain = config.max_pools == (1, 2, 3, 4, 5)
-        convolution: Callable[[int, int], nn.Module]
-        if plain:
-            convolution = UnbiasedConv3x3 if config.batch_norm else Conv3x3
-        else:
-            kind = UnbiasedConv2d if config.batch_norm else nn.Conv2d
-            convolution = partial(kind, kernel_size=3, padding=1)
-        layers: list[nn.Module] = []
-        channels = 3
-        for number, stage in enumerate(STAGES[config.depth], start=1):
-            for out in map(scaled, stage):
-                layers.append(convolution(channels, out))
-                if config.batch_norm:
-                    layers.append(BatchNorm2d(out))
-                layers.append(nn.ReLU(inplace=True))
-                channels = out
-            # A dropped pool keeps its index, so that the layers after it keep their keys.
-            pool = LastPool() if number == len(STAGES[config.depth]) else nn.MaxPool2d(2, 2)
-            layers.append(pool if number in config.max_pools else nn.Identity())
-        self.features = Features(*layers)
-        self.avgpool = nn.AdaptiveAvgPool2d(config.pool_size)
-        hidden = scaled(config.head_width)
-        self.classifier = nn.Sequential(
-            nn.Linear(channels * config.pool_size**2, hidden),
-            nn.ReLU(inplace=True),
-            nn.Dropout(config.dropout),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(inplace=True),
-            nn.Dropout(config.dropout),
-            nn.Linear(hidden, num_classes),
-        )
+        networks = {"vgg": vgg_layers, "alexnet": alexnet_layers, "lenet5": lenet5_layers}
+        layers = networks[config.name](config, num_classes)
+        self.features, self.avgpool, self.classifier = layers
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.avgpool(self.features(images)).flatten(1))
@@ -97,19 +81,61 @@ class VGG(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest, **more)
 
 
+def vgg_layers(
+    config: ModelConfig, num_classes: int
+) -> tuple[Features, nn.AdaptiveAvgPool2d, nn.Sequential]:
+    """Builds the features, the average pool and the classifier of a VGG."""
+    table = layers_of_table(config)
+    # At 32x32, only networks with five max-pools have grids of 2x2 pixels.
+    tiny_grids = table.count(POOL) >= 5
+    layers: list[nn.Module] = []
+    channels = 3
+    for at, entry in enumerate(table):
+        if entry is None:
+            # A dropped pool keeps its index, so that the layers after it keep their keys.
+            layers.append(nn.Identity())
+        elif entry == POOL:
+            layers.append(nn.MaxPool2d(2, 2) if POOL in table[at + 1 :] else LastPool())
+        else:
+            side, out = convolution(entry)
+            out = config.scaled(out)
+            if side == 3 and tiny_grids:
+                layers.append((UnbiasedConv3x3 if config.batch_norm else Conv3x3)(channels, out))
+            else:
+                kind = UnbiasedConv2d if config.batch_norm else nn.Conv2d
+                layers.append(kind(channels, out, kernel_size=side, padding=side // 2))
+            if config.batch_norm:
+                layers.append(BatchNorm2d(out))
+            layers.append(nn.ReLU(inplace=True))
+            channels = out
+    hidden = config.scaled(config.head_width)
+    classifier = nn.Sequential(
+        nn.Linear(channels * config.pool_size**2, hidden),
+        nn.ReLU(inplace=True),
+        nn.Dropout(config.dropout),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(inplace=True),
+        nn.Dropout(config.dropout),
+        nn.Linear(hidden, num_classes),
+    )
+    return Features(*layers), nn.AdaptiveAvgPool2d(config.pool_size), classifier
+
+
 def build_vgg(config: ModelConfig, num_classes: int, seed: int) -> VGG:
-    """Builds a VGG whose initial weights are a pure function of `seed`.
+    """Builds a network whose initial weights are a pure function of `seed`.
 
     All layers that end in a ReLU have He initialisation (He et al., 2015, equation 10), so that the
     signal keeps its variance through 19 layers even without BatchNorm. The last layer is small, so
-    that the first loss is ln(num_classes). The caller's random state does not change.
+    that the first loss is ln(num_classes). The layers of LeNet-5 have the gain of tanh instead. The
+    caller's random state does not change.
     """
+    nonlinearity: Literal["relu", "tanh"] = "tanh" if config.name == "lenet5" else "relu"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = VGG(config, num_classes)
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.kaiming_normal_(module.weight, nonlinearity=nonlinearity)
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
             if config.init == "dirac":
                 _pass_on(module)

@@ -57,6 +57,9 @@ class Preprocessing:
         """Collects the constants of a dataset and a network."""
         height, width = dataset.train.images.shape[1:3]
         superclasses = dataset.superclass_of
+        # Fields that earlier versions do not know; they can load the weights without. The source
+        # of initial weights is no part of a network.
+        unknown = {"weights"} | {"name", "layers"} - model.model_dump(exclude_defaults=True).keys()
         return Preprocessing(
             mean=dataset.mean,
             std=dataset.std,
@@ -65,7 +68,7 @@ class Preprocessing:
             class_names=dataset.class_names,
             superclass_names=dataset.superclass_names,
             superclass_of=None if superclasses is None else superclasses.tolist(),
-            model=model.model_dump(exclude={"weights"}),  # no part of the network
+            model=model.model_dump(exclude=unknown),
         )
 
     def metadata(self) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import math
 
 from distvgg import metrics
-from distvgg.config import Config
+from distvgg.config import LACKS, Config
 from distvgg.runs.layout import METRICS_FILE
 from distvgg.runs.metrics_file import read_rows
 from distvgg.training.state import Run
@@ -43,7 +43,7 @@ def least_loss(label_smoothing: float, classes: int) -> float:
 def hindrances(config: Config) -> list[str]:
     """Lists the fields that keep a network from learning a few batches by heart."""
     values = {
-        "model.dropout": config.model.dropout,
+        "model.dropout": 0 if "dropout" in LACKS[config.model.name] else config.model.dropout,
         "augment.mixup_alpha": config.augment.mixup_alpha,
         "augment.cutmix_alpha": config.augment.cutmix_alpha,
     }

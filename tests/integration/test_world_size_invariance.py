@@ -11,11 +11,13 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+import distvgg
 from distvgg.config import load
 from distvgg.distributed.reduction_plan import TreePlan
 from distvgg.distributed.step_sums import StepReducer
@@ -120,6 +122,35 @@ def test_the_runs_are_what_they_are_meant_to_be(alone: dict[str, Path]) -> None:
     for one, other in itertools.combinations(tables.values(), 2):
         assert one[0]["train/loss"] != other[0]["train/loss"]
         assert one[0]["train/loss"] == pytest.approx(other[0]["train/loss"], rel=0.02)
+
+
+def test_a_table_of_layers_is_equal_to_the_bit_on_two_processes(tmp_path: Path) -> None:
+    args = ("--model.layers", "64,M,64,1x1-32,M,64,M", "--optim.name", "muon")
+    args += ("--optim.ema_decay", "0.9", "--train.epochs", "0.5")
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for processes, folder in enumerate(folders, start=1):
+        assert "VGG-7-BN" in train(folder, *args, processes=processes)
+    assert_same_run(*folders)
+    # The weights alone describe their network.
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "model.safetensors").write_bytes((folders[0] / "model.safetensors").read_bytes())
+    ours, theirs = (distvgg.load(folder) for folder in (alone, folders[1]))
+    image = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
+    assert ours.classify(image) == theirs.classify(image)
+    assert ours.features[4].kernel_size == (3, 3)
+    assert ours.features[7].kernel_size == (1, 1)
+
+
+@pytest.mark.variant
+def test_alexnet_is_equal_to_the_bit_on_two_processes(tmp_path: Path) -> None:
+    """Its max-pools overlap, so that a pixel has gradients from several."""
+    args = ("--model.name", "alexnet", "--model.image_size", "64", "--train.epochs", "0.5")
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for processes, folder in enumerate(folders, start=1):
+        assert "AlexNet-BN" in train(folder, *args, processes=processes)
+    assert_same_run(*folders)
+    assert distvgg.load(folders[0]).features[0].stride == (4, 4)
 
 
 def test_the_seed_changes_the_run(alone: dict[str, Path], tmp_path: Path) -> None:

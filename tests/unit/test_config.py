@@ -1,6 +1,7 @@
 """Recipes, overrides, run folders: round trips, and one line for each mistake."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -57,13 +58,125 @@ def test_a_config_survives_its_own_yaml(tmp_path: Path) -> None:
     assert load(str(path)) == config
 
 
-@pytest.mark.parametrize("pools", [(), (1, 2, 5)])
-def test_a_config_survives_its_own_flat_form(pools: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [{"max_pools": ()}, {"max_pools": (1, 2, 5)}, {"layers": "64,M,1x1-8"}, {"layers": [64]}],
+    ids=str,
+)
+def test_a_config_survives_its_own_flat_form(given: dict[str, Any]) -> None:
     """Which trackers get: plain values only."""
-    config = load("quickstart", {"model.max_pools": pools})
+    config = load("quickstart", {f"model.{name}": value for name, value in given.items()})
     flat = config.flat()
     assert {type(v) for v in flat.values()} <= {int, float, str, bool, type(None)}
     assert load("quickstart", flat) == config
+
+
+def test_a_table_of_layers_is_read_from_text_and_yaml(tmp_path: Path) -> None:
+    table = (64, "M", 128, "1x1-256", "M")
+    config = load("fast", {"model.layers": "64, M,128,1x1-256,M"})
+    assert config.model.layers == table
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {layers: [64, M, 128, 1x1-256, M]}")
+    assert load(str(path)).model.layers == table
+    path.write_text(config.to_yaml())
+    assert load(str(path)) == config
+    assert load(str(path), {"model.layers": "none"}).model.layers is None
+
+
+def test_a_table_on_the_command_line_replaces_the_shorthands_of_the_recipe(tmp_path: Path) -> None:
+    assert load("quickstart").model.depth == 11
+    model = load("quickstart", {"model.layers": "64,M"}).model
+    assert (model.depth, model.max_pools) == (16, (1, 2, 3, 4, 5))
+    both = {"model.layers": "64,M", "model.depth": "11", "model.max_pools": "1,2"}
+    with pytest.raises(UserError) as error:
+        load("quickstart", both)
+    assert str(error.value) == (
+        "model.layers gives all layers, and model.depth is 11 and model.max_pools is 1,2: drop"
+        " model.depth and model.max_pools, or set --model.layers none"
+    )
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {layers: [64, M], depth: 13}")
+    assert "drop model.depth, or" in message(str(path))
+    assert "drop model.max_pools, or" in message(
+        str(path), model__max_pools="1,2", model__depth="16"
+    )
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (
+            "64,m",
+            "'m' (expected channels of a 3x3 convolution, 1x1-CHANNELS, or M for a max-pool);"
+            " write M",
+        ),
+        ("64,maxpool", "write M"),
+        ("conv1-256", "write 1x1-256"),
+        ("256@1x1", "write 1x1-256"),
+        ("conv3-64", "write 64"),
+        ("64.0", "write 64"),
+        ("-64", "write 64"),
+        ("64,0", "drop it, or give at least one channel"),
+        ("64,1x1-0", "drop it, or give at least one channel"),
+        ("64,,M", "drop a comma"),
+        ("64,true", "write one of these"),
+        ("M,M", "no convolution (expected at least one); begin with its channels"),
+        ("", "no convolution"),
+        (
+            "64,M,M,M,M,M,M",
+            "6 max-pools at model.image_size 32 (expected at most 5); drop 1 M, or set"
+            " --model.image_size 64",
+        ),
+    ],
+)
+def test_a_mistake_in_a_table_of_layers_is_named_with_the_remedy(
+    layers: str, expected: str
+) -> None:
+    assert expected in message("debug", model__layers=layers)
+
+
+def test_a_table_may_have_as_many_max_pools_as_halve_the_image() -> None:
+    for size, most in ((16, 5), (32, 5), (63, 5), (64, 6), (1024, 10)):
+        given = {"model.image_size": str(size)}
+        assert load("debug", given | {"model.layers": "8" + ",M" * most})
+        with pytest.raises(UserError, match=f"expected at most {most}"):
+            load("debug", given | {"model.layers": "8" + ",M" * (most + 1)})
+    assert "layers must be a valid tuple" in message("debug", model__layers=64)  # type: ignore[arg-type]
+
+
+def test_options_that_a_network_lacks_are_refused_or_dropped_with_the_recipes(
+    tmp_path: Path,
+) -> None:
+    model = load("fast", {"model.name": "lenet5"}).model
+    assert (model.max_pools, model.dropout) == ((1, 2, 3, 4, 5), 0.5)
+    assert message("debug", model__name="lenet5", model__dropout="0.1", model__layers="8,M") == (
+        "model.name lenet5 has no such option: model.layers is 8,M and model.dropout is 0.1; drop"
+        " model.layers and model.dropout, or set --model.name vgg"
+    )
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {name: alexnet, depth: 11, image_size: 64}")
+    assert "drop model.depth, or" in message(str(path))
+    path.write_text("model: {name: alexnet, image_size: 64, dropout: 0.2, head_width: 64}")
+    config = load(str(path))
+    path.write_text(config.to_yaml())
+    assert load(str(path)) == config
+
+
+def test_alexnet_says_the_least_image_size() -> None:
+    assert load("debug", {"model.name": "alexnet", "model.image_size": "63"})
+    for size in ("32", "62"):
+        given = {"model__name": "alexnet", "model__image_size": size}
+        assert message("debug", **given) == (
+            f"model.name alexnet: model.image_size {size} (expected at least 63, so that a pixel"
+            " reaches its head); set --model.image_size 64"
+        )
+
+
+def test_a_network_without_a_table_is_described_as_before() -> None:
+    """So that run folders keep their names."""
+    for name in recipe_names():
+        model = load(name).model.model_dump(exclude_defaults=True)
+        assert not {"layers", "name"} & model.keys()
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -36,6 +36,10 @@ def test_a_list_is_one_value() -> None:
     pools = [load("fast", values_of(swept.words(n))).model.max_pools for n in range(len(swept))]
     assert pools == [(2, 3, 4, 5), (1, 2), ()]
     assert load("fast", values_of(fixed.words(0))).model.max_pools == (1, 2, 4, 5)
+    tables = parse("fast", {}, ["model.layers=[64,M],[1x1-8],[]"])
+    found = [load("fast", values_of(tables.words(n))).model for n in range(len(tables))]
+    assert [model.layers for model in found] == [(64, "M"), ("1x1-8",), None]
+    assert found[2] == load("fast").model
 
 
 @pytest.mark.parametrize(

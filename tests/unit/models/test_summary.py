@@ -19,6 +19,15 @@ from distvgg.models.vgg import VGG
 MODELS = {name: load(name).model for name in recipe_names()} | {
     "odd sides": ModelConfig(image_size=17, depth=19, batch_norm=False, width=0.3),
     "torchvision's": ModelConfig(image_size=224, pool_size=7, head_width=4096),
+    "column C": ModelConfig(
+        layers="64,64,M,128,128,M,256,256,1x1-256,M,512,512,1x1-512,M,512,512,1x1-512,M",
+        **{"image_size": 224, "pool_size": 7, "head_width": 4096, "batch_norm": False},
+    ),
+    "AlexNet": ModelConfig(name="alexnet", image_size=227, pool_size=6, batch_norm=False),
+    "AlexNet at its smallest": ModelConfig(name="alexnet", image_size=63, width=0.3),
+    "LeNet-5": ModelConfig(name="lenet5"),
+    "LeNet-5 at odd sides": ModelConfig(name="lenet5", image_size=17, batch_norm=False),
+    "a table": ModelConfig(layers=["M", 32, "1x1-16", "M", 5, 5, "M"], width=0.7, image_size=49),
 }
 
 

@@ -8,7 +8,8 @@ import torchvision
 
 from distvgg.config import ModelConfig
 from distvgg.models.flops import training_flops
-from distvgg.models.vgg import VGG, build_vgg
+from distvgg.models.summary import layers_of, network_name
+from distvgg.models.vgg import VGG, build_vgg, layers_of_table
 
 PAPER = {"head_width": 4096, "pool_size": 7, "image_size": 64}
 
@@ -51,6 +52,116 @@ def test_a_dropped_pool_leaves_the_other_layers_and_their_keys_alone() -> None:
     with torch.inference_mode():
         assert ours.features(images).shape == (2, 512, 2, 2)
         torch.testing.assert_close(ours(images), theirs.eval()(images))
+
+
+# Table 1 of the paper, with millions of parameters by its table 2, and torchvision's exact numbers.
+COLUMNS = {
+    "A": ("64,M,128,M,256,256,M,512,512,M,512,512,M", 133, 132_863_336),
+    "B": ("64,64,M,128,128,M,256,256,M,512,512,M,512,512,M", 133, 133_047_848),
+    "C": (
+        "64,64,M,128,128,M,256,256,1x1-256,M,512,512,1x1-512,M,512,512,1x1-512,M",
+        134,
+        138_357_544 - 8 * (256**2 + 2 * 512**2),  # D, with one tap in place of nine
+    ),
+    "D": ("64,64,M,128,128,M,256,256,256,M,512,512,512,M,512,512,512,M", 138, 138_357_544),
+    "E": (
+        "64,64,M,128,128,M,256,256,256,256,M,512,512,512,512,M,512,512,512,512,M",
+        144,
+        143_667_240,
+    ),
+}
+SHORTHANDS = {11: "A", 13: "B", 16: "D", 19: "E"}
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_parameters_are_those_of_the_papers_table_2(column: str) -> None:
+    layers, millions, exact = COLUMNS[column]
+    config = ModelConfig(layers=layers, batch_norm=False, **PAPER | {"image_size": 224})
+    found = sum(layer.parameters for layer in layers_of(config, 1000))
+    assert found == exact
+    assert round(found / 1e6) == millions
+    named = {"A": "VGG-11", "B": "VGG-13", "C": "VGG-16", "D": "VGG-16", "E": "VGG-19"}
+    assert network_name(config) == named[column]
+
+
+@pytest.mark.parametrize(
+    ("depth", "size"), [(11, 16), (11, 32), (11, 48), (13, 32), (16, 32), (19, 32)]
+)
+def test_a_table_gives_the_bits_of_its_shorthand(depth: int, size: int) -> None:
+    """At 16 pixels the last max-pool is given one pixel; at 32 and 48, `Conv3x3` computes."""
+    shape = {"width": 0.05, "image_size": size, "dropout": 0.0}
+    short = build_vgg(ModelConfig(depth=depth, **shape), 10, seed=3)
+    full = build_vgg(ModelConfig(layers=COLUMNS[SHORTHANDS[depth]][0], **shape), 10, seed=3)
+    assert list(short.state_dict()) == list(full.state_dict())
+    images = torch.randn(4, 3, size, size)
+    losses = [model(images).square().sum() for model in (short, full)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    for one, other in zip(short.parameters(), full.parameters(), strict=True):
+        assert one.detach().numpy().tobytes() == other.detach().numpy().tobytes()
+        assert torch.equal(one.grad, other.grad)
+    for one, other in zip(short.buffers(), full.buffers(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_table_without_a_max_pool_gives_the_bits_of_its_shorthand() -> None:
+    """Its keys are consecutive, while the shorthand keeps those of torchvision."""
+    dropped = ModelConfig(depth=11, max_pools=(2, 3, 4, 5), width=0.05, dropout=0)
+    table = [entry for entry in layers_of_table(dropped) if entry is not None]
+    given = ModelConfig(layers=table, width=0.05, dropout=0)
+    short, full = (build_vgg(config, 10, seed=3) for config in (dropped, given))
+    assert [len(m.features) for m in (short, full)] == [29, 28]
+    images = torch.randn(4, 3, 32, 32)
+    losses = [model(images).square().sum() for model in (short, full)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    for one, other in zip(short.parameters(), full.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_a_table_in_torchvisions_notation_has_its_keys() -> None:
+    cfg = torchvision.models.vgg.cfgs["B"]
+    with torch.device("meta"):
+        ours = VGG(ModelConfig(layers=cfg, **PAPER), 1000).state_dict()
+        theirs = torchvision.models.vgg13_bn().state_dict()
+    assert [(k, v.shape) for k, v in ours.items()] == [(k, v.shape) for k, v in theirs.items()]
+
+
+def test_layers_of_1x1_mix_channels_and_keep_the_grid() -> None:
+    config = ModelConfig(layers=(8, "M", "1x1-16", 4), init="dirac", batch_norm=False)
+    model = build_vgg(config, 10, seed=0)
+    layer = model.features[3]
+    assert isinstance(layer, torch.nn.Conv2d)
+    assert (layer.weight.shape, layer.padding) == ((16, 8, 1, 1), (0, 0))
+    x = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(layer(x)[:, :8], x)
+    assert model.features(torch.zeros(2, 3, 32, 32)).shape == (2, 4, 16, 16)
+
+
+def test_alexnet_is_torchvisions() -> None:
+    config = ModelConfig(name="alexnet", **PAPER | {"pool_size": 6}, batch_norm=False)
+    ours, theirs = VGG(config, 10).eval(), torchvision.models.alexnet(num_classes=10).eval()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images))
+    assert sum(layer.parameters for layer in layers_of(config, 1000)) == 61_100_840
+
+
+def test_lenet_5_has_the_shapes_of_its_paper() -> None:
+    """Figure 2 of LeCun et al. (1998); parameters of C1, C5 and F6, with three input channels."""
+    config = ModelConfig(name="lenet5", batch_norm=False)
+    layers = {layer.name: layer for layer in layers_of(config, 10)}
+    grids = [layers[f"features.{n}"].shape for n in (0, 2, 3, 5)]
+    assert grids == [(6, 28, 28), (6, 14, 14), (16, 10, 10), (16, 5, 5)]
+    weights = [layers[name].parameters for name in ("features.0", "classifier.0", "classifier.2")]
+    assert weights == [156 + 300, 48_120, 10_164]
+    model = build_vgg(config, 10, seed=0)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("size", [16, 17, 24, 31, 32, 48, 224])
