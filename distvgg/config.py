@@ -93,6 +93,25 @@ Trackers = Annotated[
     _list,
     AfterValidator(lambda v: tuple(sorted(set(v)))),
 ]
+
+
+def _range(value: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns a range of two integers, or an empty one.
+
+    Raises:
+        ValueError: it has another length, or its end is below its start.
+    """
+    if value and (len(value) != 2 or value[0] > value[1]):
+        raise ValueError(
+            f"augment.scale_jitter: {','.join(map(str, value))} (expected two sides, the smaller"
+            " first); give such as 256,512"
+        )
+    return value
+
+
+SideRange = Annotated[
+    tuple[Annotated[int, Field(ge=16, le=4096)], ...], _list, AfterValidator(_range)
+]
 SplitName = Literal["test", "val", "train"]
 # `flip` was a boolean before it had three values.
 _SWITCH = {True: "random", False: "no", "true": "random", "false": "no"}
@@ -139,6 +158,16 @@ class DataConfig(FrozenModel):
     """Images that cannot be decoded: refuse names them, skip leaves them out and counts them."""
     max_pixels: int = Field(MAX_PIXELS, ge=1)
     """Largest image that is decoded, in pixels, as a guard against files made to fill memory."""
+    store: Literal["auto", "decoded", "encoded"] = "auto"
+    """What the cache holds: decoded pixels, or the encoded files, which are decoded again for each
+    batch. auto: decoded, if there is room for them. Without effect on the result."""
+    loader: Literal["auto", "device", "stream"] = "auto"
+    """Where batches come from: device holds all images in the memory of the device, stream reads
+    them by worker processes. auto: device, if the images are decoded and fit. Without effect on the
+    result."""
+    workers: int | None = Field(None, ge=0, le=256)
+    """Worker processes of each rank that read images under loader stream. 0: none, the rank itself
+    reads. None: one for each core that is left. Without effect on the result."""
 
     @model_validator(mode="after")
     def _path_fits_name(self) -> "DataConfig":
@@ -346,8 +375,9 @@ class OptimConfig(FrozenModel):
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay per step of the exponential moving average (EMA) of the weights. The run evaluates the
     EMA weights and keeps them as the result. 0: no EMA."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Decay of the learning rate after the warm-up. cosine and linear: to zero; constant: none."""
+    schedule: Literal["cosine", "linear", "constant", "step"] = "cosine"
+    """Decay of the learning rate after the warm-up. cosine and linear: to zero; constant: none;
+    step: divided by ten after each quarter of the run."""
     warmup_epochs: float = Field(1.0, ge=0)
     """Epochs of linear warm-up from zero."""
     frozen: Patterns = ()
@@ -385,6 +415,14 @@ class AugmentConfig(FrozenModel):
     are on, each is equally likely."""
     mix_probability: float = Field(1.0, ge=0, le=1)
     """Probability that a micro-batch is mixed, where MixUp or CutMix is on."""
+    random_resized_crop: float = Field(0.0, ge=0, le=1)
+    """Crop each original image to a random part of at least this share of its area, of an aspect
+    ratio from 3/4 to 4/3, resized to `data.resize` (Szegedy et al., 2015): 0.08 is common. Needs
+    `data.store encoded`. 0: off."""
+    scale_jitter: SideRange = ()
+    """Resize the shorter side of each original image to a random number of pixels in this range,
+    such as 256,512, and crop a square of `data.resize` at a random place (Simonyan and Zisserman,
+    2015, section 3.1). Needs `data.store encoded`. None: off."""
 
 
 class EvalConfig(FrozenModel):
@@ -398,6 +436,9 @@ class EvalConfig(FrozenModel):
     """Test-time augmentation. flip: also report `tta_top1`, from the mean logits of each image and
     its mirror image, at the cost of a second forward. No other number changes, and no choice
     depends on `tta_top1`."""
+    crop_ratio: float = Field(1.0, ge=0.5, le=1)
+    """Side of the centre crop as a share of the shorter side, before which the image is resized:
+    0.875 resizes to 256 and crops 224, with data.resize 224. Below 1 needs `data.store encoded`."""
     test: bool = True
     """Read the test split once, at the end. Set it to false while you search for recipes, so that
     no choice depends on test."""
@@ -475,6 +516,34 @@ class Config(FrozenModel):
             raise ValueError(
                 "mixup and cutmix need train.micro_batch_size >= 2 (got 1): raise it, or set"
                 " augment.mixup_alpha and augment.cutmix_alpha to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _crops_need_the_originals(self) -> "Config":
+        data, augment = self.data, self.augment
+        needs = {
+            "augment.random_resized_crop": augment.random_resized_crop,
+            "augment.scale_jitter": augment.scale_jitter,
+            "eval.crop_ratio": self.eval.crop_ratio < 1,
+        }
+        name = next((name for name, on in needs.items() if on), None)
+        if name is None:
+            return self
+        if data.name == "synthetic":
+            raise ValueError(f"{name} does nothing to data.name synthetic: drop it")
+        if data.store != "encoded":
+            raise ValueError(f"{name} crops the original images: set --data.store encoded")
+        if data.resize is None:
+            raise ValueError(f"{name} needs the side of its crops: set --data.resize")
+        if augment.random_resized_crop and augment.scale_jitter:
+            raise ValueError(
+                "augment.random_resized_crop and augment.scale_jitter are both on: turn one off"
+            )
+        if augment.scale_jitter and augment.scale_jitter[0] < data.resize:
+            raise ValueError(
+                f"augment.scale_jitter {augment.scale_jitter[0]} is less than data.resize"
+                f" {data.resize}, the side of the crop: raise it"
             )
         return self
 

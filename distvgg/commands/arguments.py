@@ -231,10 +231,15 @@ def default_run_dir(recipe: str, config: Config) -> Path:
     """Returns the default run folder of a config, the same on every process and at any time.
 
     Its name hashes only the values that differ from the defaults, so that a new field changes no
-    name. CUDA graphs and profiles change no result, and no name. A folder that version 0.1 named is
-    used if it exists and the new one does not.
+    name. CUDA graphs, profiles and loaders change no result, and no name. A folder that version
+    0.1 named is used if it exists and the new one does not.
     """
-    config = config.replace(train__cuda_graphs=True, train__profile_steps=0)
+    config = config.replace(
+        train__cuda_graphs=True,
+        train__profile_steps=0,
+        data__loader="auto",
+        data__workers=None,
+    )
     folder, old = (
         Path("runs") / f"{Path(recipe).stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         for text in (config.to_yaml(exclude_defaults=True), _yaml_of_0_1(config))
@@ -248,9 +253,14 @@ def _yaml_of_0_1(config: Config) -> str:
     train = values["train"]
     newer = {
         "train": ("cpu_threads", "cuda_graphs", "overfit_batches", "profile_steps"),
-        "data": ("image_column", "label_column", "on_error", "max_pixels"),
+        "data": (
+            *("image_column", "label_column", "on_error", "max_pixels"),
+            *("store", "loader", "workers"),
+        ),
         "model": ("name", "layers", "weights"),
         "optim": ("frozen", "trunk_lr_ratio"),
+        "augment": ("random_resized_crop", "scale_jitter"),
+        "eval": ("crop_ratio",),
         "track": ("wandb_artifact", "report", "also"),
     }
     for section, names in newer.items():

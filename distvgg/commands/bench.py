@@ -180,6 +180,10 @@ def benchmark_config(config: Config, ranks: int) -> Config:
         train__global_batch_size=ranks * MANY * config.train.micro_batch_size,
         track__wandb=False,
         track__tensorboard=False,
+        # Of original images, which the synthetic set has not.
+        augment__random_resized_crop=0,
+        augment__scale_jitter=(),
+        eval__crop_ratio=1,
     )
 
 

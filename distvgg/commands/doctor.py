@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import accelerate
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
@@ -193,7 +194,8 @@ def images(config: DataConfig, entry: Path, prepare: bool) -> Finding:
         train, _, val = train_and_val(dataset, config)
         counts = f"{len(train):,} train, {len(val):,} val, {len(dataset.test or ()):,} test"
         taken = _size(sum(file.stat().st_size for file in entry.iterdir()))
-        lines = [f"decoded in {entry}, {taken}: {counts}, {dataset.num_classes} classes"]
+        kept = "decoded" if isinstance(dataset.train.images, np.ndarray) else "encoded"
+        lines = [f"{kept} in {entry}, {taken}: {counts}, {dataset.num_classes} classes"]
         lines += [*dataset.card, *(f"note: {note}" for note in dataset.notes)]
         return "ok", f"\n{' ' * INDENT}".join(lines)
     source = source_of(config)

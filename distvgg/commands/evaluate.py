@@ -10,7 +10,8 @@ from distvgg import metrics
 from distvgg.config import Config, SplitName
 from distvgg.data.cache import load_dataset
 from distvgg.data.dataset import train_and_val
-from distvgg.data.loader import DeviceImages, EvalLoader
+from distvgg.data.loaders import Loaders, choose_loader
+from distvgg.distributed.collectives import broadcast_from_main
 from distvgg.distributed.device import place
 from distvgg.distributed.peer_failure import clean_shutdown, translate_peer_failure
 from distvgg.distributed.process_group import prepare_model, start
@@ -74,10 +75,15 @@ def _measure(path: Path, split: SplitName) -> tuple[Evaluation, Confusion]:
         raise UserError(f"{path / WEIGHTS_FILE} cannot be loaded: {reason}") from error
     place(model, accelerator, config)
     prepared = prepare_model(accelerator, model)
-    pixels = DeviceImages(dataset, data, config.model.image_size, accelerator.device)
-    loader = EvalLoader(pixels, rows, config.eval.batch_size)
-    flip = config.eval.tta == "flip"
-    found = evaluate_over_ranks(accelerator, prepared, loader, dataset, flip=flip)
+    choice = broadcast_from_main(
+        accelerator, lambda: choose_loader(config, dataset, accelerator.device)
+    )
+    loaders = Loaders(config, dataset, accelerator.device, streams=choice.streams)
+    try:
+        loader, flip = loaders.evaluation(data, rows), config.eval.tta == "flip"
+        found = evaluate_over_ranks(accelerator, prepared, loader, dataset, flip=flip)
+    finally:
+        loaders.close()
     accelerator.end_training()
     return found, Confusion.of(dataset, split, found.confusion, found.reliability)
 

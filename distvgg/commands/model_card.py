@@ -70,9 +70,11 @@ def transforms_program(model: Classifier) -> str:
     """Returns a program of torchvision that turns an RGB image of Pillow into the input."""
     constants = model.preprocessing
     height, width = constants.stored_size
-    steps = [f"v2.Resize({height if height == width else (height, width)})"]
     if height == width:
-        steps.append(f"v2.CenterCrop({height})")
+        resized = round(height / constants.crop_ratio)
+        steps = [f"v2.Resize({resized})", f"v2.CenterCrop({height})"]
+    else:
+        steps = [f"v2.Resize({(height, width)})"]
     mean, std = ([round(x, 6) for x in values] for values in (constants.mean, constants.std))
     steps += [
         "v2.ToImage()",

@@ -156,6 +156,7 @@ def _run_before(run_dir: Path, config: Config, step: int) -> Iterator[Run]:
         try:
             yield run
         finally:
+            run.loaders.close()
             assert run.lock is not None
             run.lock.release()
             run.accelerator.end_training()

@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
-from PIL import Image
 
 IMBALANCE = 5
 """Ratio of the largest to the smallest class of the train split from which a note is made."""
 SHOWN = 3
+
+
+def pixel_digest(pixels: bytes) -> bytes:
+    """Returns 8 bytes that tell the pixels of an image from others."""
+    return hashlib.blake2b(pixels, digest_size=8).digest()
 
 
 class Card:
@@ -32,13 +36,16 @@ class Card:
         self._lines: list[str] = []
         self._notes: list[str] = []
 
-    def add_image(self, image: Image.Image) -> None:
-        """Counts an image as it was decoded, before any resize."""
-        self._sizes[f"{image.width}x{image.height}"] += 1
+    def add_image(self, width: int, height: int, digest: bytes) -> None:
+        """Counts an image.
 
-    def add_pixels(self, pixels: bytes) -> None:
-        """Remembers the stored pixels of an image, to find it in another split."""
-        self._decoding.add(hashlib.blake2b(pixels, digest_size=8).digest())
+        Args:
+            width: before any resize.
+            height: before any resize.
+            digest: `pixel_digest` of the stored pixels, to find the image in another split.
+        """
+        self._sizes[f"{width}x{height}"] += 1
+        self._decoding.add(digest)
 
     def add_split(
         self, name: str, labels: np.ndarray, left_out: Mapping[str, int], damaged: Sequence[str]

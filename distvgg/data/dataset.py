@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from distvgg.config import DataConfig
+from distvgg.data.encoded import EncodedImages
 from distvgg.errors import UserError
 from distvgg.rng import generator
 
@@ -17,12 +18,12 @@ class Split:
     """Images and labels of one split.
 
     Attributes:
-        images: [n, height, width, 3] uint8.
+        images: [n, height, width, 3] uint8; encoded images are decoded when they are indexed.
         labels: [n] int64.
         superclasses: Superclass labels, [n] int64, or None.
     """
 
-    images: np.ndarray
+    images: np.ndarray | EncodedImages
     labels: np.ndarray
     superclasses: np.ndarray | None
 
@@ -59,6 +60,12 @@ class Dataset:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+
+def splits_of(dataset: Dataset) -> dict[str, Split]:
+    """Returns the splits that a dataset has, by name."""
+    found = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+    return {name: split for name, split in found.items() if split is not None}
 
 
 def train_and_val(dataset: Dataset, config: DataConfig) -> tuple[np.ndarray, Split, np.ndarray]:

@@ -1,21 +1,26 @@
-"""Decoding of rows of encoded images and labels into checked arrays on disk.
+"""Decoding of rows of encoded images and labels into checked arrays or shards on disk.
 
 This module owns all checks of a user's images and labels. It is imported only when the cache is
 cold. Invariant: the output of `write` has one image shape, labels in range, and a superclass for
 every class or for none.
 """
 
-from collections.abc import Iterator
+import io
+import shutil
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from distvgg import preemption
 from distvgg.config import DataConfig
-from distvgg.data.card import Card
+from distvgg.cores import granted_cores
+from distvgg.data.card import Card, pixel_digest
 from distvgg.data.cifar import (
     CIFAR100_SUPERCLASS_OF,
     CIFAR100_SUPERCLASSES,
@@ -23,22 +28,53 @@ from distvgg.data.cifar import (
     SIDE,
 )
 from distvgg.data.classes import integers, join_classes, number_names
+from distvgg.data.encoded import EncodedWriter
 from distvgg.data.images import cover, decode_upright
-from distvgg.data.readers import Rows, read, reason
+from distvgg.data.moments import moments
+from distvgg.data.readers import Encoded, Rows, read, reason
 from distvgg.errors import UserError
 
 DAMAGED_SHOWN = 10  # damaged images named in an error
+TASK_BYTES, TASK_IMAGES = 2**18, 64  # encoded images that a thread takes at once
+UNREAD_BYTES = 2**16  # an image whose file is not read yet counts as this
+ROOM = 0.9  # share of the free disk that decoded images may take under data.store auto
+Store = Literal["decoded", "encoded"]
+
+
+class Prepared(NamedTuple):
+    """An image that could be decoded.
+
+    Attributes:
+        row: of the split.
+        width, height: before any resize.
+        stored: size of `pixels`, (width, height).
+        pixels: [height, width, 3] uint8, as the decoded store has them.
+        digest: of `pixels`.
+        content: of the file; pixels without a file are encoded as PNG.
+        histogram: [768] number of pixels by value, red first.
+    """
+
+    row: int
+    width: int
+    height: int
+    stored: tuple[int, int]
+    pixels: bytes
+    digest: bytes
+    content: bytes
+    histogram: list[int]
 
 
 def write(config: DataConfig, source: str, folder: Path) -> dict[str, Any]:
     """Decodes a folder or hub id into arrays in `folder`.
 
     The arrays are `{split}_images.npy` [n, height, width, 3] uint8 and `{split}_labels.npy` [n]
-    int64. They are written for train and, if the source has them, for val and test.
+    int64. They are written for train and, if the source has them, for val and test. In place of
+    decoded images there may be encoded ones, as `EncodedImages` reads them (`data.store`).
 
     Returns:
         The fields class_names, superclass_names, superclass_of and notes of `Dataset`, and the
-        data card, for JSON.
+        data card, for JSON. For encoded images also `encoded`, which has their size and
+        `max_pixels`, and the moments.
 
     Raises:
         UserError: The source cannot be read, or has an invalid image or label.
@@ -53,9 +89,22 @@ def write(config: DataConfig, source: str, folder: Path) -> dict[str, Any]:
         side = config.resize or SIDE
         shape: tuple[int, ...] | None = (side, side, 3) if config.name in CLASSES else None
         card, notes = Card(classes.names), list(classes.notes)
+        store = None if config.store == "auto" else config.store
+        count = sum(map(len, splits.values()))
+        meta: dict[str, Any] = {}
         for name, rows in splits.items():
             decoder = Decoder(config, rows, card)
-            kept, shape = decoder.write(shape, folder / f"{name}_images.npy")
+            kept, shape, store = decoder.write(shape, store, folder, name, count)
+            if name == "train" and store == "encoded":
+                mean, std = moments(decoder.counts)
+                size = shape[:2]
+                meta = {"mean": mean, "std": std}
+                meta["encoded"] = {"size": size, "max_pixels": config.max_pixels}
+                if config.store == "auto":
+                    notes.append(
+                        f"stored encoded: decoded, {count:,} images of {size[1]}x{size[0]} pixels"
+                        " would not fit the disk of the cache"
+                    )
             labels = classes.labels[name][kept]
             np.save(folder / f"{name}_labels.npy", labels)
             card.add_split(name, labels, rows.left_out, decoder.damaged)
@@ -71,6 +120,7 @@ def write(config: DataConfig, source: str, folder: Path) -> dict[str, Any]:
         "superclass_of": superclass_of,
         "notes": notes + card.notes(),
         "card": card.lines(),
+        **meta,
     }
 
 
@@ -117,73 +167,152 @@ def _superclasses(
 
 
 class Decoder:
-    """The images of one split, decoded into a file.
+    """The images of one split, decoded into a file or checked and copied into shards.
 
     Attributes:
         damaged: a line for each image that cannot be decoded.
+        counts: [3, 256] int64, pixels of the stored images by channel and value. Encoded only.
     """
 
     def __init__(self, config: DataConfig, rows: Rows, card: Card) -> None:
         self._config, self._rows, self._card = config, rows, card
         self.damaged: list[str] = []
+        self.counts = np.zeros((3, 256), dtype=np.int64)
 
     def write(
-        self, shape: tuple[int, ...] | None, path: Path
-    ) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Decodes images into a file of [n, *shape] uint8.
+        self, shape: tuple[int, ...] | None, store: Store | None, folder: Path, split: str, n: int
+    ) -> tuple[np.ndarray, tuple[int, ...], Store]:
+        """Decodes images by threads, in bounded memory, and writes them into a directory.
 
-        The first image sets the shape if none is given. The file is written, not memory-mapped: on
-        a full disk, a memory map raises a signal that kills the process.
+        The first image sets the shape if none is given, and the store if that is None. Files are
+        written, not memory-mapped: on a full disk, a memory map raises a signal that kills the
+        process.
+
+        Args:
+            shape: of all images.
+            store: decoded or encoded.
+            folder: the directory.
+            split: name of the split.
+            n: images of all splits.
 
         Returns:
-            The rows that were decoded, [n] int64, and the shape.
+            The rows that were decoded, [n] int64, the shape, and the store.
 
         Raises:
             UserError: images are damaged, unless `data.on_error` is skip; or an image has another
                 shape.
         """
-        kept = []
-        with path.open("wb", buffering=2**20) as file:
-            file.write(npy_header((0, 0, 0, 3)))
-            for i, image in self._decoded():
-                shape = shape or (image.height, image.width, 3)
-                height, width, _ = shape
-                if image.size != (width, height):
+        if shape is None:
+            shape = self._first_shape()
+        if store is None:
+            fits = n * int(np.prod(shape)) <= ROOM * shutil.disk_usage(folder).free
+            store = "decoded" if fits else "encoded"
+        kept: list[int] = []
+        with (
+            PixelWriter(folder, split)
+            if store == "decoded"
+            else EncodedWriter(folder, split) as writer
+        ):
+            for image in self._decoded(store):
+                width, height = image.stored
+                if image.stored != (shape[1], shape[0]):
                     raise UserError(
-                        f"{self._rows.where}: image {i} is {image.width}x{image.height} pixels,"
-                        f" expected {width}x{height}: fix it, or bring all to one size with"
-                        f" --data.resize {max(16, min(width, height))}"
+                        f"{self._rows.where}: image {image.row} is {width}x{height} pixels,"
+                        f" expected {shape[1]}x{shape[0]}: fix it, or bring all to one size with"
+                        f" --data.resize {max(16, min(shape[:2]))}"
                     )
-                kept.append(i)
-                pixels = image.tobytes()
-                self._card.add_pixels(pixels)
-                if not self.damaged or self._config.on_error == "skip":
-                    file.write(pixels)
+                kept.append(image.row)
+                self._card.add_image(image.width, image.height, image.digest)
+                if self.damaged and self._config.on_error == "refuse":
+                    continue
+                if isinstance(writer, EncodedWriter):
+                    writer.write(image.content)
+                    self.counts += np.reshape(image.histogram, (3, 256))
+                else:
+                    writer.write(image.pixels)
             if self.damaged and (self._config.on_error == "refuse" or not kept):
                 raise UserError(self._refusal())
-            assert shape is not None
-            file.seek(0)
-            file.write(npy_header((len(kept), *shape)))
-        return np.array(kept, dtype=np.int64), shape
+            if isinstance(writer, EncodedWriter):
+                writer.finish()
+            else:
+                writer.finish((len(kept), *shape))
+        return np.array(kept, dtype=np.int64), shape, store
 
-    def _decoded(self) -> Iterator[tuple[int, Image.Image]]:
-        """Yields row and RGB image, resized to a square if `data.resize` is given."""
-        resize = self._config.resize
-        for i, encoded in enumerate(self._rows.images()):
+    def _first_shape(self) -> tuple[int, ...]:
+        """Returns the stored shape of the first image that can be decoded."""
+        for row in enumerate(self._rows.images()):
             preemption.check()
+            (found,) = self._prepared([row], "decoded")
+            if not isinstance(found, str):
+                width, height = found.stored
+                return height, width, 3
+        return 0, 0, 3  # all are damaged
+
+    def _decoded(self, store: Store) -> Iterator[Prepared]:
+        """Yields the images that can be decoded, in order of rows."""
+        threads = max(1, int(granted_cores()))
+        pool = ThreadPoolExecutor(threads)
+        under_way: deque[Future[list[Prepared | str]]] = deque()
+        tasks = self._tasks()
+        try:
+            while True:
+                preemption.check()
+                while len(under_way) < 2 * threads and (task := next(tasks, None)):
+                    under_way.append(pool.submit(self._prepared, task, store))
+                if not under_way:
+                    return
+                for found in under_way.popleft().result():
+                    if isinstance(found, str):
+                        self.damaged.append(found)
+                    else:
+                        yield found
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _tasks(self) -> Iterator[list[tuple[int, Encoded]]]:
+        """Yields consecutive rows in groups of limited size."""
+        task: list[tuple[int, Encoded]] = []
+        size = 0
+        for row in enumerate(self._rows.images()):
+            task.append(row)
+            size += _size(row[1])
+            if size >= TASK_BYTES or len(task) == TASK_IMAGES:
+                yield task
+                task, size = [], 0
+        if task:
+            yield task
+
+    def _prepared(self, task: Sequence[tuple[int, Encoded]], store: Store) -> list[Prepared | str]:
+        """Returns each image of a task, or a line if it is damaged. Runs in a thread."""
+        done: list[Prepared | str] = []
+        for row, encoded in task:
             name = ""
             try:
                 if isinstance(encoded, np.ndarray):
-                    image = Image.fromarray(encoded)
+                    image, content = Image.fromarray(encoded), b""
                 else:
                     name = f" ({encoded['path']})" if encoded and encoded["path"] else ""
-                    image = decode_upright(_bytes_of(encoded), self._config.max_pixels)
+                    content = _bytes_of(encoded)
+                    image = decode_upright(content, self._config.max_pixels)
             except (OSError, ValueError) as error:
                 why = "not an image" if isinstance(error, UnidentifiedImageError) else reason(error)
-                self.damaged.append(f"image {i}{name} cannot be decoded: {why}")
+                done.append(f"image {row}{name} cannot be decoded: {why}")
                 continue
-            self._card.add_image(image)
-            yield i, cover(image, resize, resize) if resize else image
+            done.append(self._prepare(row, image, content, store))
+        return done
+
+    def _prepare(self, row: int, image: Image.Image, content: bytes, store: Store) -> Prepared:
+        side = self._config.resize
+        stored = cover(image, side, side) if side else image
+        pixels = stored.tobytes()
+        histogram: list[int] = []
+        if store == "encoded":
+            histogram = stored.histogram()
+            content = content or _png(image)
+        digest = pixel_digest(pixels)
+        return Prepared(
+            row, image.width, image.height, stored.size, pixels, digest, content, histogram
+        )
 
     def _refusal(self) -> str:
         n = len(self.damaged)
@@ -196,10 +325,41 @@ class Decoder:
         )
 
 
+class PixelWriter:
+    """Writes the pixels of one split into an array file; a context."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self._file = (folder / f"{split}_images.npy").open("wb", buffering=2**20)
+        self._file.write(npy_header((0, 0, 0, 3)))
+
+    def write(self, pixels: bytes) -> None:
+        """Appends an image."""
+        self._file.write(pixels)
+
+    def finish(self, shape: tuple[int, ...]) -> None:
+        """Writes the shape of the array."""
+        self._file.seek(0)
+        self._file.write(npy_header(shape))
+
+    def __enter__(self) -> "PixelWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
 def npy_header(shape: tuple[int, ...]) -> bytes:
     """Returns the header of a uint8 array file, of the same length for any shape."""
     text = repr({"descr": "|u1", "fortran_order": False, "shape": shape})
     return np.lib.format.magic(1, 0) + (118).to_bytes(2, "little") + f"{text:<117}\n".encode()
+
+
+def _size(encoded: Encoded) -> int:
+    if isinstance(encoded, np.ndarray):
+        return encoded.nbytes
+    if not encoded or encoded["bytes"] is None:
+        return UNREAD_BYTES
+    return len(encoded["bytes"])
 
 
 def _bytes_of(encoded: dict[str, Any] | None) -> bytes:
@@ -207,3 +367,9 @@ def _bytes_of(encoded: dict[str, Any] | None) -> bytes:
         raise ValueError("there is none")
     data: bytes = encoded["bytes"] or Path(encoded["path"]).read_bytes()
     return data
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()

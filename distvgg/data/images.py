@@ -4,6 +4,7 @@ Imports neither torch nor the libraries that read datasets.
 """
 
 import io
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from distvgg.config import MAX_PIXELS
 PNG = b"\x89PNG\r\n\x1a\n"
 # Modes of one channel of 16 bits. Pillow before 11 reads a PNG of 16 bits as mode I.
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+_ORIENTATION = 0x0112  # tag of EXIF
+_opening = threading.Lock()  # Pillow's limit on pixels is a global variable
 
 
 def decode_upright(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -51,6 +54,10 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: the pixels are floats, or integers of more than 16 bits.
     """
+    plain = image.mode == "RGB" and "transparency" not in image.info
+    if plain and image.getexif().get(_ORIENTATION, 1) == 1:
+        image.load()
+        return image  # without the two copies below
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("its pixels are floats of unknown range: convert it to 8 bits a channel")
@@ -66,9 +73,12 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def cover(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Resizes an image to cover `height` x `width` pixels, and crops the centre to that size."""
-    scale = max(width / image.width, height / image.height)
+def cover(image: Image.Image, height: int, width: int, ratio: float = 1.0) -> Image.Image:
+    """Resizes an image to cover `height` x `width` pixels, and crops the centre to that size.
+
+    Below 1, `ratio` leaves a border: the image covers the size divided by `ratio`.
+    """
+    scale = max(width / ratio / image.width, height / ratio / image.height)
     covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
     resized = image.resize(covering, Image.Resampling.BILINEAR)
@@ -78,11 +88,12 @@ def cover(image: Image.Image, height: int, width: int) -> Image.Image:
 @contextmanager
 def _any_size() -> Iterator[None]:
     """Lifts Pillow's limit on pixels, for which `max_pixels` stands."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with _opening:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def check_png(data: bytes) -> None:

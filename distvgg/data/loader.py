@@ -1,4 +1,4 @@
-"""Loaders that produce micro-batches from a split that is resident on the device.
+"""Micro-batches, and loaders that make them from a split that is resident on the device.
 
 The uint8 images are copied to the device once. Sample order and augmentation parameters are copied
 an epoch at a time. A step then only indexes, and its only copy from host to device is
@@ -69,6 +69,44 @@ class MicroBatch(NamedTuple):
         return self.partner_labels
 
 
+class NetworkInput:
+    """Conversion of uint8 images on a device to network input.
+
+    Args:
+        image_size: Side of the network's input, in pixels.
+    """
+
+    def __init__(self, dataset: Dataset, image_size: int, device: torch.device) -> None:
+        self.device = device
+        self._image_size = image_size
+        dtype = torch.get_default_dtype()
+        self._mean = torch.tensor(dataset.mean, dtype=dtype, device=device)
+        self._std = torch.tensor(dataset.std, dtype=dtype, device=device)
+
+    def augmented(
+        self, images: Tensor, index: Tensor, params: AugmentParams, config: AugmentConfig
+    ) -> Tensor:
+        """Returns augmented views of some images: [n, 3, image_size, image_size].
+
+        Args:
+            images: [N, height, width, 3] uint8.
+            index: The images to take, [n] int64.
+            params: [n] each.
+            config: The augmentation.
+        """
+        images = crop_and_flip(images, index, params, config.crop_padding)
+        if config.trivial:
+            images = trivial_augment(images, params)
+        x = normalise(images, self._mean, self._std)
+        if config.cutout:
+            x = cutout(x, params.cutout_center, config.cutout)
+        return resize(x, self._image_size)
+
+    def plain(self, images: Tensor) -> Tensor:
+        """Converts [n, height, width, 3] uint8 -> [n, 3, image_size, image_size]."""
+        return resize(normalise(images, self._mean, self._std), self._image_size)
+
+
 class DeviceImages:
     """Images and labels of a split on a device, and their conversion to network input.
 
@@ -81,11 +119,9 @@ class DeviceImages:
     ) -> None:
         self.device = device
         self.labels = torch.from_numpy(split.labels).to(device)
-        self._images = torch.from_numpy(split.images).to(device)
-        self._image_size = image_size
-        dtype = torch.get_default_dtype()
-        self._mean = torch.tensor(dataset.mean, dtype=dtype, device=device)
-        self._std = torch.tensor(dataset.std, dtype=dtype, device=device)
+        images = split.images if isinstance(split.images, np.ndarray) else split.images[:]
+        self._images = torch.from_numpy(images).to(device)
+        self._input = NetworkInput(dataset, image_size, device)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,17 +133,86 @@ class DeviceImages:
 
     def augmented(self, rows: Tensor, params: AugmentParams, config: AugmentConfig) -> Tensor:
         """Returns augmented views of some rows: [n] int64 -> [n, 3, image_size, image_size]."""
-        images = crop_and_flip(self._images, rows, params, config.crop_padding)
-        if config.trivial:
-            images = trivial_augment(images, params)
-        x = normalise(images, self._mean, self._std)
-        if config.cutout:
-            x = cutout(x, params.cutout_center, config.cutout)
-        return resize(x, self._image_size)
+        return self._input.augmented(self._images, rows, params, config)
 
     def plain(self, rows: Tensor) -> Tensor:
         """Returns some rows without augmentation: [n] int64 -> [n, 3, image_size, image_size]."""
-        return resize(normalise(self._images[rows], self._mean, self._std), self._image_size)
+        return self._input.plain(self._images[rows])
+
+
+class SampleStream:
+    """Rows and augmentation parameters of the sample stream, by position.
+
+    Args:
+        config: Of the run.
+        rows: Rows of the split to train on, [plan.n_samples] int64.
+        plan: The batch plan.
+        device: Of the results.
+    """
+
+    def __init__(
+        self, config: Config, rows: np.ndarray, plan: BatchPlan, device: torch.device
+    ) -> None:
+        assert len(rows) == plan.n_samples
+        self._config, self._plan, self._device = config, plan, device
+        self._rows = torch.from_numpy(rows).to(device)
+        # Two entries, because a step may span two epochs.
+        self.order = lru_cache(maxsize=2)(self._draw_order)
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+
+    def take(self, positions: range) -> tuple[Tensor, AugmentParams]:
+        """Returns the rows and parameters at some positions, [n] each."""
+        parts = []
+        for epoch, first, last in self._plan.spans(positions):
+            rows, params = self._epoch(epoch)
+            parts.append((rows[first:last], params.take(slice(first, last))))
+        rows = torch.cat([r for r, _ in parts])
+        return rows, AugmentParams(*map(torch.cat, zip(*(p for _, p in parts), strict=True)))
+
+    def rows(self, step: int, k: int) -> Tensor:
+        """Returns the rows of the split in any micro-batch, also another rank's: [m] int64."""
+        m = self._plan.micro_batch_size
+        start = step * self._plan.global_batch_size + k * m
+        parts = [
+            self._epoch(epoch)[0][first:last]
+            for epoch, first, last in self._plan.spans(range(start, start + m))
+        ]
+        return torch.cat(parts)
+
+    def _draw_order(self, epoch: int) -> Tensor:
+        """Returns the places in `rows` of one epoch in stream order, on the host."""
+        return epoch_permutation(self._config.seed, epoch, self._plan.n_samples)
+
+    def _draw_epoch(self, epoch: int) -> tuple[Tensor, AugmentParams]:
+        """Returns rows and augmentation parameters of one epoch in stream order, on the device."""
+        seed, n, device = self._config.seed, self._plan.n_samples, self._device
+        order = self.order(epoch)
+        params = draw_epoch(self._config.augment, seed, epoch, n).take(order).to(device)
+        return self._rows[copy_async(order, device)], params
+
+
+def check_sides(config: AugmentConfig, shortest: int) -> None:
+    """Checks an augmentation against the shorter side of the images, in pixels.
+
+    Raises:
+        UserError: The crop's padding or the cutout is not smaller than the images.
+    """
+    for field in ("crop_padding", "cutout"):
+        if (value := getattr(config, field)) >= shortest:
+            raise UserError(
+                f"augment.{field} {value} must be less than the images' {shortest} pixels"
+            )
+
+
+def mixed(config: Config, step: int, batch: MicroBatch) -> MicroBatch:
+    """Returns a micro-batch, with its images mixed in place if mixing is drawn for it."""
+    params = draw_mix_params(
+        config.augment, config.seed, step, batch.k, len(batch.labels), config.model.image_size
+    )
+    if params is None:
+        return batch
+    mix(batch.images, params)
+    return batch._replace(partner_labels=batch.labels.roll(params.shift), lam=params.lam)
 
 
 class DeviceLoader:
@@ -125,32 +230,20 @@ class DeviceLoader:
     def __init__(
         self, config: Config, pixels: DeviceImages, rows: np.ndarray, plan: BatchPlan, rank: int
     ) -> None:
-        shortest = pixels.shorter_side
-        for field in ("crop_padding", "cutout"):
-            if (value := getattr(config.augment, field)) >= shortest:
-                raise UserError(
-                    f"augment.{field} {value} must be less than the images' {shortest} pixels"
-                )
-        assert len(rows) == plan.n_samples
+        check_sides(config.augment, pixels.shorter_side)
         self._config, self._pixels, self._plan, self._rank = config, pixels, plan, rank
-        self._rows = torch.from_numpy(rows).to(pixels.device)
-        # Two entries, because a step may span two epochs.
-        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
+        self._samples = SampleStream(config, rows, plan, pixels.device)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """Returns the rank's micro-batches of a step, in order of `k`."""
         plan, seed = self._plan, self._config.seed
-        parts = []
-        for epoch, first, last in plan.spans(plan.positions(step, self._rank)):
-            rows, params = self._epoch(epoch)
-            parts.append((rows[first:last], params.take(slice(first, last))))
-        rows = torch.cat([r for r, _ in parts])
-        params = AugmentParams(*map(torch.cat, zip(*(p for _, p in parts), strict=True)))
+        rows, params = self._samples.take(plan.positions(step, self._rank))
         images = self._pixels.augmented(rows, params, self._config.augment)
         labels = self._pixels.labels[rows]
         m = plan.micro_batch_size
         return [
-            self._mixed(
+            mixed(
+                self._config,
                 step,
                 MicroBatch(
                     k,
@@ -163,34 +256,9 @@ class DeviceLoader:
             for a, k in enumerate(plan.rank_micro_batches(self._rank))
         ]
 
-    def _mixed(self, step: int, batch: MicroBatch) -> MicroBatch:
-        """Returns a micro-batch, with its images mixed in place if mixing is drawn for it."""
-        config, m = self._config, len(batch.labels)
-        mix_params = draw_mix_params(
-            config.augment, config.seed, step, batch.k, m, self._config.model.image_size
-        )
-        if mix_params is None:
-            return batch
-        mix(batch.images, mix_params)
-        partner_labels = batch.labels.roll(mix_params.shift)
-        return batch._replace(partner_labels=partner_labels, lam=mix_params.lam)
-
     def rows(self, step: int, k: int) -> Tensor:
         """Returns the rows of the split in any micro-batch, also another rank's: [m] int64."""
-        m = self._plan.micro_batch_size
-        start = step * self._plan.global_batch_size + k * m
-        parts = [
-            self._epoch(epoch)[0][first:last]
-            for epoch, first, last in self._plan.spans(range(start, start + m))
-        ]
-        return torch.cat(parts)
-
-    def _draw_epoch(self, epoch: int) -> tuple[Tensor, AugmentParams]:
-        """Returns rows and augmentation parameters of one epoch in stream order, on the device."""
-        seed, n, device = self._config.seed, self._plan.n_samples, self._pixels.device
-        order = epoch_permutation(seed, epoch, n)
-        params = draw_epoch(self._config.augment, seed, epoch, n).take(order).to(device)
-        return self._rows[copy_async(order, device)], params
+        return self._samples.rows(step, k)
 
 
 class EvalLoader:

@@ -1,5 +1,6 @@
 """Interface of micro-batch sources: device-resident, streamed or replayed data."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,22 @@ class MicroBatchSource(Protocol):
 
     def rows(self, step: int, k: int) -> Tensor:
         """Returns the sample indices of micro-batch `k` of a step, on any rank: [m] int64."""
+
+
+class EvalSource(Protocol):
+    """Supplies fixed batches of a split in order, without augmentation.
+
+    Attributes:
+        n_samples: Images over all batches.
+    """
+
+    n_samples: int
+
+    def __len__(self) -> int:
+        """Returns the number of batches."""
+
+    def batches(self, rank: int, world_size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yields every `world_size`-th batch from `rank` on: (batch number, images, labels)."""
 
 
 @dataclass(frozen=True)

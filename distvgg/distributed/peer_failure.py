@@ -1,4 +1,4 @@
-"""Clean shutdown of the process group, and errors for peer failures."""
+"""Clean shutdown of the process group, and errors for failures of other processes."""
 
 import re
 from collections.abc import Iterator
@@ -36,6 +36,7 @@ def translate_peer_failure() -> Iterator[None]:
 
     Raises:
         PeerLostError: in place of the error of torch.distributed.
+        RunError: a process that reads images died; torch raises this error at any instruction.
     """
     try:
         yield
@@ -43,6 +44,11 @@ def translate_peer_failure() -> Iterator[None]:
         raise
     except RuntimeError as error:  # gloo has no error type for a broken connection
         text = str(error)
+        if text.startswith("DataLoader worker"):
+            raise RunError(
+                f"a process that reads images died ({' '.join(text.split())[:200]}): if memory was"
+                " short, lower data.workers; the same command resumes from the last checkpoint"
+            ) from error
         if isinstance(error, dist.DistError) or re.search(_BROKEN, text):
             raise PeerLostError(
                 "lost contact with another process, which died or was killed"

@@ -161,6 +161,7 @@ class Classifier(VGG):
 
     def _pixels(self, image: ImageLike) -> np.ndarray:
         """Returns an image as [*stored_size, 3] uint8."""
+        used = self.preprocessing
         where = f"{os.fspath(image)} " if isinstance(image, str | os.PathLike) else "the image "
         try:
             if isinstance(image, np.ndarray):
@@ -175,7 +176,7 @@ class Classifier(VGG):
             raise UserError(f"{where}cannot be read: {error.strerror or error}") from error
         except (ValueError, TypeError) as error:
             raise UserError(f"{where}cannot be decoded: {error}") from error
-        return np.array(cover(rgb, *self.preprocessing.stored_size))
+        return np.array(cover(rgb, *used.stored_size, used.crop_ratio))
 
     def _pixels_or_error(self, image: ImageLike) -> np.ndarray | UserError:
         try:

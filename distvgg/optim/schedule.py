@@ -13,7 +13,8 @@ def lr_at(step: int, config: OptimConfig, steps: int, warmup_steps: int) -> floa
     """Returns the learning rate of a step, counted from 0, in a run of `steps`.
 
     A linear warm-up over `warmup_steps` reaches the peak at its last step. Cosine decay (Loshchilov
-    and Hutter, 2017, equation 5) or linear decay towards 0 at `steps` follows, or a constant rate.
+    and Hutter, 2017, equation 5) or linear decay towards 0 at `steps` follows, or a constant rate,
+    or one that each quarter of the remaining steps divides by ten.
     """
     if step < warmup_steps:
         return config.lr * (step + 1) / warmup_steps
@@ -22,5 +23,6 @@ def lr_at(step: int, config: OptimConfig, steps: int, warmup_steps: int) -> floa
         "constant": 1.0,
         "linear": 1 - progress,
         "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        "step": 0.1 ** math.floor(4 * progress),
     }
     return config.lr * decay[config.schedule]

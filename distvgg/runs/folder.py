@@ -23,7 +23,10 @@ from distvgg.runs.layout import (
 )
 
 AUTO = "train.precision"  # the only field whose value a run resolves
-WITHOUT_EFFECT_ON_RESULTS = ("train.cuda_graphs", "train.detect_anomaly", "train.profile_steps")
+WITHOUT_EFFECT_ON_RESULTS = (
+    *("train.cuda_graphs", "train.detect_anomaly", "train.profile_steps"),
+    *("data.store", "data.loader", "data.workers"),
+)
 # Files that may exist before the config of a run: left by an interrupted launch, or created early
 # by the user.
 _BEFORE_CONFIG = {LOCK_FILE, LOCK_HOLDER, LOGS, STOP_FILE, REQUEUE_FILE, f".{CONFIG_FILE}.tmp"}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from distvgg.config import ModelConfig
+from distvgg.config import Config
 from distvgg.errors import UserError
 from distvgg.runs.files import atomic_write, read_json
 from distvgg.runs.layout import PREPROCESSING_FILE
@@ -28,14 +28,15 @@ METADATA_KEY = "preprocessing"
 class Preprocessing:
     """Constants that turn an image into network input, and an output's index into a class name.
 
-    An RGB image of `stored_size` becomes `(pixel / 255 - mean) / std`. The result is then resized
-    to `image_size` squared (bilinear, antialiased) if `stored_size` differs.
+    An RGB image, resized and cropped to `stored_size`, becomes `(pixel / 255 - mean) / std`. The
+    result is then resized to `image_size` squared (bilinear, antialiased) if `stored_size` differs.
 
     Attributes:
         mean, std: per channel (red, green, blue), in 0..1.
         stored_size: height and width in pixels to which the dataset's images were cropped or
             resized before training.
         image_size: side of the network's input in pixels.
+        crop_ratio: side of the centre crop as a share of the resized image's shorter side.
         class_names: names by output index; empty if they are unknown.
         superclass_of: [classes], index into `superclass_names`; None if there are no superclasses.
         model: the section `model` of the config without `weights`, which the shapes of the weights
@@ -51,24 +52,27 @@ class Preprocessing:
     superclass_names: list[str] = field(default_factory=list)
     superclass_of: list[int] | None = None
     model: dict[str, Any] | None = None
+    crop_ratio: float = 1.0
 
     @staticmethod
-    def of(dataset: "Dataset", model: ModelConfig) -> "Preprocessing":
+    def of(dataset: "Dataset", config: Config) -> "Preprocessing":
         """Collects the constants of a dataset and a network."""
         height, width = dataset.train.images.shape[1:3]
         superclasses = dataset.superclass_of
         # Fields that earlier versions do not know; they can load the weights without. The source
         # of initial weights is no part of a network.
-        unknown = {"weights"} | {"name", "layers"} - model.model_dump(exclude_defaults=True).keys()
+        set_here = config.model.model_dump(exclude_defaults=True).keys()
+        unknown = {"weights"} | {"name", "layers"} - set_here
         return Preprocessing(
             mean=dataset.mean,
             std=dataset.std,
             stored_size=(height, width),
-            image_size=model.image_size,
+            image_size=config.model.image_size,
             class_names=dataset.class_names,
             superclass_names=dataset.superclass_names,
             superclass_of=None if superclasses is None else superclasses.tolist(),
-            model=model.model_dump(exclude=unknown),
+            model=config.model.model_dump(exclude=unknown),
+            crop_ratio=config.eval.crop_ratio,
         )
 
     def metadata(self) -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distvgg import metrics
 from distvgg.data.dataset import Dataset
-from distvgg.data.loader import EvalLoader
+from distvgg.data.micro_batches import EvalSource
 from distvgg.distributed.collectives import make_all_reduce_sum
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Evaluation(NamedTuple):
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    loader: EvalLoader,
+    loader: EvalSource,
     num_classes: int,
     superclass_of: np.ndarray | None,
     *,
@@ -174,7 +174,7 @@ def _row(
 def evaluate_over_ranks(
     accelerator: "Accelerator",
     model: nn.Module,
-    loader: EvalLoader,
+    loader: EvalSource,
     dataset: Dataset,
     *,
     flip: bool,

@@ -16,8 +16,8 @@ from distvgg import environment, preemption
 from distvgg.config import Config
 from distvgg.data.cache import cache_entry, is_complete, load_dataset
 from distvgg.data.dataset import Dataset, train_and_val
-from distvgg.data.loader import DeviceImages, DeviceLoader, EvalLoader
-from distvgg.data.micro_batches import MicroBatchSource, RepeatedSteps
+from distvgg.data.loaders import Loaders, choose_loader
+from distvgg.data.micro_batches import EvalSource, MicroBatchSource, RepeatedSteps
 from distvgg.data.plan import BatchPlan
 from distvgg.distributed.collectives import (
     any_rank,
@@ -112,9 +112,13 @@ def _build(
         lock: of the folder, on the main process.
     """
     dataset, is_new = _load_dataset(config, accelerator, folder)
-    plan, loader, val_loader = _build_loaders(config, dataset, accelerator)
+    choice = broadcast_from_main(
+        accelerator, lambda: choose_loader(config, dataset, accelerator.device)
+    )
+    loaders = Loaders(config, dataset, accelerator.device, streams=choice.streams)
+    plan, loader, val_loader = _build_loaders(config, dataset, accelerator, loaders)
     ranks, queue = ranks_of(accelerator), ExchangeQueue(accelerator.device)
-    preprocessing = Preprocessing.of(dataset, config.model)
+    preprocessing = Preprocessing.of(dataset, config)
     checkpoints = None
     if lock is not None:
         metadata, keep = preprocessing.metadata(), config.checkpoint.keep
@@ -134,7 +138,7 @@ def _build(
     broadcast_from_main(accelerator, lambda: _write_preprocessing(preprocessing, folder))
     notes = _note_launch(state, accelerator, config, requested, resumed=found is not None)
     notes += (*dataset.card, *dataset.notes) if is_new else dataset.notes
-    notes += (*kernel_notes, *news)
+    notes += (*kernel_notes, *news, *([choice.note] if choice.note else []))
 
     ema, device = trainable.ema, accelerator.device
     torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
@@ -158,6 +162,7 @@ def _build(
         preprocessing=preprocessing,
         plan=plan,
         steps=plan.steps(config.train.epochs),
+        loaders=loaders,
         loader=loader,
         val_loader=val_loader,
         vgg=vgg,
@@ -187,22 +192,16 @@ def _build(
 
 
 def _build_loaders(
-    config: Config, dataset: Dataset, accelerator: "Accelerator"
-) -> tuple[BatchPlan, MicroBatchSource, EvalLoader]:
-    """Splits the dataset, and moves its images to the device."""
+    config: Config, dataset: Dataset, accelerator: "Accelerator", loaders: Loaders
+) -> tuple[BatchPlan, MicroBatchSource, EvalSource]:
+    """Splits the dataset, and builds the loaders of training and validation."""
     train_rows, val_split, val_rows = train_and_val(dataset, config.data)
     batch, world_size = config.train, accelerator.num_processes
     plan = BatchPlan(len(train_rows), batch.global_batch_size, batch.micro_batch_size, world_size)
-    pixels = DeviceImages(dataset, dataset.train, config.model.image_size, accelerator.device)
-    loader: MicroBatchSource = DeviceLoader(
-        config, pixels, train_rows, plan, accelerator.process_index
-    )
+    loader = loaders.training(train_rows, plan, accelerator.process_index)
     if batch.overfit_batches:
         loader = RepeatedSteps(loader, batch.overfit_batches)
-    val_pixels = pixels
-    if val_split is not dataset.train:
-        val_pixels = DeviceImages(dataset, val_split, config.model.image_size, accelerator.device)
-    return plan, loader, EvalLoader(val_pixels, val_rows, config.eval.batch_size)
+    return plan, loader, loaders.evaluation(val_split, val_rows)
 
 
 def _build_trainable(

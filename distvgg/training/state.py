@@ -15,8 +15,9 @@ from torch import Tensor
 
 from distvgg import metrics
 from distvgg.data.dataset import Dataset
-from distvgg.data.loader import DeviceImages, DeviceLoader, EvalLoader
-from distvgg.data.micro_batches import MicroBatchSource
+from distvgg.data.loader import DeviceImages, DeviceLoader
+from distvgg.data.loaders import Loaders
+from distvgg.data.micro_batches import EvalSource, MicroBatchSource
 from distvgg.distributed.gradients import GradientReducer
 from distvgg.distributed.reduction_plan import TreePlan
 from distvgg.distributed.step_sums import StepReducer
@@ -85,8 +86,9 @@ class Run(StepParts):
     dataset: Dataset
     preprocessing: Preprocessing
     steps: int
+    loaders: Loaders
     loader: MicroBatchSource
-    val_loader: EvalLoader
+    val_loader: EvalSource
     vgg: VGG
     initial_weights: InitialWeights | None
     tree: TreePlan

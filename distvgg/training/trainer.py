@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distvgg import metrics, preemption
 from distvgg.config import Config, SplitName
-from distvgg.data.loader import DeviceImages, EvalLoader
+from distvgg.data.micro_batches import EvalSource
 from distvgg.data.plan import BatchPlan
 from distvgg.distributed.collectives import StopConsensus
 from distvgg.distributed.peer_failure import clean_shutdown, translate_peer_failure
@@ -75,6 +75,7 @@ def train(config: Config, run_dir: str | Path) -> Result:
             except NonFiniteError as failure:
                 raise RunError(diagnose(run, failure)) from None
         finally:
+            run.loaders.close()
             if run.checkpoints is not None and run.lock is not None:
                 run.checkpoints.wait()  # finish writing before releasing the lock
                 run.lock.release()
@@ -135,7 +136,7 @@ def validate(run: Run, tracking: Tracking) -> None:
         state.best_step, state.best_top1 = state.step, val[metrics.TOP1]
 
 
-def measure(run: Run, loader: EvalLoader) -> Evaluation:
+def measure(run: Run, loader: EvalSource) -> Evaluation:
     """Evaluates the network over all ranks.
 
     Raises:
@@ -224,9 +225,7 @@ def finish(run: Run, tracking: Tracking) -> Result:
     """
     state, test = run.state, None
     if run.config.eval.test and run.dataset.test is not None:
-        image_size, device = run.config.model.image_size, run.accelerator.device
-        pixels = DeviceImages(run.dataset, run.dataset.test, image_size, device)
-        final = measure(run, EvalLoader(pixels, None, run.config.eval.batch_size))
+        final = measure(run, run.loaders.evaluation(run.dataset.test, None))
         test = final.row
         tracking.log(step_fields(run) | add_prefix("test", test))
     else:  # again, because the confusion matrix is not in a checkpoint

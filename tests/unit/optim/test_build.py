@@ -17,6 +17,7 @@ from distvgg.optim.schedule import lr_at
         ("cosine", [0.04, 0.4, 0.4, 0.2, 0.4 * (1 + math.cos(math.pi * 89 / 90)) / 2]),
         ("linear", [0.04, 0.4, 0.4, 0.2, 0.4 / 90]),
         ("constant", [0.04, 0.4, 0.4, 0.4, 0.4]),
+        ("step", [0.04, 0.4, 0.4, 0.004, 0.0004]),
     ],
 )
 def test_the_curve_is_pinned_at_five_points(schedule: str, expected: list[float]) -> None:
