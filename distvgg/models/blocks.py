@@ -19,7 +19,8 @@ class UnbiasedConv2d(nn.Conv2d):
     """A convolution before BatchNorm, whose `bias` is a buffer of zeros that is not added."""
 
     def __init__(self, in_channels: int, out_channels: int, **options: Any) -> None:
-        super().__init__(in_channels, out_channels, bias=False, **options)
+        # With a bias, so that initial weights are those of a network that has one.
+        super().__init__(in_channels, out_channels, **options)
         del self.bias
         self.register_buffer("bias", torch.zeros(out_channels))
 

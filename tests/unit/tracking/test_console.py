@@ -30,7 +30,7 @@ def test_a_terminal_says_first_what_will_run_and_last_where_the_results_are(show
     assert len({re.match(r"\w+ +", line).end() for line in lines[:6]}) == 1  # aligned
     assert table["data"] == "synthetic: 600 train, 103 val, 2,000 test images, 100 classes"
     assert re.fullmatch(
-        r"VGG-11-BN at 32x32, 28,281 parameters, 0\.00263 GFLOP .+", table["network"]
+        r"VGG-11-BN at 32x32, 28,142 parameters, 0\.00263 GFLOP .+", table["network"]
     )
     assert table["training"].startswith("10 steps of 64 = 1 process(es) x 4 x 16; 1.07 epochs, ")
     assert table["optimizer"].startswith("sgd, lr 0.1, cosine after ")
