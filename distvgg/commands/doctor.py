@@ -34,6 +34,7 @@ from distvgg.data.dataset import train_and_val
 from distvgg.data.plan import BatchPlan, valid_world_sizes
 from distvgg.distributed.device import device_here, has_nvidia_hardware, resolve_precision
 from distvgg.errors import RunError, UserError
+from distvgg.models.blocks import kernels_fail
 from distvgg.models.freezing import describe_frozen
 from distvgg.models.transfer import preview
 from distvgg.models.vgg import VGG
@@ -71,6 +72,8 @@ def run_checks(recipe: Config | None, run_dir: Path, *, prepare: bool) -> str:
         "backend": backend,
         "environment": variables,
     }
+    if device_here().type == "cuda":
+        checks["kernels"] = kernels
     if entry:
         checks["processes"] = partial(processes, config.train)
         checks["data"] = partial(images, config.data, entry, prepare)
@@ -158,6 +161,13 @@ def backend() -> Finding:
     if dist.is_available() and dist.is_backend_available(name):
         return "ok", f"{name} between processes"
     raise UserError(f"this torch has no {name}: install a build that has, or train on one process")
+
+
+def kernels() -> Finding:
+    """Reports whether BatchNorm runs by kernels of this project, which a C compiler must build."""
+    if failure := kernels_fail(device_here()):
+        return "note", f"BatchNorm by torch's kernels, slower and with other last bits: {failure}"
+    return "ok", "BatchNorm, ReLU and max-pool as one, by Triton"
 
 
 def variables() -> Finding:

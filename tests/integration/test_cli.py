@@ -87,7 +87,7 @@ def test_usage(args: list[str]) -> None:
     ("args", "expected"),
     [
         (["trian"], "no command 'trian': give one of train, evaluate, replay, predict, export"),
-        (["train"], "give one recipe, not none: one of best, debug, fast, quickstart"),
+        (["train"], "give one recipe, not none: one of best, debug, fast, imagenet"),
         (["train", "fast", "more"], "give one recipe, not fast more"),
         (["train", "quikstart"], "did you mean quickstart?"),
         (["train", "fast", "--train.epochs"], "--train.epochs needs a value"),

@@ -167,7 +167,8 @@ def test_told_to_stop_while_it_decodes_images_it_leaves_at_once(
     cifar100: str, tmp_path: Path, stop: Callable[[Started], None]
 ) -> None:
     folder, cache = tmp_path / "run", tmp_path / "cache"
-    data = ("--data.name", "cifar100", "--data.path", cifar100)
+    # Resized, so that decoding takes long enough to be stopped on a busy machine.
+    data = ("--data.name", "cifar100", "--data.path", cifar100, "--data.resize", "64")
     started = Started(folder, *data, processes=2, env={"DISTVGG_CACHE": str(cache)})
     started.until(lambda: any(cache.glob("*.building/train_images.npy")))
     stop(started)
