@@ -92,6 +92,7 @@ def test_what_starting_costs(tmp_path: Path) -> None:
     assert waits < 0.7 * makes
 
 
+@pytest.mark.variant
 def test_processes_that_train_share_the_pages_of_the_cache(tmp_path: Path) -> None:
     (two,) = quick("startup", tmp_path / "out.json", "--parts", "memory")["memory"]
     assert len(two["pss_mib"]) == 2

@@ -34,7 +34,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("what", "processes"),
-    [("loss", 1), pytest.param("loss", 2, marks=pytest.mark.variant), ("gradient", 2)],
+    [
+        *(pytest.param("loss", n, marks=pytest.mark.variant) for n in (1, 2)),
+        ("gradient", 2),
+    ],
 )
 def test_the_micro_batch_that_went_wrong_is_named_and_nothing_is_spoilt(
     what: str, processes: int, whole: Path, tmp_path: Path
@@ -167,6 +170,7 @@ def test_a_full_disk_stops_nothing_and_loses_no_row(whole: Path, tmp_path: Path)
         assert_same_run(whole, folder)
 
 
+@pytest.mark.variant
 def test_a_disk_that_stays_full_is_said_at_the_end_and_the_run_goes_on_later(
     whole: Path, tmp_path: Path
 ) -> None:

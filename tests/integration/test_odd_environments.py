@@ -240,6 +240,7 @@ needs_two_cores = pytest.mark.skipif(
 )
 
 
+@pytest.mark.variant
 @needs_two_cores
 def test_a_process_bound_to_one_core_says_so(tmp_path: Path) -> None:
     core = str(min(os.sched_getaffinity(0)))

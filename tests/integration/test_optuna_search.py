@@ -93,6 +93,7 @@ def test_a_trial_worse_than_the_median_is_stopped_and_a_search_continues(tmp_pat
     assert again.stdout.splitlines()[-2:] == first.stdout.splitlines()[-2:]
 
 
+@pytest.mark.variant
 def test_a_stopped_search_goes_on_where_it_was(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     words, env = command(tmp_path, "--trials", "1")

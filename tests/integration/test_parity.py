@@ -62,7 +62,7 @@ def torchvisions(config: ModelConfig, num_classes: int) -> nn.Module:
     "shape",
     [
         pytest.param({"depth": 16, "batch_norm": True, **PAPER}, marks=pytest.mark.variant),
-        {"depth": 19, "batch_norm": False, **PAPER},
+        pytest.param({"depth": 19, "batch_norm": False, **PAPER}, marks=pytest.mark.variant),
         {"depth": 16, "batch_norm": True, "width": 0.1},
         {"depth": 19, "batch_norm": False, "width": 0.1},
         {"depth": 16, "batch_norm": True, "width": 0.05, **PAPER, "image_size": 227},

@@ -180,6 +180,7 @@ def test_told_to_stop_while_it_decodes_images_it_leaves_at_once(
     assert not any(cache.glob("*.building"))
 
 
+@pytest.mark.variant
 def test_told_to_stop_in_an_evaluation_it_does_that_again(tmp_path: Path) -> None:
     """Many small batches make an evaluation of seconds; the row of it comes once, and whole."""
     slow = ("--data.val_size", "3000", "--eval.batch_size", "8", "--eval.every_epochs", "0.5")

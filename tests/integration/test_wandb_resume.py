@@ -140,6 +140,7 @@ def test_a_killed_training_goes_on_as_the_same_run(tmp_path: Path) -> None:
     assert received.exit_code == 0
 
 
+@pytest.mark.variant
 def test_the_offline_file_has_each_row_once_over_kills(tmp_path: Path) -> None:
     killed(tmp_path, 0, 20, OFFLINE)
     killed(tmp_path, 12, 30, OFFLINE)
