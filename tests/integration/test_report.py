@@ -104,7 +104,7 @@ def test_the_report_shows_all_and_requests_nothing(browser: Browser, page: Path)
     browser.emulate("light", 1400)
     browser.open(page)
     assert browser.js("[...document.querySelectorAll('h2')].map(h => h.textContent)") == [
-        *("Summary", "Curves", "Classes", "Calibration", "Time", "Config", "Provenance"),
+        *("Summary", "Curves", "Classes", "Calibration", "Time", "Network", "Config", "Provenance"),
     ]
     plots = browser.js("[...document.querySelectorAll('[data-plot]')].map(p => p.dataset.plot)")
     assert plots == [
@@ -117,6 +117,9 @@ def test_the_report_shows_all_and_requests_nothing(browser: Browser, page: Path)
     text = browser.js("document.body.innerText")
     assert "1 at step 0 → 2 at step" in text
     assert "optim.lr" in browser.js("document.querySelector('#config table').innerText")
+    network = browser.js("document.querySelector('#network').textContent")
+    assert "VGG-11-BN for 32×32 pixels and 100 classes, 28,142 parameters" in network
+    assert "features.0Conv2d3 × 32 × 3281" in network
     strips = browser.js("[...document.images].map(i => [i.naturalWidth, i.naturalHeight])")
     assert strips
     assert all(strip == [5 * 32, 32] for strip in strips)

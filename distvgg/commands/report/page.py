@@ -4,10 +4,9 @@ Invariant: the page requests nothing. Its content security policy makes the brow
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -16,12 +15,13 @@ import numpy as np
 from bokeh.embed import components
 from bokeh.resources import Resources
 
-from distvgg import __version__, metrics
-from distvgg.commands.compare import SEED, Group, group_rows, grouped, notes_on, run_rows, typed
-from distvgg.commands.report import figures, series
+from distvgg import __version__
+from distvgg.commands.compare import SEED, Group, group_rows, grouped, notes_on, run_rows
+from distvgg.commands.report import figures, series, tables
 from distvgg.commands.report.examples import Examples, read_examples
 from distvgg.commands.report.figures import Figures, Unit
 from distvgg.commands.report.runs import RunData, label_of
+from distvgg.commands.report.tables import table
 from distvgg.runs.confusion import Confusion, by_superclass, class_accuracy, worst_pairs
 
 N_PAIRS = N_CLASSES = 10
@@ -70,9 +70,10 @@ def page(runs: Sequence[RunData], *, reload_seconds: int | None = None) -> str:
         ("curves", "Curves", _curves(found, places)),
         ("classes", "Classes", classes.replace(PLOT, places.get("confusion", ""))),
         ("calibration", "Calibration", _calibration(places) if calibrated else _NO_CALIBRATION),
-        ("time", "Time", _time(ordered)),
-        ("config", "Config", _config(ordered)),
-        ("provenance", "Provenance", _provenance(ordered)),
+        ("time", "Time", tables.time(ordered)),
+        ("network", "Network", tables.network(ordered)),
+        ("config", "Config", tables.config(ordered)),
+        ("provenance", "Provenance", tables.provenance(ordered)),
     ]
     title = escape(f"{runs[0].name} \N{MIDDLE DOT} distvgg" if len(runs) == 1 else "distvgg report")
     links = "".join(f'<a href="#{key}">{heading}</a>' for key, heading, _ in sections)
@@ -325,119 +326,6 @@ _NO_CONFUSION = (
     '<p class="note">A run writes its confusion matrix at its end. None of these runs has it yet.'
     "</p>"
 )
-
-
-def _time(runs: Sequence[RunData]) -> str:
-    rows, total = [], 0.0
-    spent = []
-    for run in runs:
-        seconds = run.columns[series.TIME]
-        last = float(seconds[-1]) if series.rows_with(run.columns, series.TIME).size else 0.0
-        spent.append((last, min(last, series.seconds_waiting(run.columns))))
-        total = max(total, last)
-    for run, (last, waiting) in zip(runs, spent, strict=True):
-        step = run.columns[metrics.STEP][-1]
-        launches = " \N{RIGHTWARDS ARROW} ".join(f"{w} at step {s:,}" for s, w in run.starts)
-        width = 100 * last / total if total else 0
-        wait = 100 * waiting / last if last else 0
-        bar = (
-            f'<span class="bar" style="width:{width:.2f}%"><i style="width:{wait:.2f}%"></i></span>'
-        )
-        rows.append(
-            [
-                escape(run.name),
-                f"{int(step):,}",
-                str(timedelta(seconds=round(last))),
-                f"{wait:.1f}%",
-                bar,
-                escape(launches or "no checkpoint yet"),
-            ]
-        )
-    header = ["run", "steps", "time in steps", "of that, waiting for data"]
-    header += ["", "launches: processes at step"]
-    return table(header, rows, html=True) + (
-        '<p class="note">From perf/step_ms and perf/data_wait_ms of the rows. Rows have no time for'
-        " evaluation, checkpoints and starts.</p>"
-    )
-
-
-def _config(runs: Sequence[RunData]) -> str:
-    flats = [run.config.flat() for run in runs]
-    differ = series.differences(flats)
-    parts = []
-    if len(runs) > 1:
-        rows = [
-            [run.name, *(typed(flat.get(key)) for key in differ)]
-            for run, flat in zip(runs, flats, strict=True)
-        ]
-        parts.append(
-            "<h3>Differences</h3>" + table(["run", *differ], rows)
-            if differ
-            else "<p>The configs are equal.</p>"
-        )
-    same = [[key, typed(value)] for key, value in flats[0].items() if key not in differ]
-    heading = "The fields that are equal in all runs" if len(runs) > 1 else "All fields"
-    parts.append(
-        f"<details><summary>{heading} ({len(same)})</summary>{table(['field', 'value'], same)}"
-        "</details>"
-    )
-    return "".join(parts)
-
-
-def _provenance(runs: Sequence[RunData]) -> str:
-    rows, hashes = [], []
-    for run in runs:
-        weights = run.weights_sha256 or "no weights yet"
-        hashes.append([run.name, run.rows_sha256, weights])
-        if (result := run.entry.result) is None:
-            continue
-        versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
-        rows.append(
-            [
-                run.name,
-                f"{result.num_processes} \N{MULTIPLICATION SIGN} {result.hardware}",
-                result.precision,
-                versions,
-                result.commit or "installed package",
-                result.data_fingerprint,
-            ]
-        )
-    header = ["run", "hardware", "precision", "versions", "commit", "data"]
-    known = (
-        table(header, rows, kind="prose") if rows else '<p class="note">No run is finished yet.</p>'
-    )
-    return (
-        f"{known}<h3>SHA-256</h3>"
-        + table(["run", "rows, without timings", "final weights"], hashes, kind="hashes")
-        + '<p class="note">On one kind of machine, runs of one config have equal hashes on any'
-        " number of processes and over any kills.</p>"
-    )
-
-
-def table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, html: bool = False, kind: str = ""
-) -> str:
-    """Returns an HTML table in a box that scrolls. The cells are text, or HTML if `html`."""
-
-    columns = list(zip(*rows, strict=True))
-    numeric = [" class=number" * all(map(_is_number, column)) for column in columns]
-
-    def row_of(cells: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{kind}>{cell if html and tag == 'td' else escape(cell.strip())}</{tag}>"
-            for cell, kind in zip(cells, numeric, strict=True)
-        )
-
-    head = row_of(header, "th")
-    body = "".join(f"<tr>{row_of(row, 'td')}</tr>" for row in rows)
-    return (
-        f'<div class="table {kind}"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[-\d.,:e+%\s\N{PLUS-MINUS SIGN}]+", text) is not None
 
 
 def _json(value: Any) -> str:
