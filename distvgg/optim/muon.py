@@ -155,8 +155,12 @@ class Muon(EagerOptimizer):
         self.launch(self._compute_updates, gradients, momenta + updates)
         self._queue.start(self._updates.exchange())
         self._queue.finish()
-        for lr, (_, group) in zip(self._lr, self._muon, strict=True):
-            lr.fill_(group["lr"])
+        first = 0
+        for group in self.param_groups:  # a launch for each group, not for each layer
+            if group["orthogonalised"]:
+                last = first + len(group["params"])
+                self._lr[first:last].fill_(group["lr"])
+                first = last
         self.launch(self._apply_updates, (), [p for p, _ in self._muon])
 
     def _compute_updates(self) -> None:

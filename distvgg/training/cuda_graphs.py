@@ -4,7 +4,7 @@ Owns the capture, the buffers of its input and output, and the comparison that a
 
 Invariant: a replay gives the bytes of the eager computation. Each graph is compared with it before
 its first use. A graph that differs or cannot be captured ends the use of graphs in this process.
-What is captured depends on shapes alone, not on the rank or the number of processes.
+The graph of a micro-batch depends on shapes alone, not on the rank or the number of processes.
 
 A micro-batch is a pure function of weights, input and dropout seed: its gradients are not added to
 others, and BatchNorm's buffers, whose momentum is 1, are overwritten. Capture and comparison
