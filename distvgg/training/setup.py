@@ -367,6 +367,9 @@ def _restore(
             kept = [name for name in tensors if name.startswith(TRAINED)]
             weights = {name.removeprefix(TRAINED): tensors.pop(name) for name in kept}
         vgg.load_state_dict(weights)
+        # Version 0.1 trained biases before BatchNorm.
+        untrained = {name for name, _ in vgg.named_buffers()}
+        tensors = {k: v for k, v in tensors.items() if k.partition(".")[2] not in untrained}
         load_optimizer_tensors(trainable.optimizer, parameter_names(vgg), tensors)
     except (SafetensorError, RuntimeError, KeyError) as error:
         why = " ".join(str(error).split())[:200]
