@@ -27,7 +27,7 @@ def test_a_checkpoint_with_biases_before_batch_norm_goes_on_as_the_same_function
 ) -> None:
     run = setup.build(tiny(train__precision="no"), tmp_path / "run")
     weights, rest = (
-        {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
         for tensors in checkpoint_tensors(run, run.vgg)
     )
     bias = torch.arange(len(weights["features.0.bias"]), dtype=torch.float32)
