@@ -29,8 +29,8 @@ from typing import Any
 import psutil
 
 from benchmarks.runs import Training, differences, rows
-from distvgg.config import load
 from distvgg.data.plan import BatchPlan
+from distvgg.recipe import load
 from distvgg.training.trainer import evaluation_due
 
 CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from distvgg.config import load
+from distvgg.recipe import load
 from distvgg.tracking.trackers import Tracking
 from distvgg.training.setup import build
 from distvgg.training.state import Run

@@ -34,11 +34,12 @@ from benchmarks.input_path import noise
 from benchmarks.measure import in_turns, ratio, report, save, spread
 from benchmarks.runs import ROW_TIMEOUT, training, words_of
 from distvgg.commands.text_tables import markdown_table
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.data.cache import load_dataset
 from distvgg.data.loader import DeviceImages, EvalLoader
 from distvgg.distributed.device import device_here
 from distvgg.metrics import IMAGES_PER_SEC
+from distvgg.recipe import load
 from distvgg.runs.layout import CONFIG_FILE
 from distvgg.tracking.trackers import Tracking
 from distvgg.training.setup import build

@@ -58,13 +58,14 @@ from benchmarks.measure import Samples, in_turns, ratio, report, save, spread
 from benchmarks.network_variants import VARIANTS, micro_batch, newton_schulz
 from benchmarks.runs import ROW_TIMEOUT, Training, words_of
 from distvgg.commands.text_tables import markdown_table
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.data.cache import load_dataset
 from distvgg.data.plan import BatchPlan
 from distvgg.distributed.device import device_here
 from distvgg.metrics import STEP_MS
 from distvgg.models.blocks import use_kernels
 from distvgg.models.flops import training_flops
+from distvgg.recipe import load
 from distvgg.runs.layout import RESULT_FILE
 from distvgg.training.setup import build
 from distvgg.training.state import Run
@@ -694,7 +695,7 @@ def measure_first_step(setting: Setting) -> Findings:
     """Seconds from the start of a process until its first step is done."""
     imports = (
         "import accelerate, torch\n"
-        "from distvgg.config import load\n"
+        "from distvgg.recipe import load\n"
         "from distvgg.models.vgg import build_vgg\n"
         f"config = load({setting.recipe!r}, {setting.overrides!r})\n"
         f"model = build_vgg(config.model, 100, 0).to({str(setting.device)!r})\n"

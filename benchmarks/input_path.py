@@ -31,12 +31,13 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from benchmarks.measure import in_turns, ratio, report, save, spread
 from distvgg.commands.text_tables import markdown_table
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.data.cache import load_dataset
 from distvgg.data.dataset import Dataset, Split, train_and_val
 from distvgg.data.loader import DeviceImages, DeviceLoader
 from distvgg.data.plan import BatchPlan
 from distvgg.distributed.device import device_here
+from distvgg.recipe import load
 
 OURS, V1, V2 = "distvgg DeviceLoader", "torchvision", "torchvision v2"
 QUICK_IMAGES = 2048

@@ -42,13 +42,14 @@ from torchvision import transforms  # type: ignore[import-untyped]
 from benchmarks import measure
 from benchmarks.runs import PLAIN, rows
 from distvgg.commands.text_tables import markdown_table
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.data.cache import load_dataset
 from distvgg.distributed.device import device_here, resolve_precision
 from distvgg.distributed.host_memory import keep_freed_memory
 from distvgg.errors import RunError
 from distvgg.metrics import IMAGES_PER_SEC
 from distvgg.models.vgg import VGG, build_vgg
+from distvgg.recipe import load
 from distvgg.runs.layout import STOP_FILE
 
 T = TypeVar("T")

@@ -43,10 +43,11 @@ from distvgg.commands.bench import (
 )
 from distvgg.commands.bench_options import BenchOptions, gpu_spec, interconnect
 from distvgg.commands.text_tables import markdown_table
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.distributed.cost_model import Fabric, Gpu, Link, Setup, exchange, levels, step
 from distvgg.distributed.reduction_plan import MIB, TreePlan, levels_of
 from distvgg.distributed.tree_sum import TreeSum
+from distvgg.recipe import load
 from distvgg.training.setup import build
 from distvgg.training.state import Run
 

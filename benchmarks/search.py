@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field
 
 from distvgg import metrics
 from distvgg.commands.text_tables import markdown_table
-from distvgg.config import load
+from distvgg.recipe import load
 from distvgg.runs.result import Result, read_result
 
 Overrides = dict[str, Any]

@@ -33,10 +33,10 @@ import torch
 from benchmarks.measure import in_turns, ratio, report, save, spread
 from benchmarks.runs import PLAIN, ROOT, ROW_TIMEOUT, training, words_of
 from distvgg.commands.text_tables import markdown_table
-from distvgg.config import load
 from distvgg.data.cache import cache_entry, load_dataset
 from distvgg.distributed.device import device_here, resolve_precision
 from distvgg.metrics import EPOCH, STEP
+from distvgg.recipe import load
 
 FIRST, WANDB = "first step", "first step, W&B offline"
 MODEL, STEPPED = "bare model", "bare model and step"

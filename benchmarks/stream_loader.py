@@ -33,7 +33,7 @@ from torchvision.transforms import v2  # type: ignore[import-untyped]
 from benchmarks.input_path import images_per_sec
 from benchmarks.measure import Samples, in_turns, ratio, report, save, spread
 from distvgg.commands.text_tables import markdown_table
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.data.cache import load_dataset
 from distvgg.data.dataset import Dataset, train_and_val
 from distvgg.data.loaders import Loaders
@@ -41,6 +41,7 @@ from distvgg.data.plan import BatchPlan
 from distvgg.data.stream import StreamLoader
 from distvgg.data.transforms import crop_and_flip, draw_epoch
 from distvgg.distributed.device import device_here
+from distvgg.recipe import load
 
 OURS, PEER = "distvgg StreamLoader", "torchvision ImageFolder"
 

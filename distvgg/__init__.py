@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distvgg.commands.evaluate import evaluate
-    from distvgg.config import load as load_config
     from distvgg.errors import RunError, UserError
     from distvgg.models.classifier import load
     from distvgg.models.hub import HubClassifier
     from distvgg.models.pretrained import load_model
+    from distvgg.recipe import load as load_config
     from distvgg.runs.metrics_file import read_metrics
     from distvgg.training.trainer import train
 
@@ -36,7 +36,7 @@ _PUBLIC = {
     "UserError": ("distvgg.errors", "UserError"),
     "evaluate": ("distvgg.commands.evaluate", "evaluate"),
     "load": ("distvgg.models.classifier", "load"),
-    "load_config": ("distvgg.config", "load"),
+    "load_config": ("distvgg.recipe", "load"),
     "load_model": ("distvgg.models.pretrained", "load_model"),
     "read_metrics": ("distvgg.runs.metrics_file", "read_metrics"),
     "train": ("distvgg.training.trainer", "train"),

@@ -29,8 +29,9 @@ from distvgg.commands.arguments import (
     validated,
 )
 from distvgg.commands.bench_options import BenchOptions
-from distvgg.config import Config, SplitName, load, recipe_names
+from distvgg.config import Config, SplitName
 from distvgg.errors import PeerLostError, RunError, UserError
+from distvgg.recipe import load, recipe_names
 from distvgg.runs.layout import REPORT_FILE
 
 USAGE = """\

@@ -7,11 +7,7 @@ data and no process group. Invariant: a `Config` that exists is valid, never cha
 Imports no torch, so that a mistyped option is reported without the time of that import.
 """
 
-import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -21,11 +17,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
 
-from distvgg.errors import UserError
+from distvgg.errors import nearest
 from distvgg.layer_table import POOL, Table, max_pools, read_table
 
 
@@ -159,12 +154,11 @@ class DataConfig(FrozenModel):
     max_pixels: int = Field(MAX_PIXELS, ge=1)
     """Largest image that is decoded, in pixels, as a guard against files made to fill memory."""
     store: Literal["auto", "decoded", "encoded"] = "auto"
-    """What the cache holds: decoded pixels, or the encoded files, which are decoded again for each
-    batch. auto: decoded, if there is room for them. Without effect on the result."""
+    """Form of the images in the cache. decoded: pixels; encoded: the files, decoded again for each
+    batch; auto: decoded if the disk has room. Without effect on the result."""
     loader: Literal["auto", "device", "stream"] = "auto"
-    """Where batches come from: device holds all images in the memory of the device, stream reads
-    them by worker processes. auto: device, if the images are decoded and fit. Without effect on the
-    result."""
+    """Loader of the images. device: holds all of them in device memory; stream: reads them with
+    worker processes; auto: device if they are decoded and fit. Without effect on the result."""
     workers: int | None = Field(None, ge=0, le=256)
     """Worker processes of each rank that read images under loader stream. 0: none, the rank itself
     reads. None: one for each core that is left. Without effect on the result."""
@@ -560,64 +554,11 @@ class Config(FrozenModel):
     def replace(self, **dotted: Any) -> "Config":
         """Returns a copy with some fields changed; a double underscore stands for a dot."""
         values = self.model_dump()
-        _merge(values, {name.replace("__", "."): value for name, value in dotted.items()})
+        set_dotted(values, {name.replace("__", "."): value for name, value in dotted.items()})
         return Config.model_validate(values)
 
 
-def recipe_names() -> list[str]:
-    """Returns the names of the packaged recipes, sorted."""
-    folder = resources.files("distvgg") / "recipes"
-    names = [file.name for file in folder.iterdir()]
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
-
-
-def load(recipe: str, overrides: Mapping[str, Any] | None = None) -> Config:
-    """Returns the config of a recipe with overrides applied.
-
-    Args:
-        recipe: the name of a packaged recipe, or the path of a YAML file.
-        overrides: dotted field name -> value, text or typed.
-
-    Raises:
-        UserError: no such recipe, not YAML, an unknown key or a value out of range.
-    """
-    values, overrides = _read_recipe(recipe), overrides or {}
-    model = values.get("model")
-    if isinstance(model, dict):
-        table = SHORTHANDS if from_text(overrides.get("model.layers")) is not None else ()
-        for name in (*table, *LACKS.get(str(overrides.get("model.name")), ())):
-            model.pop(name, None)
-    _merge(values, overrides)
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_one_line(error)) from error
-
-
-def _read_recipe(recipe: str) -> dict[str, Any]:
-    path = Path(recipe)
-    try:
-        if recipe in recipe_names():  # a local file of the same name is given as ./fast
-            text = (resources.files("distvgg") / "recipes" / f"{recipe}.yaml").read_text()
-        elif path.suffix in (".yaml", ".yml") or path.is_file():
-            text = path.read_text()
-        else:
-            raise UserError(
-                f"no recipe {recipe!r}{nearest(recipe, recipe_names())}: give one of"
-                f" {', '.join(recipe_names())}, or the path of a YAML file"
-            )
-        values = yaml.safe_load(text) or {}
-    except OSError as error:
-        raise UserError(f"cannot read recipe {recipe}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"recipe {recipe} is not valid YAML: {reason}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"recipe {recipe} must be a mapping of sections, such as `train:`")
-    return values
-
-
-def _merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+def set_dotted(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
     """Sets dotted names in nested mappings; validation rejects what must not be a mapping."""
     for dotted, value in overrides.items():
         *sections, field = dotted.split(".")
@@ -652,41 +593,3 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 def _text(values: Any) -> str:
     """Returns a value as it is typed on the command line."""
     return ",".join(map(str, values)) if isinstance(values, tuple) else str(values)
-
-
-def nearest(name: str, names: Sequence[str], prefix: str = "") -> str:
-    """Returns `, did you mean X?`; empty if no name is near.
-
-    Names whose last part contains the last part of `name` come first: optim.lr for train.lr.
-    """
-    leaf = name.rsplit(".", 1)[-1]
-    leaves = {n.rsplit(".", 1)[-1]: n for n in names}
-    found = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
-    if not found:
-        found = [n for n in names if f"_{leaf}_" in f"_{n.rsplit('.', 1)[-1]}_"]
-        found.sort(key=lambda n: not n.endswith(f".{leaf}"))
-    found = found or difflib.get_close_matches(name, names, n=1, cutoff=0.7)
-    found = found or [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1)]
-    return f", did you mean {' or '.join(prefix + n for n in found[:3])}?" if found else ""
-
-
-def _one_line(error: ValidationError) -> str:
-    """Returns a validation error as one line in the words of the command line."""
-    names = list(Config().flat())
-    parts = []
-    for e in error.errors(include_url=False):
-        dotted = ".".join(map(str, e["loc"]))
-        if e["type"] == "extra_forbidden":
-            near = nearest(dotted, [*names, *Config.model_fields]) or (
-                f"; {e['loc'][0]} has "
-                + ", ".join(n.split(".", 1)[1] for n in names if n.startswith(f"{e['loc'][0]}."))
-                if len(e["loc"]) > 1
-                else "; the sections are " + ", ".join(Config.model_fields)
-            )
-            parts.append(f"unknown key {dotted}{near}")
-        elif e["type"] == "value_error":
-            parts.append(str(e["ctx"]["error"]))
-        else:
-            wanted = re.sub(r"^\w+ should", "must", e["msg"])
-            parts.append(f"{dotted} {wanted} (got {e['input']!r})")
-    return "; ".join(parts)

@@ -1,4 +1,7 @@
-"""Exceptions that the command line reports as one line."""
+"""Exceptions that the command line reports as one line, and suggestions in their messages."""
+
+import difflib
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -19,3 +22,19 @@ class RunError(RuntimeError):
 
 class PeerLostError(RunError):
     """A peer failure: another process of this run died."""
+
+
+def nearest(name: str, names: Sequence[str], prefix: str = "") -> str:
+    """Returns `, did you mean X?`; empty if no name is near.
+
+    Names whose last part contains the last part of `name` come first: optim.lr for train.lr.
+    """
+    leaf = name.rsplit(".", 1)[-1]
+    leaves = {n.rsplit(".", 1)[-1]: n for n in names}
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
+    if not found:
+        found = [n for n in names if f"_{leaf}_" in f"_{n.rsplit('.', 1)[-1]}_"]
+        found.sort(key=lambda n: not n.endswith(f".{leaf}"))
+    found = found or difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    found = found or [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1)]
+    return f", did you mean {' or '.join(prefix + n for n in found[:3])}?" if found else ""

@@ -25,8 +25,9 @@ from typing import Any
 import yaml
 
 from distvgg.commands.arguments import Parser, overrides
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.errors import UserError
+from distvgg.recipe import load
 from distvgg.runs.layout import RESULT_FILE, STOP_FILE
 from distvgg.runs.metrics_file import read_rows
 

@@ -1,7 +1,7 @@
 """Command lines: options from the typed schema, parsed by argparse. Imports no torch.
 
 Values stay text here. They are merged over the recipe and validated by pydantic in one place
-(`config.load`), so that a recipe and a command line give the same message for the same mistake.
+(`recipe.load`), so that a recipe and a command line give the same message for the same mistake.
 """
 
 import argparse
@@ -16,8 +16,9 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from distvgg.config import TRAIN_FIELDS_OF_0_1, Config, from_text, load, nearest, recipe_names
-from distvgg.errors import UserError
+from distvgg.config import TRAIN_FIELDS_OF_0_1, Config, from_text
+from distvgg.errors import UserError, nearest
+from distvgg.recipe import load, recipe_names
 
 Model = TypeVar("Model", bound=BaseModel)
 RUN_USAGE = "RECIPE [--run-dir DIR] [--section.field VALUE ...]"

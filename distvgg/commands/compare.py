@@ -20,9 +20,10 @@ from pydantic import BaseModel, Field
 
 from distvgg import metrics
 from distvgg.commands.text_tables import plain_table
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.data.plan import BatchPlan
 from distvgg.errors import UserError
+from distvgg.recipe import load
 from distvgg.runs.files import atomic_write
 from distvgg.runs.layout import (
     CHECKPOINTS,

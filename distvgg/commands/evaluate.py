@@ -10,8 +10,6 @@ from distvgg import metrics
 from distvgg.config import Config, SplitName
 from distvgg.data.cache import load_dataset
 from distvgg.data.dataset import train_and_val
-from distvgg.data.loaders import Loaders, choose_loader
-from distvgg.distributed.collectives import broadcast_from_main
 from distvgg.distributed.device import place
 from distvgg.distributed.peer_failure import clean_shutdown, translate_peer_failure
 from distvgg.distributed.process_group import prepare_model, start
@@ -23,6 +21,7 @@ from distvgg.runs.layout import WEIGHTS_FILE
 from distvgg.runs.result import read_result
 from distvgg.training.checkpoint import CorruptCheckpointError, read
 from distvgg.training.evaluation import Evaluation, evaluate_over_ranks
+from distvgg.training.setup import open_loaders
 
 
 def evaluate(path: str | Path, split: SplitName = "test") -> metrics.Row:
@@ -75,10 +74,7 @@ def _measure(path: Path, split: SplitName) -> tuple[Evaluation, Confusion]:
         raise UserError(f"{path / WEIGHTS_FILE} cannot be loaded: {reason}") from error
     place(model, accelerator, config)
     prepared = prepare_model(accelerator, model)
-    choice = broadcast_from_main(
-        accelerator, lambda: choose_loader(config, dataset, accelerator.device)
-    )
-    loaders = Loaders(config, dataset, accelerator.device, streams=choice.streams)
+    loaders, _ = open_loaders(config, dataset, accelerator)
     try:
         loader, flip = loaders.evaluation(data, rows), config.eval.tta == "flip"
         found = evaluate_over_ranks(accelerator, prepared, loader, dataset, flip=flip)

@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from distvgg.config import load as load_config
 from distvgg.errors import UserError
+from distvgg.recipe import load as load_config
 from distvgg.runs.files import atomic_write, write_fsync
 from distvgg.runs.layout import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, run_of
 from distvgg.runs.result import read_result

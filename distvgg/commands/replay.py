@@ -23,10 +23,11 @@ from torch import Tensor
 
 from distvgg import environment, metrics
 from distvgg.commands.text_tables import plain_table
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.data.loader import MicroBatch
 from distvgg.errors import UserError
 from distvgg.optim.schedule import lr_at
+from distvgg.recipe import load
 from distvgg.runs.files import read_json
 from distvgg.runs.layout import (
     CHECKPOINTS,

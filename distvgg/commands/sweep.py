@@ -14,8 +14,9 @@ from typing import get_args, get_origin
 
 from pydantic import BaseModel
 
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.errors import UserError
+from distvgg.recipe import load
 
 # A value in brackets is a list.
 _VALUE = re.compile(r"\[[^\[\]]*\]|[^,\[\]]+")

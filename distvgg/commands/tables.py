@@ -12,9 +12,10 @@ import numpy as np
 from distvgg import metrics
 from distvgg.commands.compare import grouped, read
 from distvgg.commands.text_tables import markdown_table
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.errors import UserError
 from distvgg.models.flops import training_flops
+from distvgg.recipe import load
 from distvgg.runs.confusion import Confusion, class_accuracy, read_confusion, worst_pairs
 from distvgg.runs.layout import CONFIG_FILE
 from distvgg.runs.result import Result

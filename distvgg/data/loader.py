@@ -173,11 +173,7 @@ class SampleStream:
         """Returns the rows of the split in any micro-batch, also another rank's: [m] int64."""
         m = self._plan.micro_batch_size
         start = step * self._plan.global_batch_size + k * m
-        parts = [
-            self._epoch(epoch)[0][first:last]
-            for epoch, first, last in self._plan.spans(range(start, start + m))
-        ]
-        return torch.cat(parts)
+        return self.take(range(start, start + m))[0]
 
     def _draw_order(self, epoch: int) -> Tensor:
         """Returns the places in `rows` of one epoch in stream order, on the host."""

@@ -17,12 +17,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from distvgg.config import Config, ModelConfig
-from distvgg.config import load as load_config
 from distvgg.data.images import cover, decode_upright, upright_rgb
 from distvgg.data.transforms import normalise, resize
 from distvgg.errors import UserError
 from distvgg.models.pretrained import check_has_weights, read_weights, with_weights
 from distvgg.models.vgg import VGG
+from distvgg.recipe import load as load_config
 from distvgg.runs.layout import CONFIG_FILE, PREPROCESSING_FILE, WEIGHTS_FILE, run_of
 from distvgg.runs.preprocessing import Preprocessing, of_metadata, read_preprocessing
 

@@ -9,8 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from distvgg.config import nearest
-from distvgg.errors import UserError
+from distvgg.errors import UserError, nearest
 from distvgg.models.vgg import VGG, FrozenBatchNorm
 
 

@@ -237,6 +237,13 @@ def _of_channel(found, weight, bias, column, channels):
 
 
 @triton.jit
+def _normalised(x, row, column, mask, mean, scale, channels, width, tap, POOL: tl.constexpr):
+    """A tile of the input, less its mean and over its standard deviation."""
+    value = tl.load(x + _place(row, column, channels, width, tap, POOL), mask, 0.0)
+    return (value.to(tl.float32) - mean) * scale
+
+
+@triton.jit
 def _apply(
     x,
     y,
@@ -257,11 +264,9 @@ def _apply(
     mean, scale, w, b = _of_channel(found, weight, bias, column, channels)
     best = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tap in tl.static_range(4 if POOL else 1):
-        value = tl.load(x + _place(row, column, channels, width, tap, POOL), mask, 0.0)
-        value = (value.to(tl.float32) - mean) * scale * w + b
+        value = _normalised(x, row, column, mask, mean, scale, channels, width, tap, POOL) * w + b
         best = tl.where(value <= best, best, value)
-    at = row.to(tl.int64)[:, None] * channels + column[None, :]
-    tl.store(y + at, best.to(y.dtype.element_ty), mask)
+    tl.store(y + _place(row, column, channels, 0, 0, False), best.to(y.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -270,8 +275,7 @@ def _winner(x, row, column, mask, mean, scale, w, b, channels, width, POOL: tl.c
     best = tl.zeros(mask.shape, tl.float32)
     winner = tl.full(mask.shape, -1, tl.int32)
     for tap in tl.static_range(4 if POOL else 1):
-        value = tl.load(x + _place(row, column, channels, width, tap, POOL), mask, 0.0)
-        value = (value.to(tl.float32) - mean) * scale * w + b
+        value = _normalised(x, row, column, mask, mean, scale, channels, width, tap, POOL) * w + b
         winner = tl.where(value <= best, winner, tap)
         best = tl.where(value <= best, best, value)
     return winner
@@ -305,13 +309,11 @@ def _gradient_sums(
     for start in range(begin, end, ROWS):
         row = start + tl.arange(0, ROWS)
         mask = (row < end)[:, None] & (column < channels)[None, :]
-        at = row.to(tl.int64)[:, None] * channels + column[None, :]
-        gradient = tl.load(dy + at, mask, 0.0).to(tl.float32)
+        gradient = tl.load(dy + _place(row, column, channels, 0, 0, False), mask, 0.0)
         winner = _winner(x, row, column, mask, mean, scale, w, b, channels, width, POOL)
         for tap in tl.static_range(4 if POOL else 1):
-            at = _place(row, column, channels, width, tap, POOL)
-            normalised = (tl.load(x + at, mask, 0.0).to(tl.float32) - mean) * scale
-            taken = tl.where(winner == tap, gradient, 0.0)
+            normalised = _normalised(x, row, column, mask, mean, scale, channels, width, tap, POOL)
+            taken = tl.where(winner == tap, gradient.to(tl.float32), 0.0)
             of_bias += taken
             of_weight += taken * normalised
     out = partial + part * channels + column
@@ -356,12 +358,14 @@ def _input_gradient(
     mean, scale, w, b = _of_channel(found, weight, bias, column, channels)
     of_bias = tl.load(sums + column, inside, 0.0)[None, :] / rows
     of_weight = tl.load(sums + channels + column, inside, 0.0)[None, :] / rows
-    at = row.to(tl.int64)[:, None] * channels + column[None, :]
-    gradient = tl.load(dy + at, mask, 0.0).to(tl.float32)
+    gradient = tl.load(dy + _place(row, column, channels, 0, 0, False), mask, 0.0)
     winner = _winner(x, row, column, mask, mean, scale, w, b, channels, width, POOL)
     for tap in tl.static_range(4 if POOL else 1):
-        at = _place(row, column, channels, width, tap, POOL)
-        normalised = (tl.load(x + at, mask, 0.0).to(tl.float32) - mean) * scale
-        taken = tl.where(winner == tap, gradient, 0.0)
+        normalised = _normalised(x, row, column, mask, mean, scale, channels, width, tap, POOL)
+        taken = tl.where(winner == tap, gradient.to(tl.float32), 0.0)
         result = (taken - of_bias - normalised * of_weight) * (w * scale)
-        tl.store(dx + at, result.to(dx.dtype.element_ty), mask)
+        tl.store(
+            dx + _place(row, column, channels, width, tap, POOL),
+            result.to(dx.dtype.element_ty),
+            mask,
+        )

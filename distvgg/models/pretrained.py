@@ -8,9 +8,10 @@ from typing import TypeVar
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.errors import UserError
 from distvgg.models.vgg import VGG
+from distvgg.recipe import load
 from distvgg.runs.layout import CHECKPOINTS, CONFIG_FILE, WEIGHTS_FILE, checkpoint_dirs, run_of
 
 Network = TypeVar("Network", bound=VGG)

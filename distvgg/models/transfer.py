@@ -1,4 +1,4 @@
-"""What a network takes from the weights of another training.
+"""Selection of the pretrained tensors that a network loads.
 
 `features` fits as a whole or is refused. Each linear layer is taken if its shape fits, and the last
 one only if its classes are the same; the others start anew.

@@ -17,10 +17,10 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from distvgg.config import load, nearest
-from distvgg.errors import UserError
+from distvgg.errors import UserError, nearest
 from distvgg.models.pretrained import check_has_weights, read_weights
 from distvgg.reachability import behind_proxy, connects
+from distvgg.recipe import load
 from distvgg.runs.layout import CONFIG_FILE, WEIGHTS_FILE, run_of
 from distvgg.runs.preprocessing import of_metadata, read_preprocessing
 

@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 
 from distvgg import file_lock
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.errors import RunError, UserError
 from distvgg.file_lock import FileLock
+from distvgg.recipe import load
 from distvgg.runs.files import atomic_write
 from distvgg.runs.layout import (
     CONFIG_FILE,

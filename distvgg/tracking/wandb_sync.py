@@ -27,9 +27,10 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, Field, ValidationError
 
 from distvgg import file_lock, metrics, preemption
-from distvgg.config import Config, TrackConfig, load
+from distvgg.config import Config, TrackConfig
 from distvgg.errors import UserError
 from distvgg.reachability import behind_proxy, connects
+from distvgg.recipe import load
 from distvgg.runs.files import atomic_write
 from distvgg.runs.layout import CONFIG_FILE, METRICS_FILE, REQUEUE_FILE, RESULT_FILE
 from distvgg.tracking import wandb_end

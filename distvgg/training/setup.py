@@ -112,10 +112,7 @@ def _build(
         lock: of the folder, on the main process.
     """
     dataset, is_new = _load_dataset(config, accelerator, folder)
-    choice = broadcast_from_main(
-        accelerator, lambda: choose_loader(config, dataset, accelerator.device)
-    )
-    loaders = Loaders(config, dataset, accelerator.device, streams=choice.streams)
+    loaders, notes_on_loader = open_loaders(config, dataset, accelerator)
     plan, loader, val_loader = _build_loaders(config, dataset, accelerator, loaders)
     ranks, queue = ranks_of(accelerator), ExchangeQueue(accelerator.device)
     preprocessing = Preprocessing.of(dataset, config)
@@ -126,11 +123,12 @@ def _build(
     found = _newest(checkpoints, folder, accelerator)
     vgg = build_vgg(config.model, dataset.num_classes, derive_seed(config.seed, "weights"))
     freeze(vgg, config.optim.frozen)
-    initial, news = load_initial_weights(
+    initial, notes_on_weights = load_initial_weights(
         vgg, config, preprocessing, folder, accelerator, resumed=found is not None
     )
-    kernels, kernel_notes = _choose_kernels(config, accelerator)
-    trainable = _build_trainable(vgg, config, accelerator, ranks, queue, kernels=kernels)
+    place(vgg, accelerator, config)
+    notes_on_kernels = _choose_kernels(vgg, config, accelerator)
+    trainable = _build_trainable(vgg, config, accelerator, ranks, queue)
     state = TrainState(data=_digest(dataset))
     if found is not None:
         state = _restore(found, state, trainable, accelerator)
@@ -138,7 +136,7 @@ def _build(
     broadcast_from_main(accelerator, lambda: _write_preprocessing(preprocessing, folder))
     notes = _note_launch(state, accelerator, config, requested, resumed=found is not None)
     notes += (*dataset.card, *dataset.notes) if is_new else dataset.notes
-    notes += (*kernel_notes, *news, *([choice.note] if choice.note else []))
+    notes += notes_on_kernels + notes_on_weights + notes_on_loader
 
     ema, device = trainable.ema, accelerator.device
     torch.autograd.set_detect_anomaly(config.train.detect_anomaly)
@@ -191,6 +189,20 @@ def _build(
     )
 
 
+def open_loaders(
+    config: Config, dataset: Dataset, accelerator: "Accelerator"
+) -> tuple[Loaders, list[str]]:
+    """Returns the loaders that the main process chooses for all ranks, and lines for the user.
+
+    A collective operation.
+    """
+    choice = broadcast_from_main(
+        accelerator, lambda: choose_loader(config, dataset, accelerator.device)
+    )
+    loaders = Loaders(config, dataset, accelerator.device, streams=choice.streams)
+    return loaders, [choice.note] if choice.note else []
+
+
 def _build_loaders(
     config: Config, dataset: Dataset, accelerator: "Accelerator", loaders: Loaders
 ) -> tuple[BatchPlan, MicroBatchSource, EvalSource]:
@@ -205,35 +217,27 @@ def _build_loaders(
 
 
 def _build_trainable(
-    vgg: VGG,
-    config: Config,
-    accelerator: "Accelerator",
-    ranks: Ranks,
-    queue: ExchangeQueue,
-    *,
-    kernels: bool,
+    vgg: VGG, config: Config, accelerator: "Accelerator", ranks: Ranks, queue: ExchangeQueue
 ) -> _Trainable:
-    place(vgg, accelerator, config)
-    if kernels:
-        use_kernels(vgg)
     optimizer = build_optimizer(vgg, config.optim, config.train.precision, ranks, queue)
     ema = EMA(vgg, config.optim.ema_decay) if config.optim.ema_decay else None
     return _Trainable(vgg, ema, optimizer, TrainMeter(accelerator.device))
 
 
-def _choose_kernels(config: Config, accelerator: "Accelerator") -> tuple[bool, list[str]]:
-    """Decides for all ranks whether BatchNorm runs by kernels of this project; not compiled.
+def _choose_kernels(vgg: VGG, config: Config, accelerator: "Accelerator") -> list[str]:
+    """Lets BatchNorm run by the kernels of this project, if all ranks can; not compiled.
 
     Returns:
-        The decision, and lines for the user.
+        Lines for the user.
     """
     if accelerator.device.type != "cuda" or config.train.compile or not config.model.batch_norm:
-        return False, []
+        return []
     failure = kernels_fail(accelerator.device)
-    if not any_rank(accelerator, failure is not None):
-        return True, []
-    reason = failure or "they cannot be used on another GPU of this run"
-    return False, [f"BatchNorm by torch's kernels, slower and with other last bits: {reason}"]
+    if any_rank(accelerator, failure is not None):
+        reason = failure or "they cannot be used on another GPU of this run"
+        return [f"BatchNorm by torch's kernels, slower and with other last bits: {reason}"]
+    use_kernels(vgg)
+    return []
 
 
 def _build_graphs(config: Config, device: torch.device, notes: list[str]) -> StepGraphs | None:

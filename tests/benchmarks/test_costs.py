@@ -11,9 +11,9 @@ import torch
 
 from benchmarks import input_path, startup
 from benchmarks.costs import PARTS
-from distvgg.config import load
 from distvgg.data.loader import DeviceImages, DeviceLoader
 from distvgg.data.plan import BatchPlan
+from distvgg.recipe import load
 from processes import run_module
 
 

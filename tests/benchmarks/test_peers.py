@@ -12,10 +12,10 @@ import torch
 
 from benchmarks import peers
 from benchmarks.runs import PLAIN
-from distvgg.config import load
 from distvgg.errors import RunError
 from distvgg.models.small_conv import Conv3x3
 from distvgg.models.vgg import build_vgg
+from distvgg.recipe import load
 from processes import CPU, ROOT
 
 pytest.importorskip("timm")

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from benchmarks.search import Search, interval, search
-from distvgg.config import load
 from distvgg.errors import UserError
+from distvgg.recipe import load
 from distvgg.runs.result import read_result
 from processes import TINY, run_module
 

@@ -21,11 +21,11 @@ from benchmarks.gpu import (
     windows,
 )
 from benchmarks.network_variants import orthogonalise_batch
-from distvgg.config import load
 from distvgg.data.dataset import train_val_indices
 from distvgg.data.loader import DeviceImages, DeviceLoader
 from distvgg.models.vgg import batch_norm_layers
 from distvgg.optim.muon import orthogonalise
+from distvgg.recipe import load
 from distvgg.training.state import Run
 from processes import TINY, Started, assert_same_run, rows, run, train
 

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 import distvgg
 from distvgg.commands.arguments import default_run_dir
-from distvgg.config import load
+from distvgg.recipe import load
 from processes import ROOT, TINY, rows, run, tiny, train
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from disks import small_disk
-from distvgg.config import load
 from distvgg.errors import UserError
+from distvgg.recipe import load
 from made_data import noise, write_folders
 from processes import ROOT, run, tiny
 

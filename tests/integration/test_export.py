@@ -90,6 +90,16 @@ def exported(
     return folder, printed
 
 
+@pytest.fixture
+def printed(
+    exported: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
+    """What the page's commands printed, by form; the current folder is the page's."""
+    folder, by_form = exported
+    monkeypatch.chdir(folder)
+    return by_form
+
+
 def execute(code: str) -> dict[str, Any]:
     names: dict[str, Any] = {}
     exec(compile(code, "docs", "exec"), names)
@@ -103,12 +113,8 @@ def program_of(part: str) -> list[str]:
 
 
 def test_the_page_loads_the_weights_in_torchvision(
-    exported: tuple[Path, dict[str, str]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    printed: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, printed = exported
-    monkeypatch.chdir(folder)
     program, header = program_of("safetensors")
     assert printed["safetensors"].startswith(program)
     model = distvgg.load("runs/small")
@@ -119,11 +125,9 @@ def test_the_page_loads_the_weights_in_torchvision(
 
 
 def test_the_page_loads_the_folder_for_the_hub(
-    exported: tuple[Path, dict[str, str]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    printed: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(exported[0])
+    assert "hub" in printed
     (program,) = program_of("The hub")
     execute(program)
     expected = distvgg.load("runs/small").classify("cat.png")
@@ -132,12 +136,8 @@ def test_the_page_loads_the_folder_for_the_hub(
 
 @needs_onnx
 def test_onnx_computes_what_the_classifier_computes(
-    exported: tuple[Path, dict[str, str]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    printed: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, printed = exported
-    monkeypatch.chdir(folder)
     assert re.fullmatch(
         r"small\.onnx: 0\.\d MB, ONNX opset 18, input images \[n, 3, 32, 32\] uint8 RGB,"
         r" output logits \[n, 100\] float32, largest difference from PyTorch \d\.\de-0\d\n",

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from disks import small_disk
-from distvgg.config import load
 from distvgg.data.cache import load_dataset
 from distvgg.data.dataset import train_val_indices
 from distvgg.data.plan import BatchPlan, epoch_permutation
 from distvgg.distributed.peer_failure import translate_peer_failure
 from distvgg.errors import PeerLostError, RunError
+from distvgg.recipe import load
 from distvgg.training.checkpoint import read
 from distvgg.training.nan_monitor import MAX_SKIPPED_STEPS, NonFiniteError, StepMonitor
 from distvgg.training.state import TrainState

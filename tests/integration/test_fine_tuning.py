@@ -11,8 +11,8 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from configs import tiny
-from distvgg.config import load
 from distvgg.errors import UserError
+from distvgg.recipe import load
 from distvgg.runs.result import read_result
 from distvgg.training import setup, trainer
 from made_data import noise, write_folders

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from distvgg.config import TRACKERS, load
+from distvgg.config import TRACKERS
 from distvgg.errors import UserError
+from distvgg.recipe import load
 from processes import Started, measured, run, tiny
 
 # Some 70 steps, of which every tenth is saved.

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.models.vgg import cfgs, make_layers
 
-from distvgg.config import Config, ModelConfig, load
+from distvgg.config import Config, ModelConfig
 from distvgg.data.cache import load_dataset
 from distvgg.data.dataset import Dataset, train_val_indices
 from distvgg.data.plan import epoch_permutation
 from distvgg.models.vgg import VGG, build_vgg
+from distvgg.recipe import load
 from distvgg.rng import derive_seed
 from processes import FLOAT64, rows, run
 

@@ -129,7 +129,8 @@ def test_a_mistake_is_one_line_before_the_launcher_starts(checkout: Path, script
 
 
 def test_every_config_field_and_recipe_in_the_readme_exists() -> None:
-    from distvgg.config import Config, recipe_names
+    from distvgg.config import Config
+    from distvgg.recipe import recipe_names
 
     text = (ROOT / "README.md").read_text()
     for field in re.findall(r"--((?:data|model|train|optim|track)\.\w+)", text):

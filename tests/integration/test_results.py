@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 import distvgg
 from distvgg.commands.evaluate import evaluate_run
 from distvgg.commands.tables import tables
-from distvgg.config import load
 from distvgg.data.cache import load_dataset
 from distvgg.data.dataset import train_val_indices
 from distvgg.errors import UserError
 from distvgg.models.flops import training_flops
 from distvgg.models.vgg import build_vgg
+from distvgg.recipe import load
 from distvgg.runs.confusion import read_confusion
 from processes import CPU, rows, run
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from distvgg.commands.arguments import resolve, train_parser
-from distvgg.config import Config, load
+from distvgg.config import Config
+from distvgg.recipe import load
 from pages import blocks, run_page
 from processes import ROOT
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from distvgg.config import load
+from distvgg.recipe import load
 from processes import CPU, ROOT, descendants, rows, run, tiny
 from processes import at_a_terminal as run_at_a_terminal
 from wandb_client import login, own, read_offline

@@ -19,10 +19,10 @@ from accelerate import Accelerator
 from torch import nn
 
 import distvgg
-from distvgg.config import load
 from distvgg.distributed.reduction_plan import TreePlan
 from distvgg.distributed.step_sums import StepReducer
 from distvgg.distributed.tree_sum import ExchangeQueue
+from distvgg.recipe import load
 from processes import FLOAT64, ROOT, Started, assert_same_run, rows, run, train
 
 # 12 micro-batches a step, so that ranks have 12, 6, 4, 3 and 2 of them: powers of two and not.

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from cluster import CONTROLLER, Cluster, default_proctrack, missing
-from distvgg.config import load
+from distvgg.recipe import load
 from processes import ROOT, TINY, assert_same_run, descendants, rows
 from wandb_server import KEY, WandbServer
 

@@ -1,6 +1,7 @@
 """Configs of tiny runs."""
 
-from distvgg.config import Config, load
+from distvgg.config import Config
+from distvgg.recipe import load
 from processes import TINY
 
 

@@ -6,11 +6,12 @@ the holder of the token. Anything else is not found.
 
 import base64
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from local_server import JsonReplies, in_thread
 
 TOKEN = "hf_" + "k" * 34
 COMMIT = "0" * 40
@@ -50,7 +51,7 @@ class HubServer(ThreadingHTTPServer):
         return None
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonReplies, BaseHTTPRequestHandler):
     server: HubServer
 
     def log_message(self, *args: Any) -> None:
@@ -59,36 +60,22 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         if self.headers["Authorization"] != f"Bearer {TOKEN}":
-            self._reply(401, {"error": "Invalid username or password."})
+            self.reply({"error": "Invalid username or password."}, 401)
         elif (answer := self.server.answer(self.path, body)) is not None:
-            self._reply(200, answer)
+            self.reply(answer)
         else:
-            self._reply(404, {"error": self.path})
+            self.reply({"error": self.path}, 404)
 
     def do_GET(self) -> None:
         # huggingface_hub 0.34 asks where the repository keeps large files.
         if self.path.startswith("/api/models/") and "/revision/main" in self.path:
-            self._reply(200, {"id": "user/name", "sha": COMMIT, "xetEnabled": False})
+            self.reply({"id": "user/name", "sha": COMMIT, "xetEnabled": False})
         else:
-            self._reply(404, {"error": self.path})
-
-    def _reply(self, status: int, content: dict[str, Any]) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+            self.reply({"error": self.path}, 404)
 
 
 @contextmanager
 def serving() -> Iterator[HubServer]:
     """A server that runs in a thread until the end of the block."""
-    with HubServer() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    with in_thread(HubServer()) as server:
+        yield server

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from distvgg import metrics
-from distvgg.config import load
+from distvgg.recipe import load
 from distvgg.runs.metrics_file import Mark, MetricsFile
 from distvgg.tracking.wandb_process import WandBProcess
 

@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
 
+from local_server import JsonReplies, in_thread
+
 ENTITY = "tester"
 KEY = "k" * 40
 HISTORY, SUMMARY, EVENTS, OUTPUT = (
@@ -263,7 +265,7 @@ class WandbServer(ThreadingHTTPServer):
             run.exit_code = body["exitcode"]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonReplies, BaseHTTPRequestHandler):
     server: WandbServer
     protocol_version = "HTTP/1.1"
 
@@ -279,7 +281,7 @@ class _Handler(BaseHTTPRequestHandler):
         _, _, key = base64.b64decode(self.headers["Authorization"].split()[-1]).partition(b":")
         with self.server.lock:
             if key.decode() != KEY:
-                self._reply({"errors": [{"message": "permission denied"}]}, status=401)
+                self.reply({"errors": [{"message": "permission denied"}]}, status=401)
             elif self.path == "/graphql":
                 request = json.loads(body)
                 named = re.search(r"\b(?:query|mutation)\s+(\w+)", request["query"])
@@ -288,11 +290,11 @@ class _Handler(BaseHTTPRequestHandler):
                 # Some mutations wrap their variables.
                 data = self.server.answer(operation, values | (values.get("input") or {}))
                 self._record(operation, known=bool(data))
-                self._reply({"data": data})
+                self.reply({"data": data})
             elif stream := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
                 self.server.stream(self.server.runs[stream.group(1)], json.loads(body))
                 self._record("file_stream")
-                self._reply({"limits": {}})
+                self.reply({"limits": {}})
             else:
                 self._refuse()
 
@@ -311,7 +313,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 self.server.artifacts[id].manifest = body
             self._record(kind)
-            self._reply({})
+            self.reply({})
 
     def do_GET(self) -> None:
         with self.server.lock:
@@ -330,26 +332,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self) -> None:
         self._record(f"{self.command} {self.path}", known=False)
-        self._reply({"error": "no such place"}, status=404)
-
-    def _reply(self, content: dict[str, Any], status: int = 200) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        self.reply({"error": "no such place"}, status=404)
 
 
 @contextmanager
 def serving(**how: Any) -> Iterator[WandbServer]:
     """A server that runs in a thread until the end of the block."""
-    with WandbServer(**how) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
+    with in_thread(WandbServer(**how)) as server:
         try:
             yield server
         finally:
             server.closing.set()
-            server.shutdown()
-            thread.join()

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from distvgg.config import Config, load, recipe_names
+from distvgg.config import Config
 from distvgg.errors import UserError
+from distvgg.recipe import load, recipe_names
 from processes import ROOT
 
 

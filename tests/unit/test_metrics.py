@@ -5,7 +5,7 @@ import re
 
 from distvgg import metrics
 from distvgg.commands.summary import summary
-from distvgg.config import load
+from distvgg.recipe import load
 from distvgg.runs.result import Result
 from processes import ROOT
 

@@ -16,8 +16,9 @@ import numpy as np
 from distvgg import metrics
 from distvgg.commands.compare import SEED, Entry, Group, read
 from distvgg.commands.report.series import TIME, Columns, training_time
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.errors import UserError
+from distvgg.recipe import load
 from distvgg.runs.confusion import Confusion, read_confusion
 from distvgg.runs.layout import (
     CHECKPOINTS,

@@ -15,12 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import distvgg
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.data.cache import load_dataset
 from distvgg.data.dataset import Dataset, train_val_indices
 from distvgg.data.loader import DeviceImages
 from distvgg.errors import UserError
 from distvgg.models.classifier import Classifier
+from distvgg.recipe import load
 from made_data import noise, png, write_folders
 from processes import CPU, run, train
 

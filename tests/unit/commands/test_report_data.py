@@ -20,7 +20,7 @@ from distvgg.commands.report.series import (
     seconds_waiting,
     training_time,
 )
-from distvgg.config import load
+from distvgg.recipe import load
 from distvgg.runs.metrics_file import parse_rows, read_columns
 
 LOSS = "train/loss"

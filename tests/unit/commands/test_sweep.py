@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from distvgg.commands.sweep import list_fields, parse, words_of_task
-from distvgg.config import load
 from distvgg.errors import UserError
+from distvgg.recipe import load
 from processes import run
 
 FOLDER = Path("runs/sweep-7")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.data import encoded
 from distvgg.data.cache import load_dataset
 from distvgg.data.dataset import Dataset
@@ -21,6 +21,7 @@ from distvgg.data.loaders import Loaders, choose_loader
 from distvgg.data.plan import BatchPlan
 from distvgg.data.views import random_resized_box, scale_jitter_box
 from distvgg.errors import UserError
+from distvgg.recipe import load
 from made_data import custom, noise, write_folders
 
 CPU = torch.device("cpu")

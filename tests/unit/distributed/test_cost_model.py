@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.scaling import compare
 from distvgg.commands.bench import FEW, MANY, describe_workload, fit_gpu, measure
 from distvgg.commands.bench_options import BenchOptions, assumption, gpu_spec, interconnect
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.data.dataset import Dataset, Split
 from distvgg.data.loader import DeviceImages, DeviceLoader
 from distvgg.data.plan import BatchPlan, epoch_permutation
@@ -43,6 +43,7 @@ from distvgg.models.freezing import freeze, learned_parameters
 from distvgg.models.vgg import batch_norm_layers, build_vgg
 from distvgg.optim.build import build_optimizer
 from distvgg.optim.muon import orthogonalise, orthogonalise_flops
+from distvgg.recipe import load
 from processes import run
 
 RANKS = 1024

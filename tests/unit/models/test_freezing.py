@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distvgg.config import ModelConfig, OptimConfig, load
+from distvgg.config import ModelConfig, OptimConfig
 from distvgg.distributed.reduction_plan import TreePlan
 from distvgg.distributed.tree_sum import ExchangeQueue
 from distvgg.errors import UserError
@@ -12,6 +12,7 @@ from distvgg.models.ema import EMA
 from distvgg.models.freezing import describe_frozen, freeze
 from distvgg.models.vgg import VGG, build_vgg
 from distvgg.optim.build import build_optimizer, parameter_groups, set_lr
+from distvgg.recipe import load
 
 CONFIG = ModelConfig(depth=11, width=0.05)
 

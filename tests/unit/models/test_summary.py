@@ -9,12 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from distvgg.commands.summary import summary
-from distvgg.config import ModelConfig, load, recipe_names
+from distvgg.config import ModelConfig
 from distvgg.errors import UserError
 from distvgg.models.flops import training_flops
 from distvgg.models.freezing import freeze
 from distvgg.models.summary import layers_of
 from distvgg.models.vgg import VGG
+from distvgg.recipe import load, recipe_names
 
 MODELS = {name: load(name).model for name in recipe_names()} | {
     "odd sides": ModelConfig(image_size=17, depth=19, batch_norm=False, width=0.3),

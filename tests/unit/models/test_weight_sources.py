@@ -8,11 +8,12 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distvgg.config import ModelConfig, load
+from distvgg.config import ModelConfig
 from distvgg.errors import UserError
 from distvgg.models.transfer import choose
 from distvgg.models.vgg import build_vgg
 from distvgg.models.weight_sources import is_cached, read_source
+from distvgg.recipe import load
 
 TINY = ModelConfig(depth=11, width=0.05)
 

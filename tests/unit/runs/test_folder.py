@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from disks import file_size_limit, read_only
-from distvgg.config import Config, load
+from distvgg.config import Config
 from distvgg.errors import UserError
+from distvgg.recipe import load
 from distvgg.runs.files import atomic_write
 from distvgg.runs.folder import check_same_config, claim_run_dir, mark_stopped
 

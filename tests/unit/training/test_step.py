@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from configs import tiny
-from distvgg.config import load
 from distvgg.data.plan import BatchPlan
 from distvgg.distributed.device import resolve_precision
 from distvgg.errors import UserError
 from distvgg.models.flops import training_flops
 from distvgg.models.vgg import VGG
 from distvgg.optim.schedule import lr_at
+from distvgg.recipe import load
 from distvgg.training import trainer
 from distvgg.training.checkpoint import CheckpointManager
 from distvgg.training.setup import build
