@@ -13,6 +13,7 @@ from processes import ROOT
 TEXT = (ROOT / "docs" / "api.md").read_text()
 
 
+@pytest.mark.variant
 @pytest.mark.usefixtures("newcomer")
 def test_the_code_runs_in_order_and_prints_what_the_page_says(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()

@@ -207,16 +207,17 @@ def test_a_finished_run_is_shown_not_repeated_and_another_config_refused(tmp_pat
     args = ("--train.epochs", "0.2", "--track.report", "true")
     first = train(folder, *args)
     before = (folder / "metrics.jsonl").stat().st_mtime_ns
-    again = train(folder, *args)
+    # The folder's own config is a recipe.
+    done = run(["train", str(folder / "config.yaml"), "--run-dir", str(folder)])
+    assert done.returncode == 0, done.stderr
+    again = done.stdout
     assert first.strip().endswith(again.strip())
     assert f"  weights: {folder}/model.safetensors" in again
     assert f"\n  report: {folder}/report.html\n" in again
     assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
     line = mistake("train", "quickstart", "--run-dir", str(folder), "--seed", "7")
     assert "seed is 0 there, 7 here" in line
-    # The folder's own config is a recipe, and evaluate gives the numbers of the run again.
-    done = run(["train", str(folder / "config.yaml"), "--run-dir", str(folder)])
-    assert done.returncode == 0
+    # Evaluation gives the numbers of the run again.
     done = run(["evaluate", str(folder)])
     test = rows(folder)[-1]
     assert (

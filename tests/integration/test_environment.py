@@ -12,7 +12,8 @@ from distvgg import environment
 from distvgg.errors import UserError
 from processes import CPU, assert_same_run, run, tiny, train
 
-BF16 = ("--train.precision", "bf16")
+# Three steps.
+BF16 = ("--train.precision", "bf16", "--train.epochs", "0.3")
 HOSTILE = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
     "ACCELERATE_DYNAMO_MODE": "max-autotune",

@@ -62,8 +62,10 @@ POD = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "192.0.2.1", "MASTER_PORT"
     "left",
     [
         HALVES[0][0],
-        *(pytest.param(left, marks=pytest.mark.variant) for left in (HALVES[3][0], HALVES[6][0])),
-        POD,
+        *(
+            pytest.param(left, marks=pytest.mark.variant)
+            for left in (HALVES[3][0], HALVES[6][0], POD)
+        ),
     ],
     ids=str,
 )

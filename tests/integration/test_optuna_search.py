@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("newcomer")
 VALUES = {name.removeprefix("--"): value for name, value in zip(TINY[::2], TINY[1::2], strict=True)}
 
 
+@pytest.mark.variant
 def test_each_trial_of_a_sweep_has_a_folder_and_joins_its_run(tmp_path: Path) -> None:
     """The real agent and launch/sweep.yaml; the two trials have equal values."""
     trial = VALUES | {"track.wandb": True, "optim.lr": 0.05, "augment.trivial": True}
@@ -71,6 +72,7 @@ def search(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(program, env=env, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.variant
 def test_a_trial_worse_than_the_median_is_stopped_and_a_search_continues(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     # With this seed, the two first trials take 1e-9, which changes nothing, and the third 1.0.

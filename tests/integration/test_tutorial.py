@@ -23,6 +23,7 @@ TEXT = PAGE.read_text()
 VGG_FILE = ROOT / "distvgg" / "models" / "vgg.py"
 
 
+@pytest.mark.variant
 @pytest.mark.usefixtures("newcomer")
 def test_the_commands_run_in_order_and_print_what_the_page_says(tmp_path: Path) -> None:
     run_page(TEXT, tmp_path)

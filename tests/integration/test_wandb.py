@@ -205,7 +205,9 @@ def test_an_outage_at_the_end_is_waited_for_only_so_long(tmp_path: Path) -> None
     assert later == f"W&B: failed (no answer in 1 s). To upload: distvgg sync {folder}"
 
 
-@pytest.mark.parametrize("which", ["wandb-core", "wandb_sync"])
+@pytest.mark.parametrize(
+    "which", [pytest.param("wandb-core", marks=pytest.mark.variant), "wandb_sync"]
+)
 def test_neither_a_missing_server_nor_the_death_of_wandb_ends_a_run(
     tmp_path: Path, which: str
 ) -> None:

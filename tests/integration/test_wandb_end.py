@@ -105,7 +105,7 @@ def test_without_being_asked_no_weights_leave(tmp_path: Path) -> None:
         (signal.SIGTERM, {}, True),
         # W&B's agent ends a trial so, and would start a preempted one again.
         (signal.SIGTERM, {"WANDB_SWEEP_ID": "s"}, False),
-        (signal.SIGUSR1, {"WANDB_SWEEP_ID": "s"}, True),
+        pytest.param(signal.SIGUSR1, {"WANDB_SWEEP_ID": "s"}, True, marks=pytest.mark.variant),
     ],
 )
 def test_a_run_that_a_signal_stops_is_preempted_for_wandb(
