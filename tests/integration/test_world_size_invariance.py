@@ -28,14 +28,14 @@ from processes import FLOAT64, ROOT, Started, assert_same_run, rows, run, train
 # 12 micro-batches a step, so that ranks have 12, 6, 4, 3 and 2 of them: powers of two and not.
 # Nothing else divides anything: 601 train, 103 val, 2,000 test images; steps straddle epochs.
 ARGS = ("--train.global_batch_size", "192", "--train.micro_batch_size", "16")
-ARGS += ("--data.train_size", "601", "--train.epochs", "5", "--eval.batch_size", "37")
+ARGS += ("--data.train_size", "601", "--train.epochs", "4", "--eval.batch_size", "37")
 # Ranks share out what Muon computes, and what BatchNorm measures of an average.
 ARGS += ("--optim.name", "muon", "--optim.ema_decay", "0.9", "--model.init", "dirac")
-ARGS += ("--augment.flip", "alternating", "--augment.cutout", "8", "--augment.trivial", "true")
+ARGS += ("--augment.flip", "alternating", "--augment.cutout", "8")
 ARGS += ("--augment.mixup_alpha", "0.2", "--augment.cutmix_alpha", "1")
 ARGS += ("--optim.clip_norm", "1", "--train.label_smoothing", "0.1", "--eval.tta", "flip")
-ARGS += ("--eval.every_epochs", "2.5")
-STEPS = math.ceil(5 * 601 / 192)
+ARGS += ("--eval.every_epochs", "2")
+STEPS = math.ceil(4 * 601 / 192)
 PRECISIONS = {
     "bf16": (1, 3, 4, 6),  # and 2, in the run over restarts
     "no": (1, 3),
@@ -46,7 +46,9 @@ PRECISIONS = {
 def trained(folder: Path, precision: str, processes: int, *more: str) -> Path:
     """A finished run of `ARGS`."""
     args = (*ARGS, "--train.precision", "bf16" if precision == "bf16" else "no", *more)
-    program = FLOAT64 if precision == "float64" else ("-m", "distvgg")
+    program = ("-m", "distvgg")
+    if precision == "float64":
+        program, args = FLOAT64, (*args, "--augment.trivial", "true")
     train(folder, *args, processes=processes, program=program)
     return folder
 
@@ -87,7 +89,7 @@ def test_a_run_is_equal_to_the_bit_on_any_number_of_processes(
 
 
 @pytest.mark.parametrize(
-    "kills", [((2, 6),), pytest.param(((2, 4), (6, 9)), marks=pytest.mark.variant)]
+    "kills", [((2, 5),), pytest.param(((2, 4), (6, 8)), marks=pytest.mark.variant)]
 )
 def test_a_run_is_equal_to_the_bit_over_restarts_on_other_numbers_of_processes(
     alone: Callable[[str], Path], tmp_path: Path, kills: tuple[tuple[int, int], ...]
@@ -127,7 +129,7 @@ def test_the_runs_are_what_they_are_meant_to_be(alone: Callable[[str], Path]) ->
         assert counts == [("val/count", 103)] * 2 + [("test/count", 2000)]
     one, other = (table[0]["train/loss"] for table in tables)
     assert one != other
-    assert one == pytest.approx(other, rel=0.02)
+    assert one == pytest.approx(other, rel=0.05)  # of other images: TrivialAugment in float64 alone
 
 
 @pytest.mark.variant
