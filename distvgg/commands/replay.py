@@ -242,6 +242,7 @@ def _details(run: Run, step: int, batch: MicroBatch, found: Inspection, folder: 
     gradients = [["gradient of", "norm"], *([n, f"{v:.4g}"] for n, v in found.gradients.items())]
     hardest = sorted(samples, key=_hardness, reverse=True)[:SHOWN]
     columns = ["index", "class", "partner", "predicted", "loss"]
+    columns += ["file"] if samples[0]["file"] is not None else []
     table = [columns, *([_cell(s[c]) for c in columns] for s in hardest)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -274,8 +275,8 @@ def _details(run: Run, step: int, batch: MicroBatch, found: Inspection, folder: 
 
 
 def _samples(run: Run, step: int, batch: MicroBatch, found: Inspection) -> list[dict[str, Any]]:
-    """Returns index in the train split, labels, prediction and loss of each sample."""
-    names = run.preprocessing.class_names
+    """Returns index in the train split, file, labels, prediction and loss of each sample."""
+    names, files = run.preprocessing.class_names, run.dataset.train.file_names()
     partners = [None] * len(batch.labels)
     if batch.partner_labels is not None:
         partners = [names[label] for label in batch.partner_labels.tolist()]
@@ -290,6 +291,7 @@ def _samples(run: Run, step: int, batch: MicroBatch, found: Inspection) -> list[
     return [
         {
             "index": row,
+            "file": files and files[row],
             "class": names[label],
             "partner": partner,
             "predicted": names[predicted],

@@ -212,7 +212,9 @@ def open_entry(entry: Path) -> Dataset:
         else:
             # Copy-on-write: torch needs a writable array, and pages are shared until written.
             images = np.load(entry / f"{name}_images.npy", mmap_mode="c")
-        return Split(images, labels, None if superclass_of is None else superclass_of[labels])
+        superclasses = None if superclass_of is None else superclass_of[labels]
+        files = entry / f"{name}_files.json"
+        return Split(images, labels, superclasses, files if files.name in meta["files"] else None)
 
     return Dataset(
         train=split("train"),

@@ -3,7 +3,9 @@
 Torch is imported only to split.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -21,14 +23,23 @@ class Split:
         images: [n, height, width, 3] uint8; encoded images are decoded when they are indexed.
         labels: [n] int64.
         superclasses: Superclass labels, [n] int64, or None.
+        files: A JSON file with the list of the images' files, or None.
     """
 
     images: np.ndarray | EncodedImages
     labels: np.ndarray
     superclasses: np.ndarray | None
+    files: Path | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def file_names(self) -> list[str] | None:
+        """Reads the file of each image, below the folder of the data, or None if not known."""
+        if self.files is None:
+            return None
+        names: list[str] = json.loads(self.files.read_text())
+        return names
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ every class or for none.
 """
 
 import io
+import json
+import os
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -46,6 +48,7 @@ class Prepared(NamedTuple):
 
     Attributes:
         row: of the split.
+        path: of its file, or empty.
         width, height: before any resize.
         stored: size of `pixels`, (width, height).
         pixels: [height, width, 3] uint8, as the decoded store has them.
@@ -55,6 +58,7 @@ class Prepared(NamedTuple):
     """
 
     row: int
+    path: str
     width: int
     height: int
     stored: tuple[int, int]
@@ -70,6 +74,7 @@ def write(config: DataConfig, source: str, folder: Path) -> dict[str, Any]:
     The arrays are `{split}_images.npy` [n, height, width, 3] uint8 and `{split}_labels.npy` [n]
     int64. They are written for train and, if the source has them, for val and test. In place of
     decoded images there may be encoded ones, as `EncodedImages` reads them (`data.store`).
+    `{split}_files.json` lists the files of the images, below the source, if they have any.
 
     Returns:
         The fields class_names, superclass_names, superclass_of and notes of `Dataset`, and the
@@ -107,6 +112,9 @@ def write(config: DataConfig, source: str, folder: Path) -> dict[str, Any]:
                     )
             labels = classes.labels[name][kept]
             np.save(folder / f"{name}_labels.npy", labels)
+            if any(decoder.files):
+                files = json.dumps([_below(source, path) for path in decoder.files])
+                (folder / f"{name}_files.json").write_text(files)
             card.add_split(name, labels, rows.left_out, decoder.damaged)
         missing = sorted(set(classes.labels["train"]) - set(np.load(folder / "train_labels.npy")))
         if missing:
@@ -171,12 +179,14 @@ class Decoder:
 
     Attributes:
         damaged: a line for each image that cannot be decoded.
+        files: path of each image that was written, or empty.
         counts: [3, 256] int64, pixels of the stored images by channel and value. Encoded only.
     """
 
     def __init__(self, config: DataConfig, rows: Rows, card: Card) -> None:
         self._config, self._rows, self._card = config, rows, card
         self.damaged: list[str] = []
+        self.files: list[str] = []
         self.counts = np.zeros((3, 256), dtype=np.int64)
 
     def write(
@@ -222,6 +232,7 @@ class Decoder:
                         f" --data.resize {max(16, min(shape[:2]))}"
                     )
                 kept.append(image.row)
+                self.files.append(image.path)
                 self._card.add_image(image.width, image.height, image.digest)
                 if self.damaged and self._config.on_error == "refuse":
                     continue
@@ -286,22 +297,25 @@ class Decoder:
         """Returns each image of a task, or a line if it is damaged. Runs in a thread."""
         done: list[Prepared | str] = []
         for row, encoded in task:
-            name = ""
+            path = ""
             try:
                 if isinstance(encoded, np.ndarray):
                     image, content = Image.fromarray(encoded), b""
                 else:
-                    name = f" ({encoded['path']})" if encoded and encoded["path"] else ""
+                    path = (encoded and encoded["path"]) or ""
                     content = _bytes_of(encoded)
                     image = decode_upright(content, self._config.max_pixels)
             except (OSError, ValueError) as error:
                 why = "not an image" if isinstance(error, UnidentifiedImageError) else reason(error)
+                name = f" ({path})" if path else ""
                 done.append(f"image {row}{name} cannot be decoded: {why}")
                 continue
-            done.append(self._prepare(row, image, content, store))
+            done.append(self._prepare(row, path, image, content, store))
         return done
 
-    def _prepare(self, row: int, image: Image.Image, content: bytes, store: Store) -> Prepared:
+    def _prepare(
+        self, row: int, path: str, image: Image.Image, content: bytes, store: Store
+    ) -> Prepared:
         side = self._config.resize
         stored = cover(image, side, side) if side else image
         pixels = stored.tobytes()
@@ -310,9 +324,8 @@ class Decoder:
             histogram = stored.histogram()
             content = content or _png(image)
         digest = pixel_digest(pixels)
-        return Prepared(
-            row, image.width, image.height, stored.size, pixels, digest, content, histogram
-        )
+        size = image.width, image.height
+        return Prepared(row, path, *size, stored.size, pixels, digest, content, histogram)
 
     def _refusal(self) -> str:
         n = len(self.damaged)
@@ -367,6 +380,11 @@ def _bytes_of(encoded: dict[str, Any] | None) -> bytes:
         raise ValueError("there is none")
     data: bytes = encoded["bytes"] or Path(encoded["path"]).read_bytes()
     return data
+
+
+def _below(source: str, path: str) -> str:
+    """Returns a path relative to the folder of the data, if it lies there."""
+    return os.path.abspath(path).removeprefix(os.path.abspath(source) + os.sep) if path else path
 
 
 def _png(image: Image.Image) -> bytes:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from made_data import noise, write_folders
 from processes import TINY, rows, run, train
 
 # Mixed and plain micro-batches, dropout, an EMA, a row for every step; checkpoints far apart.
@@ -65,10 +66,23 @@ def test_a_micro_batch_in_detail(on_two: Path) -> None:
         assert len(picture.getcolors(1 << 20) or []) > 1000  # images, not a blank page
 
 
-def test_rows_of_several_steps_are_compared_at_their_end(tmp_path: Path) -> None:
-    train(tmp_path / "run", "--train.epochs", "2", "--track.every_steps", "8", processes=2)
-    said = replay(tmp_path / "run", "--step", "10")  # from the initial weights
+def test_rows_of_several_steps_are_compared_at_their_end_and_files_are_named(
+    tmp_path: Path,
+) -> None:
+    classes = ["cat", "dog", "owl"]
+    path = write_folders(tmp_path / "set", classes, {"train": noise(360, 0)})
+    data = ("--data.name", "custom", "--data.path", path, "--data.val_size", "60")
+    data += ("--data.train_size", "none", "--train.epochs", "4", "--track.every_steps", "8")
+    train(tmp_path / "run", *data, processes=2)
+    said = replay(tmp_path / "run", "--step", "10", "--micro-batch", "1")  # from initial weights
     assert equal_steps(said) == [8, 16]
+    numbers = tmp_path / "run" / "replay" / "step_00000010" / "micro_batch_1.json"
+    for sample in json.loads(numbers.read_text())["samples"]:
+        name, number = re.fullmatch(r"train/(\w+)/(\d+)\.png", sample["file"]).groups()
+        assert name == sample["class"]
+        before = 120 * classes.index(name)
+        assert before + sorted(map(str, range(120))).index(number) == sample["index"]
+    assert re.search(r" train/\w+/\d+\.png\n", said)
 
 
 def test_a_row_that_is_not_what_the_step_gives_is_named(on_two: Path, tmp_path: Path) -> None:

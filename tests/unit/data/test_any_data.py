@@ -360,6 +360,12 @@ def test_damaged_images_can_be_left_out(tmp_path: Path) -> None:
     assert right(found)
     assert len(found) == 20
     assert notes(root, on_error="skip") == "left out of train: 3 damaged"
+    train = load_dataset(custom(str(root), on_error="skip")).train
+    files = train.file_names()
+    assert files is not None
+    assert {str(Path(file).parent) for file in files} == {"train/cat", "train/dog"}
+    for file, image in zip(files, train.images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(root / file)), image)
     assert "3 of 23 images" in refusal(root)  # what skip wrote does not count
 
 
