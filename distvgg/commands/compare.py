@@ -8,7 +8,7 @@ never does. Imports no torch.
 import os
 import socket
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -35,7 +35,6 @@ from distvgg.runs.layout import (
     RESULT_FILE,
     checkpoint_dirs,
 )
-from distvgg.runs.metrics_file import read_rows
 from distvgg.runs.result import Result, read_result
 
 # Prefixes of fields that name a run or select what it keeps or reads. They change no number of it.
@@ -43,6 +42,7 @@ NOT_COMPARED = ("track.", "checkpoint.", "eval.test", "eval.tta")
 # Fields of a result in which finished runs of one config may differ.
 PROVENANCE = ("data_fingerprint", "num_processes", "hardware", "versions", "commit")
 SEED, NOTHING = "seed", "-"
+VAL_TOP1 = f"val/{metrics.TOP1}".encode()
 
 
 class Progress(BaseModel):
@@ -218,12 +218,21 @@ def _reached(run_dir: Path, rows: Sequence[Progress], config: Config) -> str:
 
 
 def _progress(run_dir: Path) -> list[Progress]:
-    """Returns the rows so far, except lines that are half written or damaged by a power loss."""
-    rows = []
-    for row in read_rows(run_dir / METRICS_FILE):
+    """Returns the validations so far and the last row, in order.
+
+    Lines that are half written or were damaged by a power loss are skipped. Other lines are not
+    parsed, since a run may have a hundred thousand.
+    """
+    lines = (_content(run_dir / METRICS_FILE) or b"").splitlines()
+    rows = list(_parsed(line for line in lines if VAL_TOP1 in line))
+    last = next(_parsed(reversed(lines)), None)
+    return rows if last is None or last in rows[-1:] else [*rows, last]
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterator[Progress]:
+    for line in lines:
         with suppress(ValueError):
-            rows.append(Progress.model_validate(row))
-    return rows
+            yield Progress.model_validate_json(line)
 
 
 def _content(path: Path) -> bytes | None:
