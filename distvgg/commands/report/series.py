@@ -168,6 +168,6 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [n for n in names if len({str(config.get(n)) for config in configs}) > 1]
 
 
-def points_of_a_line(lines: int, total: int = 60_000) -> int:
+def points_of_a_line(lines: int, total: int = 45_000) -> int:
     """Returns the points that each of some lines may have, so that the report stays small."""
-    return min(2000, max(100, total // max(1, lines)))
+    return min(2000, max(50, total // max(1, lines)))

@@ -64,8 +64,8 @@ def test_a_spike_of_one_row_in_ten_thousand_stays_visible() -> None:
 
 def test_more_lines_have_fewer_points_each() -> None:
     assert points_of_a_line(1) == 2000
-    assert points_of_a_line(600) == 100
-    assert points_of_a_line(10_000) == 100
+    assert points_of_a_line(600) == 75
+    assert points_of_a_line(10_000) == 50
 
 
 def test_a_curve_has_only_the_rows_that_have_its_metric() -> None:
