@@ -42,6 +42,13 @@ NOT_COMPARED = ("track.", "checkpoint.", "eval.test", "eval.tta")
 # Fields of a result in which finished runs of one config may differ.
 PROVENANCE = ("data_fingerprint", "num_processes", "hardware", "versions", "commit")
 SEED, NOTHING = "seed", "-"
+MOST_COLUMNS = 8
+COLUMNS_FIRST = frozenset(
+    [
+        *("data.name", "model.name", "model.depth", "model.width", "optim.name", "optim.lr"),
+        *("train.epochs", "train.global_batch_size"),
+    ]
+)
 VAL_TOP1 = f"val/{metrics.TOP1}".encode()
 
 
@@ -252,12 +259,19 @@ def table(entries: Sequence[Entry]) -> str:
     groups = grouped(entries)
     runs = [e for g in groups for e in g.entries] + [e for e in entries if not e.config]
     keys = [k for k in differ if k != SEED]
-    parts = [plain_table(run_rows(runs, [*keys, *([SEED] if SEED in differ else [])]))]
+    shown = columns_of(keys)
+    parts = [plain_table(run_rows(runs, [*shown, *([SEED] if SEED in differ else [])]))]
     if any(g.seeds > 1 for g in groups):
-        parts.append(plain_table(group_rows(groups, keys)))
-    if notes := notes_on(groups, keys):
+        parts.append(plain_table(group_rows(groups, shown)))
+    if notes := notes_on(groups, keys, shown):
         parts.append("\n".join(notes))
     return "\n\n".join(parts)
+
+
+def columns_of(keys: Sequence[str]) -> list[str]:
+    """Returns the fields that get a column: all, or if these are many, those that matter most."""
+    first = sorted(keys, key=lambda key: key not in COLUMNS_FIRST)[:MOST_COLUMNS]
+    return [key for key in keys if key in first]
 
 
 def grouped(entries: Sequence[Entry]) -> list[Group]:
@@ -295,34 +309,58 @@ def run_rows(entries: Sequence[Entry], differ: Sequence[str]) -> list[list[str]]
 
 def group_rows(groups: Sequence[Group], keys: Sequence[str]) -> list[list[str]]:
     """Returns a header and a row of cells for each group, the best mean on validation first."""
+    ranked = not _other_data(groups)
     rows = [[*keys, "seeds finished", "mean val top1", "mean test top1", ""]]
     for g in groups:
         n, config = len(g.finished), g.entries[0].config
         cells = [_spread(g.val), _spread(g.test) if len(g.test) == n else NOTHING]
-        mark = "<- best" if g is groups[0] and n and len(groups) > 1 else ""
+        mark = "<- best" if ranked and g is groups[0] and n and len(groups) > 1 else ""
         rows.append([*(typed(config[k]) for k in keys), f"{n} of {g.seeds}", *cells, mark])
     return rows
 
 
-def notes_on(groups: Sequence[Group], keys: Sequence[str]) -> list[str]:
-    """Returns lines on the spread, on the best group, and on differences of provenance."""
+def notes_on(groups: Sequence[Group], keys: Sequence[str], shown: Sequence[str]) -> list[str]:
+    """Returns lines on the spread, on the best group, and on differences of provenance.
+
+    Args:
+        groups: best mean first.
+        keys: fields in which they differ.
+        shown: those that have a column.
+    """
     lines = []
     if any(len(g.val) > 1 for g in groups):
         lines.append("\N{PLUS-MINUS SIGN}: sample standard deviation over seeds.")
     ranked = [g for g in groups if g.val]
-    if ranked and len(groups) > 1:
+    if other := _other_data(groups):
+        lines.append(f"The runs are of different data ({', '.join(other)}): none is the best.")
+    elif ranked and len(groups) > 1:
         config = ranked[0].entries[0].config
-        line = f"Best mean val top1: {', '.join(f'{k} {typed(config[k])}' for k in keys)}"
+        best = ", ".join(f"{k} {typed(config[k])}" for k in keys)
+        if len(keys) > len(shown):
+            best = ", ".join(e.name for e in ranked[0].entries)
+        line = f"Best mean val top1: {best}"
         line += f", over {len(ranked[0].val)} seed(s)"
         if len(ranked) > 1:
             lead = 100 * (ranked[0].mean_val - ranked[1].mean_val)
             line += f", {lead:.2f} points ahead of the next, over {len(ranked[1].val)} seed(s)"
+            if len(ranked[0].val) == len(ranked[1].val) == 1:
+                line += "; one seed each shows no spread"
         lines.append(f"{line}.")
     results = [e.result for g in groups for e in g.entries if e.result]
     unlike = [k for k in PROVENANCE if len({str(getattr(r, k)) for r in results}) > 1]
     if unlike:
         lines.append(f"Finished runs also differ in {', '.join(unlike)}: see {RESULT_FILE}.")
+    if left_out := [k for k in keys if k not in shown]:
+        lines.append(f"Also different, without a column: {', '.join(left_out)}.")
     return lines
+
+
+def _other_data(groups: Sequence[Group]) -> list[str]:
+    """Returns the names of the datasets if these differ; accuracies on them do not compare."""
+    configs = [g.entries[0].config for g in groups]
+    custom = {c["data.path"] for c in configs if c["data.name"] == "custom"}
+    names = {c["data.name"] for c in configs if c["data.name"] != "custom"} | custom
+    return sorted(map(str, names)) if len(names) > 1 else []
 
 
 def _spread(values: Sequence[float]) -> str:

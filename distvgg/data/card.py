@@ -12,7 +12,8 @@ import numpy as np
 
 IMBALANCE = 5
 """Ratio of the largest to the smallest class of the train split from which a note is made."""
-SHOWN = 3
+SHOWN = 3  # sizes; more are described by their range
+DAMAGED_SHOWN = 10
 
 
 def pixel_digest(pixels: bytes) -> bytes:
@@ -29,8 +30,7 @@ class Card:
 
     def __init__(self, class_names: Sequence[str]) -> None:
         self._names = class_names
-        self._sizes: Counter[str] = Counter()
-        self._modes: Counter[str] = Counter()
+        self._sizes: Counter[tuple[int, int]] = Counter()
         self._digests: dict[str, set[bytes]] = {}
         self._decoding: set[bytes] = set()
         self._lines: list[str] = []
@@ -44,7 +44,7 @@ class Card:
             height: before any resize.
             digest: `pixel_digest` of the stored pixels, to find the image in another split.
         """
-        self._sizes[f"{width}x{height}"] += 1
+        self._sizes[width, height] += 1
         self._decoding.add(digest)
 
     def add_split(
@@ -74,6 +74,9 @@ class Card:
         if reasons:
             listed = ", ".join(f"{n:,} {reason}" for reason, n in sorted(reasons.items()))
             self._notes.append(f"left out of {name}: {listed}")
+        if damaged:
+            more = "; ..." if len(damaged) > DAMAGED_SHOWN else ""
+            self._lines.append(f"damaged in {name}: {'; '.join(damaged[:DAMAGED_SHOWN])}{more}")
         if name == "train" and counts[small] * IMBALANCE < counts[large]:
             self._notes.append(
                 f"classes are not balanced: {self._names[small]} has {counts[small]:,} images,"
@@ -91,8 +94,16 @@ class Card:
             for one, other in combinations(self._digests, 2)
             if self._digests[one] & self._digests[other]
         ]
-        sizes = self._sizes.most_common(SHOWN)
-        listed = ", ".join(f"{n:,} of {size}" for size, n in sizes)
-        more = len(self._sizes) - len(sizes)
-        size_line = f"sizes: {listed}" + (f", {more} more sizes" if more else "")
-        return [*self._lines, size_line, *shared]
+        return [*self._lines, f"sizes: {self._describe_sizes()}", *shared]
+
+    def _describe_sizes(self) -> str:
+        if len(self._sizes) <= SHOWN:
+            by_count = self._sizes.most_common()
+            return ", ".join(f"{n:,} of {width}x{height}" for (width, height), n in by_count)
+        parts = []
+        for name, axis in (("width", 0), ("height", 1)):
+            sides = np.repeat([size[axis] for size in self._sizes], list(self._sizes.values()))
+            parts.append(
+                f"{name} from {sides.min()} to {sides.max()}, median {int(np.median(sides))}"
+            )
+        return f"{len(self._sizes):,} different; {'; '.join(parts)}"

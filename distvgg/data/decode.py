@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from distvgg import preemption
 from distvgg.config import DataConfig
 from distvgg.cores import granted_cores
-from distvgg.data.card import Card, pixel_digest
+from distvgg.data.card import DAMAGED_SHOWN, Card, pixel_digest
 from distvgg.data.cifar import (
     CIFAR100_SUPERCLASS_OF,
     CIFAR100_SUPERCLASSES,
@@ -36,7 +36,6 @@ from distvgg.data.moments import moments
 from distvgg.data.readers import Encoded, Rows, read, reason
 from distvgg.errors import UserError
 
-DAMAGED_SHOWN = 10  # damaged images named in an error
 TASK_BYTES, TASK_IMAGES = 2**18, 64  # encoded images that a thread takes at once
 UNREAD_BYTES = 2**16  # an image whose file is not read yet counts as this
 ROOM = 0.9  # share of the free disk that decoded images may take under data.store auto

@@ -26,7 +26,8 @@ from distvgg.runs.layout import (
 AUTO = "train.precision"  # the only field whose value a run resolves
 WITHOUT_EFFECT_ON_RESULTS = (
     *("train.cuda_graphs", "train.detect_anomaly", "train.profile_steps"),
-    *("data.store", "data.loader", "data.workers"),
+    *("data.store", "data.loader", "data.workers", "checkpoint.every_steps", "checkpoint.keep"),
+    *("track.wandb", "track.wandb_artifact", "track.tensorboard", "track.report", "track.also"),
 )
 # Files that may exist before the config of a run: left by an interrupted launch, or created early
 # by the user.
@@ -36,15 +37,16 @@ _BEFORE_CONFIG = {LOCK_FILE, LOCK_HOLDER, LOGS, STOP_FILE, REQUEUE_FILE, f".{CON
 def check_same_config(run_dir: Path, config: Config) -> Config:
     """Returns the config to run in a folder, and checks that it belongs to the folder.
 
-    A new folder takes the given config. Otherwise the folder's own config is returned, with the
-    given values of the fields that change no result. Only these and a resolved `precision: auto`
-    may differ from the given config.
+    A folder in which nothing was trained takes the given config. Otherwise the folder's own config
+    is returned, with the given values of the fields that change no result. Only these and a
+    resolved `precision: auto` may differ from the given config.
 
     Raises:
         UserError: the folder was made with another config. The message names the different keys.
     """
     path = run_dir / CONFIG_FILE
-    if not os.path.exists(path):  # False also for a name that no file can have
+    # `exists` is False also for a name that no file can have.
+    if not os.path.exists(path) or _is_unused(run_dir):
         return config
     kept = load(str(path))
     theirs, ours = kept.flat(), config.flat()
@@ -58,6 +60,14 @@ def check_same_config(run_dir: Path, config: Config) -> Config:
             " another --run-dir or the same values"
         )
     return kept.replace(**{name.replace(".", "__"): value for name, value in free.items()})
+
+
+def _is_unused(run_dir: Path) -> bool:
+    """Returns True if nothing was trained in a folder, e.g. since its data could not be read."""
+    try:
+        return set(os.listdir(run_dir)) <= _BEFORE_CONFIG | {CONFIG_FILE}
+    except OSError:
+        return False
 
 
 def check_is_run_dir(run_dir: Path) -> None:
@@ -92,7 +102,7 @@ def claim_run_dir(run_dir: Path, config: Config) -> FileLock:
         check_is_run_dir(run_dir)
         lock = _locked(run_dir)
         try:
-            if not path.exists():
+            if not path.exists() or _is_unused(run_dir):
                 atomic_write(path, config.to_yaml().encode())
             # Two launches may have found the folder new, and the other may have written its config.
             check_same_config(run_dir, config)

@@ -135,7 +135,9 @@ def _build(
     # After the digest of the data was compared: other data must not overwrite the file.
     broadcast_from_main(accelerator, lambda: _write_preprocessing(preprocessing, folder))
     notes = _note_launch(state, accelerator, config, requested, resumed=found is not None)
-    notes += (*dataset.card, *dataset.notes) if is_new else dataset.notes
+    is_first = config.data.name == "custom" and found is None
+    notes += (*dataset.card, *dataset.notes) if is_new or is_first else dataset.notes
+    notes += _notes_on_length(config, plan)
     notes += notes_on_kernels + notes_on_weights + notes_on_loader
 
     ema, device = trainable.ema, accelerator.device
@@ -214,6 +216,23 @@ def _build_loaders(
     if batch.overfit_batches:
         loader = RepeatedSteps(loader, batch.overfit_batches)
     return plan, loader, loaders.evaluation(val_split, val_rows)
+
+
+def _notes_on_length(config: Config, plan: BatchPlan) -> list[str]:
+    """Returns lines on a training set or a run that is short for its steps."""
+    notes, steps = [], plan.steps(config.train.epochs)
+    if plan.global_batch_size > plan.n_samples:
+        notes.append(
+            f"each step takes {plan.global_batch_size} images, more than the"
+            f" {plan.n_samples} to train on: lower train.global_batch_size and"
+            " train.micro_batch_size"
+        )
+    if config.optim.warmup_epochs and steps <= plan.steps(config.optim.warmup_epochs):
+        notes.append(
+            f"all {steps} steps are of the warm-up (optim.warmup_epochs"
+            f" {config.optim.warmup_epochs:g}): no step has the full learning rate for long"
+        )
+    return notes
 
 
 def _build_trainable(

@@ -258,6 +258,10 @@ def test_mistakes_are_one_line(runs: list[Path], tmp_path: Path, case: str) -> N
         other.mkdir()
         shutil.copy(runs[0] / "config.yaml", other)
         words, expected = [str(other)], f"{other} has no rows in metrics.jsonl yet"
+        done = run(["report", *map(str, (runs[0], other)), "--out", str(out)])
+        assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+        assert done.stderr.startswith(f"note: left out: {expected}")
+        out.unlink()
     elif case == "datasets":
         other.mkdir()
         text = (runs[0] / "config.yaml").read_text()

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def report(run_dirs: Sequence[Path], out: Path, *, watch: bool = False) -> str:
         A line for the user.
 
     Raises:
-        UserError: Bokeh is missing, a folder is no run folder, a run has no rows, datasets differ,
+        UserError: Bokeh is missing, a folder is no run folder, no run has rows, datasets differ,
             or the file cannot be written.
     """
     _require_bokeh()
@@ -81,7 +82,8 @@ def write(run_dirs: Sequence[Path], out: Path, *, reload_seconds: int | None = N
     from distvgg.commands.report.page import page
     from distvgg.commands.report.runs import read_runs
 
-    content = page(read_runs(run_dirs), reload_seconds=reload_seconds).encode()
+    runs = read_runs(run_dirs, lambda line: print(f"note: {line}", file=sys.stderr))
+    content = page(runs, reload_seconds=reload_seconds).encode()
     try:
         atomic_write(out, content, writer=f"{socket.gethostname()}-{os.getpid()}.")
     except OSError as error:

@@ -16,7 +16,15 @@ from bokeh.embed import components
 from bokeh.resources import Resources
 
 from distvgg import __version__
-from distvgg.commands.compare import SEED, Group, group_rows, grouped, notes_on, run_rows
+from distvgg.commands.compare import (
+    SEED,
+    Group,
+    columns_of,
+    group_rows,
+    grouped,
+    notes_on,
+    run_rows,
+)
 from distvgg.commands.report import figures, series, tables
 from distvgg.commands.report.examples import Examples, read_examples
 from distvgg.commands.report.figures import Figures, Unit
@@ -192,13 +200,13 @@ def _choice(name: str, label: str, values: Mapping[str, str]) -> str:
 
 def _summary(runs: Sequence[RunData], groups: Sequence[Group], differ: Sequence[str]) -> str:
     keys = [key for key in differ if key != SEED]
-    seed = [SEED] if SEED in differ else []
-    header, *rows = run_rows([run.entry for run in runs], [*keys, *seed])
+    shown, seed = columns_of(keys), [SEED] if SEED in differ else []
+    header, *rows = run_rows([run.entry for run in runs], [*shown, *seed])
     parts = [table(header, rows)]
     if any(group.seeds > 1 for group in groups):
-        header, *rows = group_rows(groups, keys)
+        header, *rows = group_rows(groups, shown)
         parts.append(table(header, rows))
-    parts += [f'<p class="note">{escape(note)}</p>' for note in notes_on(groups, keys)]
+    parts += [f'<p class="note">{escape(note)}</p>' for note in notes_on(groups, keys, shown)]
     return "".join(parts)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -69,11 +69,19 @@ class RunData:
         return self.entry.name
 
 
-def read_runs(run_dirs: Sequence[Path]) -> list[RunData]:
+class NoRowsError(UserError):
+    """A run has nothing to show yet."""
+
+
+def read_runs(run_dirs: Sequence[Path], say: Callable[[str], None]) -> list[RunData]:
     """Returns the content of run folders, each folder once.
 
+    Args:
+        run_dirs: of the runs.
+        say: called with a line for each run that is left out because it has no rows yet.
+
     Raises:
-        UserError: a folder is not a run folder, a run has no rows, or datasets differ.
+        UserError: a folder is not a run folder, no run has rows, or datasets differ.
     """
     for run_dir in run_dirs:
         if not os.path.exists(run_dir):
@@ -82,12 +90,18 @@ def read_runs(run_dirs: Sequence[Path]) -> list[RunData]:
     top = os.path.commonpath([p.parent for p in paths])
     # Parsing and hashing release the interpreter's lock.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        runs = list(threads.map(lambda p: _read_run(p, str(p.relative_to(top))), paths))
+        found = list(threads.map(lambda p: _read_run(p, str(p.relative_to(top))), paths))
+    runs = [run for run in found if isinstance(run, RunData)]
+    empty = [run for run in found if isinstance(run, NoRowsError)]
+    if not runs:
+        raise empty[0]
+    for error in empty:
+        say(f"left out: {error}")
     _check_one_dataset(runs)
     return runs
 
 
-def _read_run(run_dir: Path, name: str) -> RunData:
+def _read_run(run_dir: Path, name: str) -> RunData | NoRowsError:
     entry = read(run_dir, name)
     if not entry.config:
         raise UserError(f"{run_dir}: {entry.state}: give folders of distvgg train")
@@ -96,7 +110,7 @@ def _read_run(run_dir: Path, name: str) -> RunData:
     known = np.isfinite(columns[metrics.STEP])
     columns = {metric: column[known] for metric, column in columns.items()}
     if not known.any():
-        raise UserError(f"{run_dir} has no rows in {METRICS_FILE} yet ({entry.state}): wait")
+        return NoRowsError(f"{run_dir} has no rows in {METRICS_FILE} yet ({entry.state}): wait")
     weights = _content(run_dir / WEIGHTS_FILE)
     preprocessing, confusion = read_preprocessing(run_dir), read_confusion(run_dir)
     named = preprocessing or confusion

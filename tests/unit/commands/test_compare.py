@@ -133,7 +133,22 @@ def test_a_sweep_without_repeated_seeds_is_ranked_and_says_what_it_rests_on(tmp_
     table, notes = compare(sorted(tmp_path.glob("*/run"))).split("\n\n")
     # Folders of one name are told apart; there is no test split.
     assert re.match(r"lr0\.1/run +0\.1 +70\.00% +- +70\.00% +2,440 +finished", table.split("\n")[1])
-    assert "over 1 seed(s), 10.00 points ahead of the next, over 1 seed(s)." in notes
+    assert "over 1 seed(s), 10.00 points ahead of the next, over 1 seed(s); one seed each" in notes
+
+
+def test_runs_of_different_data_are_not_ranked_and_few_fields_get_a_column(tmp_path: Path) -> None:
+    made(tmp_path / "a", 0.6, data__name="cifar100")
+    many = {"model__width": 0.5, "model__dropout": 0.1, "optim__lr": 0.3, "optim__momentum": 0.8}
+    many |= {"train__epochs": 3, "train__label_smoothing": 0.1, "augment__cutout": 8}
+    many |= {"optim__weight_decay": 0.001, "optim__nesterov": False, "seed": 4}
+    made(tmp_path / "b", 0.7, data__name="cifar10", **many)
+    table, notes = compare([tmp_path / "a", tmp_path / "b"]).split("\n\n")
+    assert "The runs are of different data (cifar10, cifar100): none is the best." in notes
+    assert "Best mean" not in notes
+    columns = table.splitlines()[0].split()
+    assert {"data.name", "model.width", "optim.lr", "train.epochs", "seed"} <= {*columns}
+    assert sum("." in name for name in columns) == 8
+    assert "Also different, without a column: " in notes
 
 
 def test_test_neither_ranks_nor_stars_nor_parts_runs_that_read_it_from_those_that_did_not(

@@ -25,6 +25,7 @@ def test_a_run_folder_keeps_to_its_config(tmp_path: Path) -> None:
     assert check_same_config(folder, auto) == auto
     resolved = auto.replace(train__precision="bf16")
     claim_run_dir(folder, resolved).release()
+    (folder / "metrics.jsonl").touch()
     assert check_same_config(folder, auto) == resolved
     assert check_same_config(folder, resolved) == resolved
     claim_run_dir(folder, resolved).release()
@@ -34,9 +35,19 @@ def test_a_run_folder_keeps_to_its_config(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.precision is bf16 there, no here"):
         check_same_config(folder, auto.replace(train__precision="no"))
     # These change no result: a run goes on with the values that are given now.
-    debugged = auto.replace(train__detect_anomaly=True, train__cuda_graphs=False)
-    expected = resolved.replace(train__detect_anomaly=True, train__cuda_graphs=False)
-    assert check_same_config(folder, debugged) == expected
+    free = {"train__detect_anomaly": True, "train__cuda_graphs": False, "track__wandb": False}
+    assert check_same_config(folder, auto.replace(**free)) == resolved.replace(**free)
+
+
+def test_a_folder_in_which_nothing_was_trained_takes_another_config(tmp_path: Path) -> None:
+    """Its data could not be read: the message says which option to change."""
+    claim_run_dir(tmp_path, Config(seed=1)).release()
+    assert check_same_config(tmp_path, Config(seed=2)) == Config(seed=2)
+    claim_run_dir(tmp_path, Config(seed=2)).release()
+    assert load(str(tmp_path / "config.yaml")) == Config(seed=2)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="seed is 2 there, 3 here"):
+        claim_run_dir(tmp_path, Config(seed=3))
 
 
 def test_a_folder_of_other_things_is_not_taken(tmp_path: Path) -> None:
@@ -116,6 +127,7 @@ def test_without_file_locks_the_folder_is_locked_by_a_link_and_a_line_says_so(
         claim_run_dir(folder, Config())
     lock.release()
     # A start that is refused keeps no lock.
+    (folder / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="was made with another config"):
         claim_run_dir(folder, Config(seed=1))
     claim_run_dir(folder, Config()).release()
