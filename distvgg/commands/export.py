@@ -103,14 +103,14 @@ def _write_onnx(model: "Classifier", out: Path) -> str:
 
 
 def _write_safetensors(model: "Classifier", out: Path) -> str:
-    from distvgg.commands.model_card import torchvision_program
+    from distvgg.commands.model_card import torchvision_program, transforms_program
 
     size = _write(out, _weights(model))
     program = torchvision_program(model, str(out))
     line = f"{out}: {size}, {len(model.class_names)} classes, keys of torchvision's VGG"
     if program is None:
         return f"{line}, whose layers differ: load it with distvgg.load"
-    return f"{program}\n{line}"
+    return f"{program}\n{transforms_program(model)}\n{line}"
 
 
 def _weights(model: "Classifier") -> bytes:

@@ -191,24 +191,27 @@ def load(run: str | os.PathLike[str]) -> Classifier:
     The random state of the caller does not change. Needs no dataset and no network connection.
 
     Args:
-        run: folder of a finished run, one of its `checkpoints/step_*`, or any folder that holds a
-            copy of `model.safetensors`.
+        run: folder of a finished run, one of its `checkpoints/step_*`, any folder that holds a copy
+            of `model.safetensors`, or such a file of any name, as `distvgg export` writes it.
 
     Raises:
         UserError: there is no such folder, it has no weights, or they do not fit its config.
     """
-    folder = Path(run)
-    file = folder / WEIGHTS_FILE
-    check_has_weights(folder)
+    path = Path(run)
+    if os.path.isfile(path):
+        file, preprocessing, config = path, None, None
+    else:
+        check_has_weights(path)
+        run_dir = run_of(path)
+        file, preprocessing = path / WEIGHTS_FILE, read_preprocessing(run_dir)
+        config = _config(run_dir)
     weights, metadata = read_weights(file)
-    run_dir = run_of(folder)
-    preprocessing = read_preprocessing(run_dir) or of_metadata(metadata, file)
+    preprocessing = preprocessing or of_metadata(metadata, file)
     if preprocessing is None:
         raise UserError(
-            f"{folder} does not say how images become input of its network, as runs of version 0.1:"
+            f"{path} does not say how images become input of its network, as runs of version 0.1:"
             f" it needs {PREPROCESSING_FILE} with mean, std, stored_size and image_size"
         )
-    config = _config(run_dir)
     model = config.model if config else _described(preprocessing, file)
     flip = config is not None and config.eval.tta == "flip"
     with torch.random.fork_rng(devices=[]):  # a new network draws its initial weights

@@ -115,13 +115,17 @@ def program_of(part: str) -> list[str]:
 def test_the_page_loads_the_weights_in_torchvision(
     printed: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program, header = program_of("safetensors")
+    program, preprocessing = program_of("safetensors")
     assert printed["safetensors"].startswith(program)
     model = distvgg.load("runs/small")
     x = model.preprocess("cat.png")[None]
-    torch.testing.assert_close(execute(program)["model"](x), model(x))
-    execute(header)
-    assert str(model.class_names[:3]) in capsys.readouterr().out
+    names = execute(program)
+    torch.testing.assert_close(names["model"](x), model(x))
+    exec(compile(preprocessing, "docs", "exec"), names)
+    torch.testing.assert_close(names["x"], x, rtol=1e-4, atol=1e-4)
+    best, _ = model.classify("cat.png", top=1)[0]
+    assert capsys.readouterr().out == f"{best}\n"
+    assert distvgg.load("small.safetensors").classify("cat.png") == model.classify("cat.png")
 
 
 def test_the_page_loads_the_folder_for_the_hub(

@@ -171,6 +171,6 @@ def test_the_launches_of_an_unfinished_run_are_those_of_its_newest_checkpoint(
         (folder / "manifest.json").write_text(json.dumps(manifest))
     (run / "config.yaml").write_text(load("quickstart").to_yaml())
     (run / "metrics.jsonl").write_text('{"step": 9, "epoch": 0.5, "train/loss": 3.0}\n')
-    (found,) = read_runs([run, run])
+    (found,) = read_runs([run, run], print)
     assert found.starts == [(0, 1), (4, 2)]
     assert found.weights_sha256 is None
