@@ -37,13 +37,13 @@ from distvgg.runs.layout import REPORT_FILE
 USAGE = """\
 usage: distvgg COMMAND ...
 
-  train RECIPE [--run-dir DIR] [--section.field VALUE ...]   run again: resumes, or shows the result
-  evaluate RUN_DIR [--split test|val|train]                  its weights, or a checkpoint's
+  train RECIPE [--run-dir DIR] [--section.field VALUE ...]   trains, resumes, or shows the result
+  evaluate RUN_DIR [--split test|val|train]                  measures a run or a checkpoint
   replay RUN_DIR --step S [--micro-batch K] [--break]        a step again, on one device
   predict RUN_DIR IMAGE... [--top N] [--json]                classes of images and folders of images
   export RUN_DIR --to onnx|safetensors|hub [--out PATH]      the network, for other programs
   compare RUN_DIR... [--out FILE]                            runs as one table, seeds averaged
-  curves RUN_DIR... --out FILE                               their curves in one picture
+  curves RUN_DIR... [--out FILE]                             curves of runs in one picture
   report RUN_DIR... [--out FILE] [--watch]                   curves, confusions and more, as a page
   tables RUN_DIR...                                          results over seeds, as Markdown
   sync RUN_DIR...                                            sends rows that W&B lacks
@@ -137,7 +137,7 @@ def _accept_all_characters() -> None:
 
 def _run(name: str, words: Sequence[str]) -> str:
     if name not in COMMANDS:
-        raise UserError(f"no command {name!r}: give one of {', '.join(COMMANDS)}")
+        raise UserError(f"no command {name!r}: give one of {', '.join(COMMANDS)}, launch")
     command = COMMANDS[name]
     if asks_for_help(words):
         return command.parser(config_to_show([*words, *command.default])).format_help().rstrip()

@@ -37,7 +37,7 @@ try:
     from optuna.storages.journal import JournalFileBackend
     from optuna.trial import Trial, TrialState
 except ModuleNotFoundError:
-    sys.exit("distvgg: error: a search needs Optuna: pip install 'distvgg[search]'")
+    sys.exit("distvgg: error: a search needs Optuna: pip install optuna")
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5

@@ -72,7 +72,7 @@ def _require_packages() -> None:
     if missing:
         raise UserError(
             f"export to ONNX needs {', '.join(missing)}, not installed:"
-            " pip install 'distvgg[export]'"
+            " pip install onnx onnxruntime onnxscript"
         )
 
 

@@ -162,6 +162,12 @@ class Classifier(VGG):
     def _pixels(self, image: ImageLike) -> np.ndarray:
         """Returns an image as [*stored_size, 3] uint8."""
         used = self.preprocessing
+        known = isinstance(image, str | os.PathLike | Image.Image | np.ndarray)
+        if not known or (isinstance(image, np.ndarray) and image.dtype != np.uint8):
+            kind = getattr(image, "dtype", type(image).__name__)
+            raise UserError(
+                f"an image is a path, a PIL image, or a uint8 array [height, width, 3], not {kind}"
+            )
         where = f"{os.fspath(image)} " if isinstance(image, str | os.PathLike) else "the image "
         try:
             if isinstance(image, np.ndarray):

@@ -91,7 +91,7 @@ def to_onnx(model: Classifier) -> tuple["ModelProto", float]:
     except ImportError as error:  # of a part of onnxscript that torch expects
         raise UserError(
             f"torch {torch.__version__} needs another version of onnxscript ({error}):"
-            " pip install --upgrade 'distvgg[export]'"
+            " pip install --upgrade onnxscript"
         ) from error
     assert program is not None
     proto: ModelProto = program.model_proto

@@ -150,7 +150,7 @@ def require_tensorboard() -> str:
         import tensorboard  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(
-            "track.tensorboard needs TensorBoard: pip install 'distvgg[tensorboard]', or"
+            "track.tensorboard needs TensorBoard: pip install tensorboard, or"
             " --track.tensorboard false"
         ) from error
     return "tensorboard"

@@ -79,7 +79,8 @@ def _optimizer(run: Run) -> str:
 
 def _compute(run: Run) -> str:
     device, train = run.accelerator.device, run.config.train
-    text = f"precision {run.accelerator.mixed_precision} on {device.type}, "
+    precision = run.accelerator.mixed_precision
+    text = f"{'float32' if precision == 'no' else precision} on {device.type}, "
     if device.type == "cpu":
         text += f"{train.cpu_threads} thread(s) each; {processor()[0]}, {describe_cores()}"
     else:

@@ -49,6 +49,8 @@ def train(config: Config, run_dir: str | Path) -> Result:
             be written.
         Preempted: a stop was requested; a checkpoint is saved.
     """
+    if not isinstance(config, Config):
+        raise UserError(f"config is {config!r}: give distvgg.load_config({str(config)!r})")
     run_dir = Path(run_dir)
     config = check_same_config(run_dir, config)
     try:

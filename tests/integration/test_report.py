@@ -223,7 +223,7 @@ def test_a_training_leaves_a_report_and_says_where(browser: Browser, runs: list[
 def test_without_bokeh_the_command_says_what_to_install_and_a_training_ends_well(
     runs: list[Path], tmp_path: Path
 ) -> None:
-    missing = "the report needs Bokeh, which is not installed: pip install 'distvgg[report]'"
+    missing = "the report needs Bokeh, which is not installed: pip install bokeh"
     out = tmp_path / "out.html"
     done = run(["report", str(runs[0]), "--out", str(out)], program=WITHOUT_BOKEH)
     assert (done.returncode, done.stderr) == (2, f"distvgg: error: {missing}\n")

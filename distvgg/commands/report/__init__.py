@@ -124,5 +124,5 @@ def _require_bokeh() -> None:
         import bokeh  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError(
-            "the report needs Bokeh, which is not installed: pip install 'distvgg[report]'"
+            "the report needs Bokeh, which is not installed: pip install bokeh"
         ) from error
