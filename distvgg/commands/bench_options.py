@@ -18,6 +18,9 @@ from distvgg.distributed.hardware import (
 )
 from distvgg.errors import UserError
 
+# A network whose micro-batch is so many times smaller than the measured one's gets a warning.
+MUCH_SMALLER = 4
+
 
 class BenchOptions(FrozenModel):
     """Options of `distvgg bench` in addition to a config."""
@@ -86,7 +89,15 @@ def assumption(options: BenchOptions, job: Job) -> str:
     )
     if job.flops == found.flops:
         return measured
-    return f"{measured}; that this network reaches the same share is assumed"
+    text = f"{measured}; that this network reaches the same share is assumed"
+    smaller = found.flops * found.micro_batch_size / (job.flops * job.micro_batch_size)
+    if smaller < MUCH_SMALLER:
+        return text
+    return (
+        f"{text}\n          its micro-batch has 1/{smaller:,.0f} of the arithmetic of"
+        f" {found.network}'s: launches and memory, which are left out here, decide instead, and it"
+        " is far slower than this"
+    )
 
 
 def gpu_spec(options: BenchOptions, job: Job, accumulation: int) -> Gpu:

@@ -13,12 +13,14 @@ class Measurement(NamedTuple):
     Attributes:
         images_per_sec: of the training step.
         flops: operations of an image.
+        micro_batch_size: images of a micro-batch.
         network: what was trained, and how.
         date, version: of the measurement, and of distvgg.
     """
 
     images_per_sec: float
     flops: int
+    micro_batch_size: int
     network: str
     date: str
     version: str
@@ -54,7 +56,7 @@ HARDWARE = {
         *("NVIDIA H100 SXM, NVLink 4, NDR InfiniBand", 989e12, 370e9, 47e9),
         # docs/performance.md, "On a GPU"
         Measurement(
-            *(36_000, 6_805_303_296, "fast"),
+            *(36_000, 6_805_303_296, 128, "fast"),
             *("2026-11-27", "0.2.0"),
         ),
     ),

@@ -400,6 +400,9 @@ def test_the_command_answers_with_tables_and_with_curves() -> None:
         in text
     )
     assert "that this network reaches the same share is assumed" in text
+    assert "of the arithmetic" not in text
+    small = run(["bench", "quickstart", "--gpu", "h100"]).stdout
+    assert "its micro-batch has 1/232 of the arithmetic of fast's" in small
     assert "512 GPUs: " in text
     done = run(["bench", "fast", "--images_per_sec", "9000", "--json"])
     assert done.returncode == 0, done.stderr
