@@ -224,7 +224,7 @@ def _replay_parser(_: Config) -> Parser:
         """Computes one step of a run again, on one device, whatever number of processes ran it.
 
 Training starts from the newest checkpoint before the step. Rows on the way are compared with those
-of the run, to the last bit. With --micro_batch, the command also prints the activations, gradients
+of the run, to the last bit. With --micro-batch, the command also prints the activations, gradients
 and samples of one micro-batch, and draws its images.""",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")
@@ -232,7 +232,11 @@ and samples of one micro-batch, and draws its images.""",
         "--step", type=int, required=True, metavar="INT", help="as in the rows: the first is 1"
     )
     parser.add_argument(
-        "--micro_batch", type=int, metavar="INT", help="index in the step, from 0; default: all"
+        "--micro-batch",
+        "--micro_batch",
+        type=int,
+        metavar="INT",
+        help="index in the step, from 0; default: all",
     )
     parser.add_argument(
         "--break",
