@@ -34,7 +34,7 @@ def test_a_terminal_says_first_what_will_run_and_last_where_the_results_are(show
     )
     assert table["training"].startswith("10 steps of 64 = 1 process(es) x 4 x 16; 1.07 epochs, ")
     assert table["optimizer"].startswith("sgd, lr 0.1, cosine after ")
-    assert table["compute"].startswith("precision no on cpu, 1 thread(s) each; ")
+    assert table["compute"].startswith("float32 on cpu, 1 thread(s) each; ")
     assert table["curves"].endswith("/run/metrics.jsonl")
     assert lines[-2].endswith("/run/model.safetensors")
     assert lines[-1] == f"  curves: {table['curves']}"
