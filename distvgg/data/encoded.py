@@ -63,11 +63,15 @@ class EncodedImages:
         """Decodes an image and applies `size` to it: [height, width, 3] uint8.
 
         Raises:
-            OSError, ValueError: the shard cannot be read, or its bytes changed since the build.
+            ValueError: the shard cannot be read, or its bytes changed since the build. The message
+                names the cache entry.
         """
         from distvgg.data.images import decode_upright
 
-        return np.array(size(decode_upright(self.content(row), self._max_pixels)))
+        try:
+            return np.array(size(decode_upright(self.content(row), self._max_pixels)))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self._entry}, row {row}: {error}") from error
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         """Returns images by row, slice or array of rows, resized and cropped to `shape`."""

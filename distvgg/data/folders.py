@@ -175,6 +175,8 @@ def _no_image(path: Path) -> str | None:
         return "hidden"
     if not path.exists():
         return "a dangling link"
+    if not path.is_file():  # a pipe or a device, which may be read for ever
+        return "a pipe or device"
     if path.suffix.lower() in IMAGE_ENDINGS:
         return None
     if name in METADATA:
@@ -183,7 +185,7 @@ def _no_image(path: Path) -> str | None:
         with Image.open(path):
             return None
     except (UnidentifiedImageError, OSError, ValueError):
-        return f"no image ({path.suffix.lower() or 'no ending'})"
+        return f"not an image ({path.suffix.lower() or 'no ending'})"
 
 
 def _metadata(folder: Path) -> dict[str, str] | None:

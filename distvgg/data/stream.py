@@ -6,6 +6,7 @@ as there. It depends neither on the number of workers nor on the steps that were
 """
 
 import atexit
+import multiprocessing
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -154,7 +156,8 @@ class WorkerPool:
             **options,
         )
         self._parts: dict[str, Any] = {"loader": loader}
-        self._close = weakref.finalize(self, self._parts.clear)
+        self._processes: list[BaseProcess] = []
+        self._close = weakref.finalize(self, _end, self._parts, self._processes)
 
     def begin(self, parts: Iterable[Part]) -> int:
         """Begins another sequence, and drops the one under way; returns its number."""
@@ -162,8 +165,11 @@ class WorkerPool:
         self._sequence += 1
         if self._workers and "running" not in self._parts:
             resource_tracker.ensure_running()  # its start unblocks SIGTERM (Python 3.11)
+            before = multiprocessing.active_children()
             with _signals_blocked(), _without_main_module():
                 self._parts["running"] = iter(self._parts["loader"])
+            started = set(multiprocessing.active_children()).difference(before)
+            self._processes.extend(started)
             # Before multiprocessing's own exit, which sends SIGTERM, blocked here, and waits.
             atexit.register(self._close)
         else:
@@ -183,9 +189,9 @@ class WorkerPool:
         try:
             images: Tensor = next(self._parts["running"])
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[-1]
+            reason = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
             raise UserError(
-                f"cannot read an image of the data cache ({reason}): remove its entry, and the"
+                f"cannot read an image of the data cache ({reason}): remove this entry, and the"
                 " same command builds it again"
             ) from error
         return images.to(self._device, non_blocking=True)
@@ -370,6 +376,19 @@ def _check_shared_memory(needed: int) -> None:
             f" {needed // 2**20 + 1} MiB there: lower data.workers, or give the container more"
             " (--shm-size)"
         )
+
+
+def _end(parts: dict[str, Any], processes: list[BaseProcess]) -> None:
+    """Ends the workers: the loader's way, or by SIGKILL.
+
+    An error that is under way has references to the loader, which then does not end them. They
+    block SIGTERM, for which multiprocessing would wait for ever.
+    """
+    parts.clear()
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 @contextmanager

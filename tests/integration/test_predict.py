@@ -206,7 +206,9 @@ def test_a_loaded_network_takes_paths_images_and_arrays(plain: Path, image: Path
     assert sorted(name for name, _ in found) == sorted(model.class_names)
     assert sum(p for _, p in found) == pytest.approx(1)
     assert list(model.state_dict()) == list(distvgg.load_model(plain).state_dict())
-    with pytest.raises(UserError, match="an image is a path, a PIL image, or a uint8 array .+, not float64"):
+    with pytest.raises(
+        UserError, match=r"an image is a path, a PIL image, or a uint8 array .+, not float64"
+    ):
         model.classify(np.zeros((3, 3, 7)))
 
 

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -82,6 +83,28 @@ def test_photographs_train_to_the_same_bits_over_a_stop_and_another_number_of_pr
     said = train(folder, *words, "--data.workers", "0", recipe="imagenet", env=env)
     assert "resumed after step" in said
     assert_same_run(folder, alone)
+
+
+def test_a_damaged_cache_ends_a_run_at_once_and_leaves_no_process(
+    photographs: str, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    words = (*ARGS, *SMALL, "--data.path", photographs, "--data.workers", "2")
+    args = (*words, "--train.epochs", "99")
+    env = {"DISTVGG_CACHE": str(cache)}
+    started = Started(tmp_path / "run", *args, recipe="imagenet", env=env)
+    started.until_step(2)
+    processes = descendants(started.process.pid)
+    assert len(processes) >= 2
+    (shard,) = cache.glob("*/train_files_0000.bin")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 2000] = bytes(2000)
+    with shard.open("r+b") as file:
+        file.write(content)
+    code, output = started.end(30)
+    assert code == 2, output
+    assert f"cannot read an image of the data cache ({shard.parent}, row " in output
+    assert not psutil.wait_procs(processes, 5)[1]
 
 
 def test_a_classifier_sees_what_evaluation_saw(

@@ -223,12 +223,13 @@ def test_files_are_recognised_by_content_and_the_rest_is_counted(tmp_path: Path)
         (train / "cat" / name).write_bytes(os.fsencode(text))
     (train / "cat" / "dangling.png").symlink_to(tmp_path / "nowhere")
     (tmp_path / "notes.md").write_text("mine")
+    os.mkfifo(train / "cat" / "pipe.png")  # a read would wait for ever
     found = learned(tmp_path)["train"]
     assert right(found)
     assert len(found) == 3
     assert notes(tmp_path) == (
-        "left out of train: 1 a dangling link, 1 beside the split folders, 1 hidden,"
-        " 1 no image (.json), 1 no image (.txt)"
+        "left out of train: 1 a dangling link, 1 a pipe or device, 1 beside the split folders,"
+        " 1 hidden, 1 not an image (.json), 1 not an image (.txt)"
     )
 
 
