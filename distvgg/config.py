@@ -131,7 +131,7 @@ class DataConfig(FrozenModel):
 
     name: Literal["cifar100", "cifar10", "synthetic", "custom"] = "cifar100"
     """The dataset. `custom` accepts any classes and image size, from `data.path`."""
-    path: str | None = None
+    path: str | None = Field(None, min_length=1)
     """A folder of Parquet files, of images in class folders, or of the original CIFAR files; or a
     hub id. None: the dataset's own id on the hub."""
     image_column: str | None = None
@@ -190,7 +190,7 @@ class ModelConfig(FrozenModel):
     """Use BatchNorm after each convolution."""
     width: float = Field(1.0, gt=0, le=16)
     """Factor on the channels of each convolution and on the units of the head."""
-    head_width: int = Field(512, ge=1)
+    head_width: int = Field(512, ge=1, le=1 << 16)
     """Units of the two hidden linear layers: 512 for CIFAR, 4096 in the paper."""
     max_pools: Stages = (1, 2, 3, 4, 5)
     """Stages of convolutions that end in a max-pool, such as 2,3,4,5, or none. The paper has all

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from distvgg.errors import UserError
 from distvgg.recipe import load as load_config
 from distvgg.runs.files import atomic_write, write_fsync
-from distvgg.runs.layout import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, run_of
+from distvgg.runs.layout import CONFIG_FILE, MANIFEST_FILE, RUN_FILES, WEIGHTS_FILE, run_of
 from distvgg.runs.result import read_result
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def export(run: Path, to: Format, out: Path | None = None, push: str | None = No
 
     model = load(run)
     out = out or Path(_default_name(run) + _SUFFIXES[to])
-    _refuse_weights_of_a_run(out / WEIGHTS_FILE if to == "hub" else out)
+    _refuse_files_of_a_run(out / WEIGHTS_FILE if to == "hub" else out)
     if to == "onnx":
         return _write_onnx(model, out)
     if to == "safetensors":
@@ -81,9 +81,9 @@ def _default_name(run: Path) -> str:
     return folder.name if run.resolve() == folder else f"{folder.name}-{run.resolve().name}"
 
 
-def _refuse_weights_of_a_run(path: Path) -> None:
+def _refuse_files_of_a_run(path: Path) -> None:
     beside = (path.parent / name for name in (CONFIG_FILE, MANIFEST_FILE))
-    if path.name == WEIGHTS_FILE and any(file.exists() for file in beside):
+    if path.name in RUN_FILES and any(file.exists() for file in beside):
         raise UserError(f"{path} belongs to a run: choose another place with --out")
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from distvgg.config import DataConfig
+from distvgg.config import MAX_PIXELS, DataConfig
 from distvgg.data.dataset import Dataset, Split
 from distvgg.data.encoded import EncodedImages
 from distvgg.data.moments import count_values, moments
@@ -107,6 +107,8 @@ def _fingerprint(config: DataConfig) -> str:
         facts.append("skip")
     if config.store != "auto":
         facts.append(config.store)
+    if config.max_pixels != MAX_PIXELS:
+        facts.append(f"max_pixels {config.max_pixels}")
     source = source_of(config)
     if source is None:
         from distvgg.data import synthetic
@@ -119,16 +121,24 @@ def _fingerprint(config: DataConfig) -> str:
         if (known := read_stamp(stamp, root)) is not None:
             return known
         began, before, directories = time.time(), len(facts), {}
+        above: dict[str, frozenset[str]] = {str(root): frozenset()}
+        circles: list[str] = []
         for folder, folders, files in os.walk(root, followlinks=True):
             directories[os.path.relpath(folder, root)] = os.stat(folder).st_mtime_ns
-            folders.sort()
+            # A link to a folder above is an error of the readers; here it must end.
+            chain = above.pop(folder) | {os.path.realpath(folder)}
+            paths = {name: os.path.join(folder, name) for name in sorted(folders)}
+            folders[:] = [n for n, path in paths.items() if os.path.realpath(path) not in chain]
+            above.update((paths[name], chain) for name in folders)
+            circles += [path for name, path in paths.items() if name not in folders]
             for name in sorted(files):
                 with suppress(OSError):  # a dangling link
                     stat = os.stat(os.path.join(folder, name))
                     where = os.path.relpath(os.path.join(folder, name), root)
                     facts.append((where, stat.st_size, stat.st_mtime_ns))
         if len(facts) - before >= MIN_FILES:
-            write_stamp(stamp, _hash(facts), directories, facts[before:], began)
+            write_stamp(stamp, _hash(facts + circles), directories, facts[before:], began)
+        facts += circles
     else:
         facts.append(source)
     return _hash(facts)
@@ -193,8 +203,10 @@ def is_complete(entry: Path) -> bool:
     """Returns True if every file of an entry has the size recorded at the build."""
     try:
         files = json.loads((entry / "meta.json").read_text())["files"]
-        return all((entry / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+        return "train_labels.npy" in files and all(
+            (entry / name).stat().st_size == size for name, size in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -105,36 +105,66 @@ def _read_python(folder: Path, layout: _Layout) -> CifarFiles:
     for split, group in layout.files.items():
         parts = [_unpickle(folder / file) for file in group]
         labels = "fine_labels" if layout.coarse else "labels"
-        try:
-            splits[split] = CifarSplit(
-                _images(np.concatenate([part["data"] for part in parts])),
-                np.concatenate([np.asarray(part[labels], np.int64) for part in parts]),
-                np.asarray(parts[0]["coarse_labels"], np.int64) if layout.coarse else None,
-            )
-        except (KeyError, ValueError, TypeError) as error:
-            raise _damaged(folder / group[0], repr(error)) from error
-    return CifarFiles(
-        splits,
-        _texts(names.get(layout.fine, [])),
-        _texts(names.get(layout.coarse, [])) if layout.coarse else [],
-    )
+        found = []
+        for file, part in zip(group, parts, strict=True):
+            try:
+                found.append(_part(part, labels, coarse=layout.coarse is not None))
+            except (KeyError, ValueError, TypeError) as error:
+                raise _damaged(folder / file, repr(error)) from error
+        coarse = [p.coarse for p in found if p.coarse is not None]
+        splits[split] = CifarSplit(
+            np.concatenate([p.images for p in found]),
+            np.concatenate([p.labels for p in found]),
+            np.concatenate(coarse) if coarse else None,
+        )
+    try:
+        fine = _texts(names.get(layout.fine, []))
+        return CifarFiles(
+            splits, fine, _texts(names.get(layout.coarse, [])) if layout.coarse else []
+        )
+    except (ValueError, TypeError) as error:
+        raise _damaged(folder / layout.names, repr(error)) from error
+
+
+def _part(content: dict[str, Any], labels: str, *, coarse: bool) -> CifarSplit:
+    """Returns the images and labels of one file.
+
+    Raises:
+        KeyError, ValueError, TypeError: they are not there, of another type, or not as many.
+    """
+    pixels = content["data"]
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
+        raise TypeError("data is no array of uint8")
+    images = _images(pixels)
+
+    def integers(key: str) -> np.ndarray:
+        values = np.asarray(content[key])
+        if values.dtype.kind not in "iu" or values.shape != (len(images),):
+            raise ValueError(f"{key} are not {len(images)} integers, one for each image")
+        return values.astype(np.int64)
+
+    return CifarSplit(images, integers(labels), integers("coarse_labels") if coarse else None)
 
 
 def _read_binary(folder: Path, layout: _Layout) -> CifarFiles:
     splits = {}
     record = layout.label_bytes + PIXELS
     for split, group in layout.files.items():
-        content = b"".join((folder / file).read_bytes() for file in group)
-        if not content or len(content) % record:
-            raise _damaged(folder / group[0], f"{len(content)} bytes are no whole images")
-        records = np.frombuffer(content, np.uint8).reshape(-1, record)
+        contents = [(folder / file).read_bytes() for file in group]
+        for file, content in zip(group, contents, strict=True):
+            if not content or len(content) % record:
+                raise _damaged(folder / file, f"{len(content)} bytes are no whole images")
+        records = np.frombuffer(b"".join(contents), np.uint8).reshape(-1, record)
         labels = records[:, : layout.label_bytes].astype(np.int64)
         # The coarse label comes before the fine one.
         coarse = labels[:, 0] if layout.coarse else None
         splits[split] = CifarSplit(_images(records[:, layout.label_bytes :]), labels[:, -1], coarse)
 
     def names(file: str | None) -> list[str]:
-        return (folder / file).read_text().split() if file and (folder / file).exists() else []
+        try:
+            return (folder / file).read_text().split() if file and (folder / file).exists() else []
+        except ValueError as error:
+            raise _damaged(folder / str(file), repr(error)) from error
 
     return CifarFiles(splits, names(layout.fine), names(layout.coarse))
 
@@ -161,12 +191,12 @@ def _unpickle(path: Path) -> dict[str, Any]:
     try:
         found = _ArraysOnly(BytesIO(path.read_bytes()), encoding="bytes").load()
         return {k.decode() if isinstance(k, bytes) else k: v for k, v in found.items()}
-    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError) as error:
-        raise _damaged(path, str(error)) from error
+    except Exception as error:  # damaged bytes raise any type
+        raise _damaged(path, str(error) or type(error).__name__) from error
 
 
 def _texts(values: list[Any]) -> list[str]:
-    return [v.decode() if isinstance(v, bytes) else str(v) for v in values]
+    return [v.decode() if isinstance(v, bytes) else str(v) for v in list(values)]
 
 
 def _damaged(path: Path, reason: str) -> UserError:

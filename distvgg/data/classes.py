@@ -6,7 +6,7 @@ list. A split that cannot be joined is refused.
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,7 +75,7 @@ def _names_and_values(config: DataConfig, train: Rows) -> tuple[list[str], list[
     Values are None if the column has numbers of the metadata's names.
     """
     if train.label.class_names:
-        return [_spelled(name) for name in train.label.class_names], None
+        return _spelled(train.label.class_names), None
     found = _plain(train.where, train.label)
     values = sorted(set(found))
     if config.name == "cifar100" and values and isinstance(values[0], int):
@@ -85,7 +85,7 @@ def _names_and_values(config: DataConfig, train: Rows) -> tuple[list[str], list[
         raise UserError(
             f"{train.where}: image {i} has {train.label.column} {values[0]}: fix or drop that row"
         )
-    return [_spelled(str(value)) for value in values], values
+    return _spelled([str(value) for value in values]), values
 
 
 def _labels(rows: Rows, names: list[str], values: list[Any] | None, train: Rows) -> np.ndarray:
@@ -100,7 +100,8 @@ def _labels(rows: Rows, names: list[str], values: list[Any] | None, train: Rows)
     if own:
         index = {name: i for i, name in enumerate(names)}
         numbers = integers(rows.where, rows.label, len(own))
-        spelled = [_spelled(name) for name in own]
+        plain = [unicodedata.normalize("NFC", name) for name in own]
+        spelled = [name if name in index else SPELLING.get(name, name) for name in plain]
         used = sorted({spelled[i] for i in set(numbers.tolist())} - index.keys())
         if used:
             raise _unknown(rows, used)
@@ -126,7 +127,7 @@ def _plain(where: str, column: Labels) -> list[Any]:
     values = _without_gaps(where, column)
     kind = values.type
     found: list[Any] = values.to_pylist()
-    if pa.types.is_floating(kind) and all(value == int(value) for value in found):
+    if pa.types.is_floating(kind) and all(value.is_integer() for value in found):
         return [int(value) for value in found]
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return [unicodedata.normalize("NFC", value) for value in found]
@@ -196,9 +197,11 @@ def _unknown(rows: Rows, unknown: list[str]) -> UserError:
     )
 
 
-def _spelled(name: str) -> str:
-    name = unicodedata.normalize("NFC", name)
-    return SPELLING.get(name, name)
+def _spelled(names: Sequence[str]) -> list[str]:
+    """Returns names in one Unicode form, and those of CIFAR-100 as its paper spells them."""
+    plain = [unicodedata.normalize("NFC", name) for name in names]
+    spelled = [SPELLING.get(name, name) for name in plain]
+    return spelled if set(spelled) == set(CIFAR100_SUPERCLASS_OF) else plain
 
 
 def _listed(values: Iterable[Any]) -> str:

@@ -22,8 +22,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from distvgg.data.images import any_size
 from distvgg.errors import UserError
 
 SPLITS = {
@@ -36,7 +37,7 @@ SPLITS = {
 IMAGE_ENDINGS = frozenset(
     [
         *(".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
-        *(".ppm", ".pgm", ".pbm"),
+        *(".ppm", ".pgm", ".pbm", ".tga", ".ico", ".jp2", ".avif"),
     ]
 )
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
@@ -87,6 +88,13 @@ def find_images(root: Path) -> dict[str, ImageFiles]:
                     " classes otherwise"
                 )
     found = {split: _images_of(folder) for split, folder in (folders or {"train": root}).items()}
+    for split, images in found.items():
+        if folders and images.left_out and not images.files:
+            listed = ", ".join(f"{n:,} {reason}" for reason, n in sorted(images.left_out.items()))
+            raise UserError(
+                f"{folders[split]} has no image of a class, only files left out ({listed}): fix"
+                " them, or remove the folder"
+            )
     found = {split: images for split, images in found.items() if images.files}
     if found and "train" not in found:
         raise UserError(
@@ -112,7 +120,11 @@ def describe_without_images(root: Path) -> str:
 
 def endings(root: Path) -> set[str]:
     """Returns the endings of all files below a folder, in lower case."""
-    return {path.suffix.lower() for path in _files(root) if path.name.lower() not in METADATA}
+    return {
+        path.suffix.lower()
+        for path in _files(root)
+        if path.name.lower() not in METADATA and not _is_hidden(path.relative_to(root))
+    }
 
 
 def _images_of(folder: Path) -> ImageFiles:
@@ -122,7 +134,7 @@ def _images_of(folder: Path) -> ImageFiles:
     direct = 0
     for path in _files(folder):
         where = path.relative_to(folder)
-        if reason := _no_image(path):
+        if reason := "hidden" if _is_hidden(where) else _no_image(path):
             images.left_out[reason] += 1
         elif by_metadata is not None:
             name = by_metadata.get(where.as_posix())
@@ -164,6 +176,10 @@ def _files(folder: Path) -> Iterator[Path]:
     return walk(folder, frozenset())
 
 
+def _is_hidden(where: Path) -> bool:
+    return any(part.startswith(".") for part in where.parts)
+
+
 def _no_image(path: Path) -> str | None:
     """Returns why a file is left out, or None for an image.
 
@@ -171,8 +187,6 @@ def _no_image(path: Path) -> str | None:
     left out.
     """
     name = path.name.lower()
-    if name.startswith("."):
-        return "hidden"
     if not path.exists():
         return "a dangling link"
     if not path.is_file():  # a pipe or a device, which may be read for ever
@@ -182,30 +196,46 @@ def _no_image(path: Path) -> str | None:
     if name in METADATA:
         return "metadata"
     try:
-        with Image.open(path):
+        with any_size(), Image.open(path):
             return None
-    except (UnidentifiedImageError, OSError, ValueError):
+    except Exception:  # Pillow's readers raise any type
         return f"not an image ({path.suffix.lower() or 'no ending'})"
 
 
 def _metadata(folder: Path) -> dict[str, str] | None:
-    """Returns the class of each file by a metadata file, or None if there is none to use."""
+    """Returns the class of each file by a metadata file, or None if there is none to use.
+
+    Raises:
+        UserError: the file names classes, but is damaged, lacks one, or gives a file two of them.
+    """
     path = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if path is None:
         return None
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            if path.suffix == ".csv":
-                rows = list(csv.DictReader(file))
-            else:
-                rows = [json.loads(line) for line in file if line.strip()]
-        columns = [name for name in rows[0] if name != "file_name"] if rows else []
-        labels = [c for c in columns if c in ("label", "class")] or columns
-        if len(labels) != 1 or "file_name" not in rows[0]:
-            return None  # somebody's own
-        return {Path(row["file_name"]).as_posix(): str(row[labels[0]]) for row in rows}
-    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(text.splitlines(), skipinitialspace=True))
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{path} cannot be read ({' '.join(str(error).split())[:100]}): write it as UTF-8 with"
+            " file_name and label, or rename it if it is no list of classes"
+        ) from error
+    if not rows or not isinstance(rows[0], dict) or "file_name" not in rows[0]:
+        return None  # somebody's own
+    columns = [name for name in rows[0] if name != "file_name"]
+    labels = [c for c in columns if c in ("label", "class")] or columns
+    if len(labels) != 1:
         return None
+    classes: dict[str, str] = {}
+    for n, row in enumerate(rows, start=1):
+        file, label = (row.get(key) for key in ("file_name", labels[0]))
+        if not isinstance(file, str) or label in (None, "") or isinstance(label, list | dict):
+            raise UserError(f"{path}: row {n} has no {labels[0]} of a file: fix or drop that row")
+        if classes.setdefault(Path(file).as_posix(), str(label)) != str(label):
+            raise UserError(f"{path}: {file} has two classes: drop one of its rows")
+    return classes
 
 
 def _count_files(root: Path, but: set[str]) -> int:

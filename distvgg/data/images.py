@@ -17,6 +17,9 @@ from distvgg.config import MAX_PIXELS
 PNG = b"\x89PNG\r\n\x1a\n"
 # Modes of one channel of 16 bits. Pillow before 11 reads a PNG of 16 bits as mode I.
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+# Pixels of a resized image from which only the part that is kept is computed, by other rounding.
+# An image of 1x300,000 pixels would take 45 GB at 224x224.
+MAX_COVERING = 2**27
 _ORIENTATION = 0x0112  # tag of EXIF
 _opening = threading.Lock()  # Pillow's limit on pixels is a global variable
 
@@ -32,7 +35,7 @@ def decode_upright(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         if data.startswith(PNG):
             check_png(data)
-        with _any_size():
+        with any_size():
             image: Image.Image = Image.open(io.BytesIO(data))
         if image.width * image.height > max_pixels:
             raise ValueError(
@@ -81,12 +84,16 @@ def cover(image: Image.Image, height: int, width: int, ratio: float = 1.0) -> Im
     scale = max(width / ratio / image.width, height / ratio / image.height)
     covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     left, top = (covering[0] - width) // 2, (covering[1] - height) // 2
+    if covering[0] * covering[1] > MAX_COVERING:
+        x, y = image.width / covering[0], image.height / covering[1]
+        box = left * x, top * y, (left + width) * x, (top + height) * y
+        return image.resize((width, height), Image.Resampling.BILINEAR, box)
     resized = image.resize(covering, Image.Resampling.BILINEAR)
     return resized.crop((left, top, left + width, top + height))
 
 
 @contextmanager
-def _any_size() -> Iterator[None]:
+def any_size() -> Iterator[None]:
     """Lifts Pillow's limit on pixels, for which `max_pixels` stands."""
     with _opening:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None

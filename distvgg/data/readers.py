@@ -5,10 +5,12 @@ tables, column names and error messages. It is imported only when the cache is c
 file is in two splits.
 """
 
+import glob
 import io
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ import pyarrow.parquet as pq
 from distvgg.config import DataConfig
 from distvgg.data.cifar_files import CifarFiles, find_cifar
 from distvgg.data.folders import (
+    IMAGE_ENDINGS,
     SPLITS,
     ImageFiles,
     describe_without_images,
@@ -113,13 +116,24 @@ def _read_folder(config: DataConfig, source: str, scratch: Path) -> dict[str, Ro
     if (cifar := find_cifar(root)) is not None:
         return _rows_of_cifar(source, cifar)
     found = endings(root)
+    if not TABLES.isdisjoint(found) and not IMAGE_ENDINGS.isdisjoint(found):
+        raise UserError(
+            f"data.path {source} holds both tables ({', '.join(sorted(TABLES & found))}) and image"
+            " files: move one of them to another folder"
+        )
     if TABLES.isdisjoint(found):
         if images := find_images(root):
             return {split: _rows_of_files(source, split, files) for split, files in images.items()}
         if TEXT_TABLES.isdisjoint(found):
             raise UserError(f"data.path {source} holds no data: {describe_without_images(root)}")
     # Absolute, because `csv` alone names a reader of the library.
-    return _rows_of_tables(config, source, _load_folder(source, root.resolve(), scratch))
+    folder = root.resolve()
+    if glob.has_magic(str(folder)):
+        raise UserError(
+            f"data.path {source}: the library that reads tables takes {folder} for a pattern: give"
+            " the folder a name without *, ? and ["
+        )
+    return _rows_of_tables(config, source, _load_folder(source, folder, scratch))
 
 
 def _rows_of_cifar(source: str, cifar: CifarFiles) -> dict[str, Rows]:
@@ -140,6 +154,11 @@ def _rows_of_cifar(source: str, cifar: CifarFiles) -> dict[str, Rows]:
 
 
 def _rows_of_files(source: str, split: str, found: ImageFiles) -> Rows:
+    for name in sorted(set(found.classes)):
+        if not name.isprintable() or name != name.encode(errors="replace").decode():
+            raise UserError(
+                f"{source}: the class {name!r} has characters that no name has: rename it"
+            )
     return Rows(
         f"{source} ({split} split)",
         Labels("class folder", pa.chunked_array([pa.array(found.classes, pa.string())]), []),
@@ -183,6 +202,8 @@ def _load_folder(source: str, folder: Path, scratch: Path) -> dict[str, Any]:
     }
     try:
         return _load_tables(folder, split_folders if "train" in split_folders else None, scratch)
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(
             f"data.path {source} holds no data: it needs Parquet files, or one folder of images"
@@ -212,6 +233,7 @@ def _load_tables(folder: Path, data_files: dict[str, str] | None, scratch: Path)
     files = {
         str(split): list(map(str, group)) for split, group in builder.config.data_files.items()
     }
+    _check_each_file_has_a_split(folder, files)
     parquet = [file for group in files.values() for file in group if file.endswith(".parquet")]
     if len({_features(file) for file in parquet}) <= 1:
         # A card may describe more than this copy has.
@@ -230,6 +252,21 @@ def _load_tables(folder: Path, data_files: dict[str, str] | None, scratch: Path)
         )
         for split, group in files.items()
     }
+
+
+def _check_each_file_has_a_split(folder: Path, files: dict[str, list[str]]) -> None:
+    """Checks that each Parquet file is in one split, as the library shares them out by name."""
+    counts = Counter(os.path.realpath(file) for group in files.values() for file in set(group))
+    for path in sorted(folder.rglob("*.parquet")):
+        where = path.relative_to(folder)
+        if any(part.startswith(".") for part in where.parts):
+            continue
+        if (found := counts[os.path.realpath(path)]) != 1:
+            named = "train, test or val" if found else "none of train, test and val"
+            raise UserError(
+                f"data.path {folder}: {where} is in {found} splits, since its name has {named}:"
+                " name each file after its split, as train-0.parquet, or move it away"
+            )
 
 
 def _features(file: str) -> bytes | None:

@@ -163,8 +163,9 @@ class Classifier(VGG):
         """Returns an image as [*stored_size, 3] uint8."""
         used = self.preprocessing
         known = isinstance(image, str | os.PathLike | Image.Image | np.ndarray)
-        if not known or (isinstance(image, np.ndarray) and image.dtype != np.uint8):
-            kind = getattr(image, "dtype", type(image).__name__)
+        if not known or (isinstance(image, np.ndarray) and not _is_image(image)):
+            shape = list(getattr(image, "shape", []))
+            kind = f"{getattr(image, 'dtype', type(image).__name__)} {shape or ''}".strip()
             raise UserError(
                 f"an image is a path, a PIL image, or a uint8 array [height, width, 3], not {kind}"
             )
@@ -189,6 +190,11 @@ class Classifier(VGG):
             return self._pixels(image)
         except UserError as error:
             return error
+
+
+def _is_image(array: np.ndarray) -> bool:
+    channels = array.shape[2:]
+    return array.dtype == np.uint8 and array.size > 0 and array.ndim > 1 and channels in ((), (3,))
 
 
 def load(run: str | os.PathLike[str]) -> Classifier:

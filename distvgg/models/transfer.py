@@ -145,7 +145,8 @@ def _misfit(names: Sequence[str], theirs: Mapping[str, Tensor], ours: Mapping[st
     for name in names:
         if why := _difference(name, theirs, ours):
             outputs = ours[name].ndim > 1 and name in theirs and theirs[name].ndim > 1
-            if outputs and theirs[name].shape[1:] == ours[name].shape[1:]:
+            same_inputs = outputs and theirs[name].shape[1:] == ours[name].shape[1:]
+            if same_inputs and len(theirs[name]) != len(ours[name]):
                 return f"{len(theirs[name])} outputs there, {len(ours[name])} here"
             return why
     return ""
@@ -159,9 +160,12 @@ def _difference(name: str, theirs: Mapping[str, Tensor], ours: Mapping[str, Tens
         return "only here"
     if theirs[name].shape != ours[name].shape:
         return f"{list(theirs[name].shape)} there, {list(ours[name].shape)} here"
-    if not theirs[name].is_floating_point():
+    if theirs[name].dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"{str(theirs[name].dtype).removeprefix('torch.')} there"
-    return "" if torch.isfinite(theirs[name]).all() else "not finite there"
+    values = theirs[name].float()
+    if name.endswith("running_var") and (values < 0).any():
+        return "negative there"
+    return "" if torch.isfinite(values).all() else "not finite in float32 there"
 
 
 def _by_layer(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, list[str]]:

@@ -16,11 +16,21 @@ FAILURE_FILE = "failure.json"
 PROFILE_FILE = "profile.json"
 CHECKPOINTS = "checkpoints"
 MANIFEST_FILE = "manifest.json"  # of a checkpoint
+STATE_FILE = "state.safetensors"  # of a checkpoint
 STOP_FILE = "STOP"
 REQUEUE_FILE = "REQUEUE"
 LOCK_FILE = ".lock"
 LOCK_HOLDER = ".lock.holder"  # where the file system has no flock
 LOGS = "logs"
+
+# Files that no other program may overwrite in a run folder or a checkpoint.
+RUN_FILES = frozenset(
+    [
+        *(CONFIG_FILE, METRICS_FILE, WEIGHTS_FILE, PREPROCESSING_FILE, CONFUSION_FILE, RESULT_FILE),
+        *(INITIAL_WEIGHTS_FILE, REPORT_FILE, TRACKERS_FILE, FAILURE_FILE, PROFILE_FILE),
+        *(MANIFEST_FILE, STOP_FILE, REQUEUE_FILE, LOCK_FILE, STATE_FILE),
+    ]
+)
 
 
 def run_of(path: Path) -> Path:

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from distvgg.runs.files import fsync_dir, write_fsync
-from distvgg.runs.layout import MANIFEST_FILE, WEIGHTS_FILE, checkpoint_dirs
+from distvgg.runs.layout import MANIFEST_FILE, STATE_FILE, WEIGHTS_FILE, checkpoint_dirs
 
 FORMAT = 1
-STATE_FILE = "state.safetensors"
 _FILES = (WEIGHTS_FILE, STATE_FILE)
 Tensors = Mapping[str, Tensor]
 

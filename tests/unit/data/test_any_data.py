@@ -10,14 +10,17 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
 
+from distvgg.data import images
 from distvgg.data.cache import load_dataset
 from distvgg.data.dataset import train_and_val
+from distvgg.data.images import cover
 from distvgg.errors import UserError
 from made_data import custom, made_rows, noise, png, with_names, write_folders, write_parquet
 
@@ -279,6 +282,107 @@ def test_a_metadata_file_of_ones_own_is_ignored_and_counted(tmp_path: Path) -> N
     (tmp_path / "train" / "metadata.csv").write_text("who,when,camera\nme,2024,old\n")
     assert right(learned(tmp_path)["train"])
     assert notes(tmp_path) == "left out of train: 1 metadata"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("file_name,label\n0.png,cat\n1.png,\n", "row 2 has no label of a file"),
+        ("file_name,label\n0.png,cat\n0.png,dog\n", "0.png has two classes"),
+        ("file_name,label\n9.png,cat\n", "has no image of a class, only files left out"),
+    ],
+)
+def test_a_metadata_file_that_names_no_class_of_a_file_is_refused(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    for i in range(2):
+        put(tmp_path / "train" / f"{i}.png", "cat")
+    (tmp_path / "train" / "metadata.csv").write_text(text)
+    assert said in refusal(tmp_path)
+
+
+def test_tables_beside_images_are_refused_and_hidden_ones_do_not_count(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        put(tmp_path / "train" / name / "indoor" / "0.png", name)
+        put(tmp_path / "train" / name / "outdoor" / "1.png", name)
+    (tmp_path / ".git").mkdir()
+    write_parquet(tmp_path / ".git", {"x": [1]}, None)
+    assert right(learned(tmp_path)["train"])
+    write_parquet(tmp_path / "train", {"x": [1]}, None)
+    assert "holds both tables (.parquet) and image files" in refusal(tmp_path)
+
+
+def test_a_test_split_of_files_that_are_no_images_is_refused(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        put(tmp_path / "train" / name / "0.png", name)
+    (tmp_path / "test" / "cat").mkdir(parents=True)
+    (tmp_path / "test" / "cat" / "0.heic").write_bytes(b"unknown")
+    said = refusal(tmp_path)
+    assert "test has no image of a class, only files left out (1 not an image (.heic))" in said
+
+
+def test_each_table_is_in_one_split(tmp_path: Path) -> None:
+    rows = {"img": coloured(["cat", "dog"]), "label": ["cat", "dog"]}
+    write_parquet(tmp_path / "a", rows, None)
+    (file,) = (tmp_path / "a").iterdir()
+    shutil.copy(file, file.with_name("more.parquet"))
+    assert "more.parquet is in 0 splits" in refusal(tmp_path / "a")
+    file.with_name("more.parquet").unlink()
+    file.rename(file.with_name("my_train_test_data.parquet"))
+    assert "my_train_test_data.parquet is in 2 splits" in refusal(tmp_path / "a")
+
+
+def test_a_folder_of_tables_whose_name_is_a_pattern_is_refused(tmp_path: Path) -> None:
+    rows = {"img": coloured(["cat", "dog"]), "label": ["cat", "dog"]}
+    for name in ("h*", "hother"):
+        write_parquet(tmp_path / name, rows, None)
+    assert "give the folder a name without *, ? and [" in refusal(tmp_path / "h*")
+
+
+def test_a_limit_on_pixels_is_part_of_what_was_read(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        put(tmp_path / "train" / name / "0.png", name, side=32)
+        put(tmp_path / "train" / name / "1.png", name, side=40)
+    small = {"resize": 32, "on_error": "skip", "max_pixels": 1100}
+    assert len(learned(tmp_path, **small)["train"]) == 2
+    assert len(learned(tmp_path, resize=32, on_error="skip")["train"]) == 4
+
+
+def test_a_name_is_spelled_as_in_cifar_only_in_cifar(tmp_path: Path) -> None:
+    for name in ("cra", "dog"):
+        put(tmp_path / "train" / name / "0.png", "dog")
+    assert load_dataset(custom(str(tmp_path))).class_names == ["cra", "dog"]
+
+
+def test_labels_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    for label in (float("nan"), float("inf")):
+        write_parquet(tmp_path / "a", {"img": coloured(["cat"] * 2), "label": [1.0, label]}, None)
+        assert "is of type double" in refusal(tmp_path / "a")
+
+
+def test_a_class_folder_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "train" / "cat" / "0.png", "cat")
+    os.rename(tmp_path / "train" / "cat", os.fsencode(tmp_path / "train") + b"/\xff")
+    put(tmp_path / "train" / "dog" / "0.png", "dog")
+    assert "has characters that no name has: rename it" in refusal(tmp_path)
+
+
+def test_circles_of_links_end_at_once(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        put(tmp_path / "train" / name / "0.png", name)
+        for link in ("one", "two", "three"):
+            (tmp_path / "train" / name / link).symlink_to("..")
+    assert "is a link to a folder above it" in refusal(tmp_path)
+
+
+def test_a_strip_of_pixels_takes_no_more_than_its_centre(tmp_path: Path) -> None:
+    image = Image.new("RGB", (1, 300_000), COLOURS["cat"])
+    assert np.asarray(cover(image, 224, 224)).shape == (224, 224, 3)
+    # Where both ways are possible, they differ by rounding.
+    photo = Image.fromarray(noise(1, 0, side=80)[0]).resize((90, 400), Image.Resampling.BICUBIC)
+    whole = np.asarray(cover(photo, 64, 64)).astype(int)
+    with mock.patch.object(images, "MAX_COVERING", 0):
+        assert np.abs(np.asarray(cover(photo, 64, 64)).astype(int) - whole).max() <= 12
 
 
 def test_what_teaches_nothing_is_refused_with_the_layout(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_trunk_that_does_not_fit_is_refused_with_keys_and_options(
 def test_other_tensors_are_refused() -> None:
     with pytest.raises(UserError, match=r"has no layer features\.\*, so that it is no VGG"):
         chosen({"layer1.0.conv1.weight": torch.ones(1)})
-    with pytest.raises(UserError, match=r"features\.0\.bias: not finite there"):
+    with pytest.raises(UserError, match=r"features\.0\.bias: not finite in float32 there"):
         chosen(state() | {"features.0.bias": torch.full((3,), torch.nan)})
     with pytest.raises(UserError, match=r"features\.0\.bias: int8 there"):
         chosen(state() | {"features.0.bias": torch.zeros(3, dtype=torch.int8)})
