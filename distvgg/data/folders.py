@@ -127,6 +127,13 @@ def endings(root: Path) -> set[str]:
     }
 
 
+def image_in_a_split(root: Path) -> Path | None:
+    """Returns a file in a split's folder that has the ending of an image, or None."""
+    splits = (p for p in sorted(root.iterdir()) if p.name.lower() in SPLITS and p.is_dir())
+    files = (path.relative_to(root) for folder in splits for path in _files(folder))
+    return next((p for p in files if p.suffix.lower() in IMAGE_ENDINGS and not _is_hidden(p)), None)
+
+
 def _images_of(folder: Path) -> ImageFiles:
     """Returns the images of one split's folder."""
     by_metadata = _metadata(folder)

@@ -309,7 +309,7 @@ def test_tables_beside_images_are_refused_and_hidden_ones_do_not_count(tmp_path:
     write_parquet(tmp_path / ".git", {"x": [1]}, None)
     assert right(learned(tmp_path)["train"])
     write_parquet(tmp_path / "train", {"x": [1]}, None)
-    assert "holds both tables (.parquet) and image files" in refusal(tmp_path)
+    assert "holds both tables (.parquet) and images (train/cat/indoor/0.png)" in refusal(tmp_path)
 
 
 def test_a_test_split_of_files_that_are_no_images_is_refused(tmp_path: Path) -> None:
