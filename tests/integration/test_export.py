@@ -309,6 +309,11 @@ def test_missing_weights_are_not_filled_with_random_ones(here: Path) -> None:
         ("runs/small --to safetensors --out /nowhere/x", "cannot write /nowhere/x (No such file"),
         ("runs/small --to hub --out cat.png", "cannot write cat.png (Not a directory): choose"),
         ("runs/small --to hub --out runs/small", "runs/small/model.safetensors belongs to a run"),
+        ("runs/small --to hub --out runs/small/config.yaml", "config.yaml (Not a directory)"),
+        (
+            "runs/small --to safetensors --out runs/small/config.yaml",
+            "config.yaml belongs to a run",
+        ),
         (
             "runs/small --to safetensors --out runs/small/model.safetensors",
             "model.safetensors belongs to a run: choose another place with --out",

@@ -531,6 +531,28 @@ def test_the_original_files_of_cifar_are_read(
         assert split.labels.tolist() == [0, 1] * 3
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("fine_labels", [0]),
+        ("fine_labels", [0.0, 1.5]),
+        ("coarse_labels", [0]),
+        ("data", [[0] * 3072] * 2),
+        ("data", np.zeros((2, 3072))),
+        ("data", np.zeros((1, 3072), np.uint8)),
+    ],
+)
+def test_damaged_files_of_cifar_are_one_line(tmp_path: Path, key: str, value: Any) -> None:
+    folder = tmp_path / "cifar-100-python"
+    python_files(folder, noise(2, 0), [0, 1], [0, 0])
+    content = pickle.loads((folder / "train").read_bytes(), encoding="bytes")
+    content = {k.decode() if isinstance(k, bytes) else k: v for k, v in content.items()}
+    (folder / "train").write_bytes(pickle.dumps(content | {key: value}))
+    said = refusal(tmp_path)
+    assert f"{folder / 'train'} cannot be read: " in said
+    assert said.endswith("; download and unpack it again")
+
+
 def test_a_pickle_that_would_run_code_does_not(tmp_path: Path) -> None:
     python_files(tmp_path / "cifar-100-python", noise(2, 0), [0, 1], [0, 0])
 

@@ -97,3 +97,9 @@ def test_other_tensors_are_refused() -> None:
         chosen(state() | {"features.0.bias": torch.full((3,), torch.nan)})
     with pytest.raises(UserError, match=r"features\.0\.bias: int8 there"):
         chosen(state() | {"features.0.bias": torch.zeros(3, dtype=torch.int8)})
+    with pytest.raises(UserError, match=r"features\.0\.bias: float8_e4m3fn there"):
+        chosen(state() | {"features.0.bias": torch.zeros(3, dtype=torch.float8_e4m3fn)})
+    with pytest.raises(UserError, match=r"features\.0\.bias: not finite in float32 there"):
+        chosen(state() | {"features.0.bias": torch.full((3,), 1e300, dtype=torch.float64)})
+    with pytest.raises(UserError, match=r"features\.1\.running_var: negative there"):
+        chosen(state() | {"features.1.running_var": torch.full((3,), -1.0)})
