@@ -111,9 +111,7 @@ def write(config: DataConfig, source: str, folder: Path) -> dict[str, Any]:
                     )
             labels = classes.labels[name][kept]
             np.save(folder / f"{name}_labels.npy", labels)
-            if any(decoder.files):
-                files = json.dumps([_below(source, path) for path in decoder.files])
-                (folder / f"{name}_files.json").write_text(files)
+            _write_file_names(folder / f"{name}_files.json", source, decoder.files)
             card.add_split(name, labels, rows.left_out, decoder.damaged)
         missing = sorted(set(classes.labels["train"]) - set(np.load(folder / "train_labels.npy")))
         if missing:
@@ -381,9 +379,19 @@ def _bytes_of(encoded: dict[str, Any] | None) -> bytes:
     return data
 
 
-def _below(source: str, path: str) -> str:
-    """Returns a path relative to the folder of the data, if it lies there."""
-    return os.path.abspath(path).removeprefix(os.path.abspath(source) + os.sep) if path else path
+def _write_file_names(out: Path, source: str, paths: Sequence[str]) -> None:
+    """Writes the paths of images, if there are any, as JSON.
+
+    Those in the folder of the data are relative to it; others stay, such as names within a table.
+    """
+    if any(paths):
+        root = os.path.abspath(source) + os.sep
+        absolute = [os.path.abspath(path) for path in paths]
+        names = [
+            full.removeprefix(root) if full.startswith(root) else path
+            for path, full in zip(paths, absolute, strict=True)
+        ]
+        out.write_text(json.dumps(names))
 
 
 def _png(image: Image.Image) -> bytes:

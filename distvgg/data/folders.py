@@ -123,7 +123,7 @@ def endings(root: Path) -> set[str]:
     return {
         path.suffix.lower()
         for path in _files(root)
-        if path.name.lower() not in METADATA and not _is_hidden(path.relative_to(root))
+        if path.name.lower() not in METADATA and not is_hidden(path.relative_to(root))
     }
 
 
@@ -131,7 +131,7 @@ def image_in_a_split(root: Path) -> Path | None:
     """Returns a file in a split's folder that has the ending of an image, or None."""
     splits = (p for p in sorted(root.iterdir()) if p.name.lower() in SPLITS and p.is_dir())
     files = (path.relative_to(root) for folder in splits for path in _files(folder))
-    return next((p for p in files if p.suffix.lower() in IMAGE_ENDINGS and not _is_hidden(p)), None)
+    return next((p for p in files if p.suffix.lower() in IMAGE_ENDINGS and not is_hidden(p)), None)
 
 
 def _images_of(folder: Path) -> ImageFiles:
@@ -141,7 +141,7 @@ def _images_of(folder: Path) -> ImageFiles:
     direct = 0
     for path in _files(folder):
         where = path.relative_to(folder)
-        if reason := "hidden" if _is_hidden(where) else _no_image(path):
+        if reason := "hidden" if is_hidden(where) else _no_image(path):
             images.left_out[reason] += 1
         elif by_metadata is not None:
             name = by_metadata.get(where.as_posix())
@@ -183,7 +183,8 @@ def _files(folder: Path) -> Iterator[Path]:
     return walk(folder, frozenset())
 
 
-def _is_hidden(where: Path) -> bool:
+def is_hidden(where: Path) -> bool:
+    """Returns True if a file or a folder on the way to it, below the data, has a hidden name."""
     return any(part.startswith(".") for part in where.parts)
 
 

@@ -34,6 +34,7 @@ from distvgg.data.folders import (
     endings,
     find_images,
     image_in_a_split,
+    is_hidden,
 )
 from distvgg.errors import UserError
 from distvgg.reachability import within
@@ -263,11 +264,8 @@ def _check_each_file_has_a_split(folder: Path, files: dict[str, list[str]]) -> N
     may_be_unread = card.is_file() and "data_files" in card.read_text(errors="replace")
     counts = Counter(os.path.realpath(file) for group in files.values() for file in set(group))
     for path in sorted(folder.rglob("*.parquet")):
-        where = path.relative_to(folder)
-        if any(part.startswith(".") for part in where.parts):
-            continue
-        found = counts[os.path.realpath(path)]
-        if found > 1 or not (found or may_be_unread):
+        where, found = path.relative_to(folder), counts[os.path.realpath(path)]
+        if not is_hidden(where) and (found > 1 or not (found or may_be_unread)):
             named = "train, test or val" if found else "none of train, test and val"
             raise UserError(
                 f"data.path {folder}: {where} is in {found} splits, since its name has {named}:"

@@ -321,6 +321,12 @@ def test_a_test_split_of_files_that_are_no_images_is_refused(tmp_path: Path) -> 
     assert "test has no image of a class, only files left out (1 not an image (.heic))" in said
 
 
+def test_names_of_images_within_a_table_are_kept(tmp_path: Path) -> None:
+    images = [image | {"path": f"{n}.png"} for n, image in enumerate(coloured(["cat", "dog"]))]
+    write_parquet(tmp_path, {"img": images, "label": ["cat", "dog"]}, None)
+    assert load_dataset(custom(str(tmp_path))).train.file_names() == ["0.png", "1.png"]
+
+
 def test_each_table_is_in_one_split(tmp_path: Path) -> None:
     rows = {"img": coloured(["cat", "dog"]), "label": ["cat", "dog"]}
     write_parquet(tmp_path / "a", rows, None)
