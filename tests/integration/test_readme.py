@@ -61,6 +61,11 @@ def shell(
     )
 
 
+def pattern(line: str) -> str:
+    """A line of a terminal without its numbers and hashes."""
+    return re.sub(r"\b[0-9a-f]{8}\b|[\d.,]+", "N", line)
+
+
 @pytest.mark.parametrize(
     "epochs", [pytest.param("", marks=pytest.mark.long), " --train.epochs 0.5"]
 )
@@ -79,6 +84,13 @@ def test_the_first_command_trains_over_two_processes_and_says_where_the_curves_a
     assert accuracy is not None
     if not epochs:  # learnable: far above the 1% of chance, and the 60% that the set was made for
         assert float(accuracy[1]) > 60
+
+    printed = {pattern(line) for line in done.stdout.splitlines()}
+    sample = re.search(r"it prints\n\n```\n([\s\S]+?)```", (ROOT / "README.md").read_text())
+    assert sample
+    lines = [line for line in sample[1].splitlines() if line != "..."]
+    assert len(lines) > 4
+    assert [line for line in lines if pattern(line) not in printed] == []
 
     again = shell(command, checkout, timeout=60)
     assert again.returncode == 0
