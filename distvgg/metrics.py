@@ -10,6 +10,7 @@ IMAGES_PER_SEC, STEP_MS, DATA_WAIT_MS = (
     "perf/data_wait_ms",
 )
 TFLOPS = "perf/tflops"  # achieved, summed over all processes
+UNIX_TIME = "perf/unix_time"  # when the row was written; in metrics.jsonl only
 # With prefix val/ or test/. superclass_top1 exists only if the data has superclasses, tta_top1 only
 # if requested.
 LOSS, TOP1, TOP5, SUPERCLASS_TOP1, COUNT = "loss", "top1", "top5", "superclass_top1", "count"

@@ -9,6 +9,7 @@ destination prompts the user. W&B cannot end a run or delay a run for long. The 
 """
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +133,7 @@ class JsonLines(GeneralTracker):
         return self._file
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        self._file.append(values)
+        self._file.append(values | {metrics.UNIX_TIME: round(time.time(), 3)})
 
     def finish(self) -> None:
         self._file.close()

@@ -326,6 +326,10 @@ def _send(run: "Run", path: Path, ended: Callable[[float], bool]) -> int:
                     raise UserError(
                         f"{path}, line {index + 1}: not JSON; the run's next launch replaces it"
                     ) from error
+                if (
+                    metrics.UNIX_TIME in row
+                ):  # W&B's own axis of time, also for rows that are sent later
+                    row["_timestamp"] = row.pop(metrics.UNIX_TIME)
                 run.log(row)
                 sent += 1
             index += 1

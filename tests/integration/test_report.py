@@ -63,7 +63,7 @@ def page(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("report") / "all.html"
     done = run(["report", *map(str, runs), "--out", str(out)])
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"report of 3 run(s): {out}\n"
+    assert done.stdout == f"report of 3 runs: {out}\n"
     return out
 
 
@@ -150,7 +150,7 @@ def test_seeds_are_a_mean_or_single_runs(browser: Browser, page: Path) -> None:
         assert pixels_of(browser, "loss", colour_of(browser, name)) > 50
 
 
-def test_the_axis_is_step_epoch_or_time_and_a_box_zooms(browser: Browser, page: Path) -> None:
+def test_the_axis_is_step_epoch_or_a_time_and_a_box_zooms(browser: Browser, page: Path) -> None:
     from selenium.webdriver import ActionChains
 
     browser.emulate("light", 1400)
@@ -161,7 +161,10 @@ def test_the_axis_is_step_epoch_or_time_and_a_box_zooms(browser: Browser, page: 
     epochs = x_range(browser)
     assert 1.0 < epochs[1] < 1.2
     browser.click("input[value=time]")
-    assert x_range(browser) != epochs
+    training = x_range(browser)
+    assert training != epochs
+    browser.click("input[value=wall]")
+    assert x_range(browser)[1] > training[1]
     browser.click("input[value=step]")
     assert x_range(browser) == steps
     # The state of the page outlives its reload.

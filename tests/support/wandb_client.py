@@ -32,8 +32,9 @@ def login(server: WandbServer) -> dict[str, str]:
 
 
 def own(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of W&B's without what the client adds to it."""
-    return {name: value for name, value in row.items() if not name.startswith("_")}
+    """A row of W&B's as it was logged: with its time, without what else the client adds."""
+    logged = {name: value for name, value in row.items() if not name.startswith("_")}
+    return logged | {"perf/unix_time": row["_timestamp"]}
 
 
 def read_offline(folder: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from distvgg.runs.layout import (
     RESULT_FILE,
     WEIGHTS_FILE,
 )
+from distvgg.wording import counted
 
 POLL = 1.0  # seconds between two looks at the run folders
 RELOAD = 5  # seconds after which an open page reads the file again
@@ -42,9 +43,9 @@ def report(run_dirs: Sequence[Path], out: Path, *, watch: bool = False) -> str:
     _require_bokeh()
     if not watch:
         write(run_dirs, out)
-        return f"report of {len(run_dirs)} run(s): {out}"
+        return f"report of {counted(len(run_dirs), 'run')}: {out}"
     write(run_dirs, out, reload_seconds=RELOAD)
-    print(f"report of {len(run_dirs)} run(s): {out}; Ctrl-C ends the watch", flush=True)
+    print(f"report of {counted(len(run_dirs), 'run')}: {out}; Ctrl-C ends the watch", flush=True)
     try:
         _watch(run_dirs, out)
     except KeyboardInterrupt:

@@ -47,7 +47,6 @@ COLOURS = (
     *("#3b82d6", "#e07b18", "#2c9f5b", "#d64560", "#8f6bd0"),
     *("#9c7a4b", "#d468b4", "#1aa5ab", "#929a1e", "#7d8794"),
 )
-AXES = ("step", "epoch", "time")
 # At most this many runs have the number of processes written beside each start.
 MOST_LABELLED_RUNS = 4
 
@@ -154,7 +153,7 @@ class Figures:
     """The plots, and what report.js has to know of their models.
 
     Attributes:
-        time_unit: name, and seconds.
+        units: name and seconds of the unit of training time, and of wall time.
         plots: by their key.
         shown: the renderers whose rows belong to units.
         glyphs: ids of the glyphs whose position follows the chosen axis.
@@ -162,7 +161,7 @@ class Figures:
         hovers: ids of the tools whose tooltips end with the place on this axis.
     """
 
-    time_unit: tuple[str, float]
+    units: dict[str, tuple[str, float]]
     plots: dict[str, figure] = field(default_factory=dict)
     shown: list[Shown] = field(default_factory=list)
     glyphs: list[str] = field(default_factory=list)
@@ -170,9 +169,9 @@ class Figures:
     hovers: list[str] = field(default_factory=list)
 
 
-def units_of_time(runs: Sequence[RunData]) -> tuple[str, float]:
-    """Returns the unit of the time axis, and its length in seconds."""
-    last = np.concatenate([run.columns[series.TIME] for run in runs])
+def unit_of_time(runs: Sequence[RunData], axis: str) -> tuple[str, float]:
+    """Returns the unit of a time axis, and its length in seconds."""
+    last = np.concatenate([run.columns[axis] for run in runs])
     longest = np.nanmax(last) if np.isfinite(last).any() else 0.0
     if longest > 3 * 3600:
         return "hours", 3600.0
@@ -201,7 +200,7 @@ def draw_curves(units: Sequence[Unit], found: Figures) -> None:
         y_range = DataRange1d(range_padding=0.06)
         plot = _figure(panel.title, x_range=shared, y_range=y_range)
         plot.extra_y_ranges = {"marks": Range1d(0, 1)}
-        plot.xaxis.axis_label = AXES[0]
+        plot.xaxis.axis_label = metrics.STEP
         for curve in panel.curves:
             _draw_curve(plot, units, panel, curve, found, limits)
         y_range.renderers = plot.renderers[:]  # not the marks, which have a range of their own
@@ -234,7 +233,8 @@ def _draw_curve(
             else series.line_of(columns[0], curve.metric, limits[False])
         )
         if line is not None:
-            lines.append((unit, line.scaled(panel.scale, 1 / found.time_unit[1])))
+            times = (1 / found.units[axis][1] for axis in (series.TIME, series.WALL))
+            lines.append((unit, line.scaled(panel.scale, *times)))
     if not lines:
         return
     if bands := [(unit, line) for unit, line in lines if line.low is not None]:
@@ -265,7 +265,7 @@ def _draw_path(
     value = ("value", f"$snap_y{_number_format(panel)}")
     hover = HoverTool(
         renderers=[renderer],
-        tooltips=[("", f"@name: {curve.label}"), value, (AXES[0], "$snap_x{0,0.[00]}")],
+        tooltips=[("", f"@name: {curve.label}"), value, (metrics.STEP, "$snap_x{0,0.[00]}")],
         formatters={"$snap_y": "printf"},
         line_policy="nearest",
         visible=False,
@@ -292,7 +292,8 @@ def _draw_points(
         ("", f"@name: {curve.label}"),
         ("value", f"@y{_number_format(panel)}"),
         ("step, epoch", "@step{0,0}, @epoch{0.00}"),
-        (f"{found.time_unit[0]} in steps", "@time{0.00}"),
+        (f"{found.units[series.TIME][0]} of training", "@time{0.00}"),
+        (f"{found.units[series.WALL][0]} in all", "@wall{0.00}"),
     ]
     plot.add_tools(
         HoverTool(
@@ -309,7 +310,7 @@ def _source_of_lines(lines: Sequence[tuple[Unit, series.Line]]) -> ColumnDataSou
     """Returns a source with a row for each curve, whose cells are arrays."""
     return ColumnDataSource(
         {
-            **{axis: [_small(getattr(line, axis)) for _, line in lines] for axis in AXES},
+            **{axis: [_small(getattr(line, axis)) for _, line in lines] for axis in series.AXES},
             "y": [_small(line.value) for _, line in lines],
             "colour": [unit.colour for unit, _ in lines],
             "name": [unit.name for unit, _ in lines],
@@ -323,7 +324,7 @@ def _source_of_points(lines: Sequence[tuple[Unit, series.Line]]) -> ColumnDataSo
         {
             **{
                 axis: _small(np.concatenate([getattr(line, axis) for _, line in lines]))
-                for axis in AXES
+                for axis in series.AXES
             },
             "y": _small(np.concatenate([line.value for _, line in lines])),
             "colour": [unit.colour for unit, line in lines for _ in line.step],
@@ -375,8 +376,9 @@ def _source_of_starts(
     return ColumnDataSource(
         {
             "step": [step for _, _, step, _ in starts],
-            "epoch": [epoch for epoch, _ in at],
-            "time": [time / found.time_unit[1] for _, time in at],
+            "epoch": [epoch for epoch, *_ in at],
+            "time": [time / found.units[series.TIME][1] for _, time, _ in at],
+            "wall": [wall / found.units[series.WALL][1] for *_, wall in at],
             "colour": [unit.colour for unit, *_ in starts],
         }
     )

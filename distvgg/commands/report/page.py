@@ -57,7 +57,8 @@ def page(runs: Sequence[RunData], *, reload_seconds: int | None = None) -> str:
     ordered = [of_entry[id(entry)] for group in groups for entry in group.entries]
     differ = series.differences([run.entry.config for run in runs])
     units, modes = _units(ordered, groups, differ, of_entry)
-    found = Figures(figures.units_of_time(runs))
+    times = (series.TIME, series.WALL)
+    found = Figures({axis: figures.unit_of_time(runs, axis) for axis in times})
     figures.draw_curves(units, found)
     calibrated = figures.draw_reliability(units, found)
     classes, cells = _classes(groups, differ, of_entry, found)
@@ -68,7 +69,7 @@ def page(runs: Sequence[RunData], *, reload_seconds: int | None = None) -> str:
         "glyphs": found.glyphs,
         "curves": found.curves,
         "hovers": found.hovers,
-        "labels": {"step": "step", "epoch": "epoch", "time": f"{found.time_unit[0]} in steps"},
+        "labels": _axes(found),
         "themed": figures.themed(list(found.plots.values())),
         "cells": cells,
         "confusion": found.plots["confusion"].id if "confusion" in found.plots else None,
@@ -173,8 +174,7 @@ def _subtitle(runs: Sequence[RunData]) -> str:
 
 
 def _controls(units: Sequence[Unit], modes: Mapping[str, Any], found: Figures) -> str:
-    axes = {"step": "step", "epoch": "epoch", "time": f"time ({found.time_unit[0]})"}
-    parts = [_choice("axis", "Against", axes)]
+    parts = [_choice("axis", "Against", _axes(found))]
     if "mean" in modes:
         parts.append(_choice("mode", "Seeds", {"mean": "mean and range", "each": "each run"}))
     legend = "".join(
@@ -187,6 +187,13 @@ def _controls(units: Sequence[Unit], modes: Mapping[str, Any], found: Figures) -
         f'<div id="controls">{"".join(parts)}<div id="legend" role="group" aria-label="runs">'
         f'{legend}</div><button type="button" id="all">show all</button></div>'
     )
+
+
+def _axes(found: Figures) -> dict[str, str]:
+    """Returns the label of each horizontal axis."""
+    of_training, wall = (found.units[axis][0] for axis in (series.TIME, series.WALL))
+    labels = ("step", "epoch", f"training time ({of_training})", f"wall time ({wall})")
+    return dict(zip(series.AXES, labels, strict=True))
 
 
 def _choice(name: str, label: str, values: Mapping[str, str]) -> str:
@@ -219,7 +226,8 @@ def _curves(found: Figures, places: Mapping[str, str]) -> str:
     )
     return (
         f'<div class="plots">{plots}</div><p class="note">Drag: zoom into a box. All curves zoom'
-        " together. A dotted line is a restart. Time is that of training steps. A band is the"
+        " together. A dotted line is a restart. Training time is that of steps alone; wall time"
+        " also has evaluation, checkpoints and the time between launches. A band is the"
         " range over seeds, at steps that all of them have. Long curves keep the least and the"
         " greatest value of each interval.</p>"
     )

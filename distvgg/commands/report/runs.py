@@ -15,7 +15,7 @@ import numpy as np
 
 from distvgg import metrics
 from distvgg.commands.compare import SEED, Entry, Group, read
-from distvgg.commands.report.series import TIME, Columns, training_time
+from distvgg.commands.report.series import TIME, WALL, Columns, training_time, wall_time
 from distvgg.config import Config
 from distvgg.errors import UserError
 from distvgg.recipe import load
@@ -35,6 +35,7 @@ VAL, TEST = "val/", "test/"
 METRICS = (
     *(metrics.STEP, metrics.EPOCH, metrics.TRAIN_LOSS, metrics.TRAIN_TOP1, metrics.TRAIN_LR),
     *(metrics.TRAIN_GRAD_NORM, metrics.IMAGES_PER_SEC, metrics.STEP_MS, metrics.DATA_WAIT_MS),
+    metrics.UNIX_TIME,
     *(VAL + name for name in (metrics.LOSS, metrics.TOP1, metrics.TOP5, metrics.SUPERCLASS_TOP1)),
     *(TEST + name for name in (metrics.LOSS, metrics.TOP1, metrics.TOP5, metrics.SUPERCLASS_TOP1)),
 )
@@ -47,7 +48,8 @@ class RunData:
     """The content of a run folder that the report shows.
 
     Attributes:
-        columns: by metric, and `time`, the seconds of training; see `metrics_file.read_columns`.
+        columns: by metric (`metrics_file.read_columns`), with `time`, the seconds of training, and
+            `wall`, the seconds since the first step.
         starts: (step, world size) of each launch, as far as result or checkpoints tell.
         class_names: None for a run of version 0.1 without a confusion matrix.
         rows_sha256: of the complete rows without timings, as `launch/prove.py` computes it.
@@ -111,6 +113,8 @@ def _read_run(run_dir: Path, name: str) -> RunData | NoRowsError:
     columns = {metric: column[known] for metric, column in columns.items()}
     if not known.any():
         return NoRowsError(f"{run_dir} has no rows in {METRICS_FILE} yet ({entry.state}): wait")
+    columns[TIME] = training_time(columns)
+    columns[WALL] = wall_time(columns)
     weights = _content(run_dir / WEIGHTS_FILE)
     preprocessing, confusion = read_preprocessing(run_dir), read_confusion(run_dir)
     named = preprocessing or confusion
@@ -118,7 +122,7 @@ def _read_run(run_dir: Path, name: str) -> RunData | NoRowsError:
         folder=run_dir,
         entry=entry,
         config=load(str(run_dir / CONFIG_FILE)),
-        columns={**columns, TIME: training_time(columns)},
+        columns=columns,
         starts=entry.result.starts if entry.result else _starts(run_dir),
         confusion=confusion,
         class_names=named.class_names if named else None,

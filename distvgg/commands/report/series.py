@@ -12,14 +12,15 @@ import numpy as np
 from distvgg import metrics
 
 Columns = Mapping[str, np.ndarray]
-TIME = "time"
+TIME, WALL = "time", "wall"
+AXES = (metrics.STEP, metrics.EPOCH, TIME, WALL)
 
 
 class Line(NamedTuple):
     """One curve, decimated.
 
     Attributes:
-        step, epoch, time: [points] float64, positions on the three axes. Time is in seconds.
+        step, epoch, time, wall: [points] float64, positions on the four axes. Times are in seconds.
         value: [points] float64.
         low, high: [points] float64, the least and the greatest value of any seed between this
             point and the next; None for a single run.
@@ -28,23 +29,30 @@ class Line(NamedTuple):
     step: np.ndarray
     epoch: np.ndarray
     time: np.ndarray
+    wall: np.ndarray
     value: np.ndarray
     low: np.ndarray | None = None
     high: np.ndarray | None = None
 
-    def scaled(self, value: float, time: float) -> "Line":
+    def scaled(self, value: float, time: float, wall: float) -> "Line":
         """Returns the curve with its values and its times multiplied."""
-        low, high = (side if side is None else side * value for side in (self.low, self.high))
-        return Line(self.step, self.epoch, self.time * time, self.value * value, low, high)
+        return self._replace(
+            time=self.time * time,
+            wall=self.wall * wall,
+            value=self.value * value,
+            low=None if self.low is None else self.low * value,
+            high=None if self.high is None else self.high * value,
+        )
 
     def outline(self) -> "Line":
         """Returns the outline of the band: its upper side, then its lower side backwards."""
         assert self.low is not None
         assert self.high is not None
-        step, epoch, time = (
-            np.concatenate([axis, axis[::-1]]) for axis in (self.step, self.epoch, self.time)
+        step, epoch, time, wall = (
+            np.concatenate([axis, axis[::-1]])
+            for axis in (self.step, self.epoch, self.time, self.wall)
         )
-        return Line(step, epoch, time, np.concatenate([self.high, self.low[::-1]]))
+        return Line(step, epoch, time, wall, np.concatenate([self.high, self.low[::-1]]))
 
 
 def line_of(columns: Columns, metric: str, limit: int) -> Line | None:
@@ -53,10 +61,7 @@ def line_of(columns: Columns, metric: str, limit: int) -> Line | None:
     if not has.size:
         return None
     keep = has[decimate(columns[metric][has], limit)]
-    step, epoch, time, value = (
-        columns[name][keep] for name in (metrics.STEP, metrics.EPOCH, TIME, metric)
-    )
-    return Line(step, epoch, time, value)
+    return Line(*(columns[name][keep] for name in (*AXES, metric)))
 
 
 def band_of(runs: Sequence[Columns], metric: str, limit: int) -> Line | None:
@@ -85,6 +90,7 @@ def band_of(runs: Sequence[Columns], metric: str, limit: int) -> Line | None:
         common[keep],
         at_common(metrics.EPOCH).mean(0)[keep],
         at_common(TIME).mean(0)[keep],
+        at_common(WALL).mean(0)[keep],
         mean[keep],
         np.minimum.reduceat(values.min(0), keep),
         np.maximum.reduceat(values.max(0), keep),
@@ -145,6 +151,38 @@ def training_time(columns: Columns) -> np.ndarray:
     return time
 
 
+def wall_time(columns: Columns) -> np.ndarray:
+    """Computes the seconds from the first step to each row, with all that was not a step.
+
+    Rows of a run that began with a version below 0.2 have no clock; `time` stands for them.
+
+    Args:
+        columns: with `time`, of `training_time`.
+
+    Returns:
+        [rows] float64, ascending, also where the clock of the machine was set back.
+    """
+    time, clock = columns[TIME], columns[metrics.UNIX_TIME]
+    known = rows_with(columns, metrics.UNIX_TIME)
+    if not known.size:
+        return time
+    begun = clock[known[0]] - np.nan_to_num(time[known[0]])
+    passed = np.interp(np.arange(len(clock)), known, clock[known] - begun)
+    passed[: known[0]] = time[: known[0]]
+    ascending: np.ndarray = np.maximum.accumulate(passed)
+    return ascending
+
+
+def seconds_between_launches(columns: Columns, starts: Sequence[tuple[int, int]]) -> float:
+    """Computes the seconds of a run in which no launch went on: pauses, starts and lost steps."""
+    lost = 0.0
+    for step, _ in starts:
+        before = np.flatnonzero(columns[metrics.STEP] <= step)
+        if step > 0 and before.size:
+            lost += at_step(columns, step)[2] - columns[WALL][before[-1]]
+    return lost
+
+
 def seconds_waiting(columns: Columns) -> float:
     """Computes the seconds that steps waited for data, of all steps that have a row."""
     timed = rows_with(columns, metrics.DATA_WAIT_MS)
@@ -152,14 +190,23 @@ def seconds_waiting(columns: Columns) -> float:
     return float((steps * columns[metrics.DATA_WAIT_MS][timed]).sum() / 1000)
 
 
-def at_step(columns: Columns, step: float) -> tuple[float, float]:
-    """Returns the epoch and the training time at a step, between two rows as on a line."""
+def at_step(columns: Columns, step: float) -> tuple[float, float, float]:
+    """Returns epoch, training time and wall time of a launch at its first step.
+
+    Epoch and training time lie between those of two rows as on a line. Wall time is that of the
+    next row less the training time until then, so that it comes after a pause.
+    """
     steps = np.concatenate([[0], columns[metrics.STEP]])
     epoch, time = (
         float(np.interp(step, steps, np.concatenate([[0], columns[name]])))
         for name in (metrics.EPOCH, TIME)
     )
-    return epoch, time
+    after = np.flatnonzero(columns[metrics.STEP] > step)
+    if not after.size:
+        return epoch, time, float(columns[WALL][-1])
+    before = columns[WALL][after[0] - 1] if after[0] else 0.0
+    wall = columns[WALL][after[0]] - (columns[TIME][after[0]] - time)
+    return epoch, time, max(float(wall), float(before))
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -168,6 +215,6 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [n for n in names if len({str(config.get(n)) for config in configs}) > 1]
 
 
-def points_of_a_line(lines: int, total: int = 45_000) -> int:
+def points_of_a_line(lines: int, total: int = 38_000) -> int:
     """Returns the points that each of some lines may have, so that the report stays small."""
     return min(2000, max(50, total // max(1, lines)))

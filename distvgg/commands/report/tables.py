@@ -52,37 +52,50 @@ def network(runs: Sequence[RunData]) -> str:
 
 def time(runs: Sequence[RunData]) -> str:
     """Returns where the time of each run went, and its launches."""
-    rows, total = [], 0.0
-    spent = []
+    longest = max(_last(run, series.WALL) for run in runs)
+    rows = []
     for run in runs:
-        seconds = run.columns[series.TIME]
-        last = float(seconds[-1]) if series.rows_with(run.columns, series.TIME).size else 0.0
-        spent.append((last, min(last, series.seconds_waiting(run.columns))))
-        total = max(total, last)
-    for run, (last, waiting) in zip(runs, spent, strict=True):
-        step = run.columns[metrics.STEP][-1]
+        wall, training = _last(run, series.WALL), _last(run, series.TIME)
+        between = min(wall, series.seconds_between_launches(run.columns, run.starts))
+        clocked = series.rows_with(run.columns, metrics.UNIX_TIME).size
+        waiting = min(training, series.seconds_waiting(run.columns))
         launches = " \N{RIGHTWARDS ARROW} ".join(f"{w} at step {s:,}" for s, w in run.starts)
-        width = 100 * last / total if total else 0
-        wait = 100 * waiting / last if last else 0
-        bar = (
-            f'<span class="bar" style="width:{width:.2f}%"><i style="width:{wait:.2f}%"></i></span>'
-        )
         rows.append(
             [
                 escape(run.name),
-                f"{int(step):,}",
-                str(timedelta(seconds=round(last))),
-                f"{wait:.1f}%",
-                bar,
+                f"{int(run.columns[metrics.STEP][-1]):,}",
+                _duration(wall) if clocked else "-",
+                _duration(training),
+                f"{100 * waiting / training if training else 0:.1f}%",
+                _duration(max(0.0, wall - training - between)) if clocked else "-",
+                _duration(between) if clocked else "-",
+                _bar(wall, training, longest),
                 escape(launches or "no checkpoint yet"),
             ]
         )
-    header = ["run", "steps", "time in steps", "of that, waiting for data"]
-    header += ["", "launches: processes at step"]
+    header = ["run", "steps", "wall time", "training", "of that, waiting for data"]
+    header += ["evaluation, checkpoints", "between launches", "", "launches: processes at step"]
     return table(header, rows, html=True) + (
-        '<p class="note">From perf/step_ms and perf/data_wait_ms of the rows. Rows have no time for'
-        " evaluation, checkpoints and starts.</p>"
+        '<p class="note">From the first step to the last row. Training is the time of steps, the'
+        " full colour of a bar. Between launches are pauses, starts, and steps that a kill lost."
+        "</p>"
     )
+
+
+def _last(run: RunData, axis: str) -> float:
+    seconds = run.columns[axis]
+    return float(seconds[-1]) if series.rows_with(run.columns, axis).size else 0.0
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _bar(wall: float, training: float, longest: float) -> str:
+    """Returns a bar for the wall time, whose full colour is the time of training."""
+    width = 100 * wall / longest if longest else 0
+    full = 100 * min(1.0, training / wall) if wall else 0
+    return f'<span class="bar" style="width:{width:.2f}%"><i style="width:{full:.2f}%"></i></span>'
 
 
 def config(runs: Sequence[RunData]) -> str:

@@ -17,8 +17,10 @@ from distvgg.commands.report.series import (
     differences,
     line_of,
     points_of_a_line,
+    seconds_between_launches,
     seconds_waiting,
     training_time,
+    wall_time,
 )
 from distvgg.recipe import load
 from distvgg.runs.metrics_file import parse_rows, read_columns
@@ -28,7 +30,8 @@ LOSS = "train/loss"
 
 def columns(rows: list[dict[str, float]]) -> dict[str, np.ndarray]:
     found = read_columns("".join(json.dumps(row) + "\n" for row in rows).encode(), METRICS)
-    return {**found, "time": training_time(found)}
+    found = {**found, "time": training_time(found)}
+    return {**found, "wall": wall_time(found)}
 
 
 def losses(values: dict[int, float]) -> dict[str, np.ndarray]:
@@ -64,7 +67,7 @@ def test_a_spike_of_one_row_in_ten_thousand_stays_visible() -> None:
 
 def test_more_lines_have_fewer_points_each() -> None:
     assert points_of_a_line(1) == 2000
-    assert points_of_a_line(600) == 75
+    assert points_of_a_line(600) == 63
     assert points_of_a_line(10_000) == 50
 
 
@@ -124,9 +127,30 @@ def test_time_is_that_of_the_steps_between_the_rows() -> None:
     )
     assert found["time"].tolist() == pytest.approx([0.1, 1.0, 1.0, 4.0])
     assert seconds_waiting(found) == pytest.approx(0.1)
-    assert at_step(found, 15) == pytest.approx((1.5, 2.5))
-    assert at_step(found, 0) == (0, 0)
+    assert at_step(found, 15) == pytest.approx((1.5, 2.5, 2.5))
+    assert at_step(found, 0) == (0, 0, 0)
     assert np.isnan(losses({1: 1.0})["time"]).all()
+
+
+def test_wall_time_has_evaluation_and_the_pause_before_a_launch() -> None:
+    step, clock = "perf/step_ms", "perf/unix_time"
+    rows = [
+        {"step": 10, "epoch": 1.0, step: 100.0, clock: 5000.0},
+        {"step": 10, "epoch": 1.0, "val/loss": 1.0, clock: 5003.0},
+        # A launch from a checkpoint of step 10, an hour later; its steps take 200 ms.
+        {"step": 20, "epoch": 2.0, step: 200.0, clock: 8605.0},
+        {"step": 20, "epoch": 2.0, "val/loss": 0.5, clock: 8604.0},  # the clock was set back
+    ]
+    found = columns(rows)
+    assert found["time"].tolist() == pytest.approx([1, 1, 3, 3])
+    assert found["wall"].tolist() == pytest.approx([1, 4, 3606, 3606])
+    assert at_step(found, 10) == pytest.approx((1.0, 1.0, 3604))
+    assert at_step(found, 20)[2] == 3606
+    assert seconds_between_launches(found, [(0, 1), (10, 2)]) == pytest.approx(3600)
+    assert seconds_between_launches(found, [(0, 1)]) == 0
+    # The first rows are of a version that wrote no clock.
+    late = columns([{k: v for k, v in row.items() if k != clock} for row in rows[:2]] + rows[2:])
+    assert late["wall"].tolist() == pytest.approx([1, 1, 3, 3])
 
 
 def test_differences_of_configs() -> None:
