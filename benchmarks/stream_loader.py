@@ -135,12 +135,12 @@ def stream_loader(
     m = plan.micro_batch_size
     labels, index = torch.zeros(m, device=device), torch.arange(m, device=device)
     params = draw_epoch(config.augment, 0, 0, m).to(device)
-    if device.type == "cpu":
-        params = params._replace(flip=torch.zeros_like(params.flip))
 
     def epoch() -> float:
+        # On a CPU, the workers have flipped.
+        flips = device.type != "cpu"
         batches = (
-            (crop_and_flip(images, index, params, 0), labels)
+            (crop_and_flip(images, index, params, 0) if flips else images, labels)
             for step in range(plan.steps(1))
             for _, images in loader.read(step)
         )

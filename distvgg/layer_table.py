@@ -15,6 +15,7 @@ from collections.abc import Iterable
 Table = tuple[int | str, ...]
 
 POOL = "M"
+MAX_CHANNELS = 1 << 14  # two such layers in a row have 10 GB of weights
 _CONVOLUTION = re.compile(r"(1x1-)?([1-9][0-9]*)")
 _EXPECTED = "expected channels of a 3x3 convolution, 1x1-CHANNELS, or M for a max-pool"
 
@@ -23,7 +24,7 @@ def read_table(entries: Iterable[object]) -> Table:
     """Returns a table with its entries in canonical form: int, `1x1-N` or `M`.
 
     Raises:
-        ValueError: an entry is unknown, or there is no convolution.
+        ValueError: an entry is unknown or too wide, or there is no convolution.
     """
     table = tuple(map(_entry, entries))
     if all(entry == POOL for entry in table):
@@ -53,6 +54,10 @@ def max_pools(image_size: int) -> int:
 def _entry(value: object) -> int | str:
     text = str(value).strip()
     found = _CONVOLUTION.fullmatch(text)
+    if found and (len(found[2]) > 5 or int(found[2]) > MAX_CHANNELS):
+        raise ValueError(
+            f"model.layers: {text[:20]} (expected at most {MAX_CHANNELS} channels); give fewer"
+        )
     if found:
         return text if found[1] else int(text)
     if text != POOL:

@@ -31,20 +31,23 @@ class Card:
     def __init__(self, class_names: Sequence[str]) -> None:
         self._names = class_names
         self._sizes: Counter[tuple[int, int]] = Counter()
+        self._modes: Counter[str] = Counter()
         self._digests: dict[str, set[bytes]] = {}
         self._decoding: set[bytes] = set()
         self._lines: list[str] = []
         self._notes: list[str] = []
 
-    def add_image(self, width: int, height: int, digest: bytes) -> None:
+    def add_image(self, width: int, height: int, mode: str, digest: bytes) -> None:
         """Counts an image.
 
         Args:
             width: before any resize.
             height: before any resize.
+            mode: before its conversion to RGB, as Pillow calls it.
             digest: `pixel_digest` of the stored pixels, to find the image in another split.
         """
         self._sizes[width, height] += 1
+        self._modes[mode] += 1
         self._decoding.add(digest)
 
     def add_split(
@@ -88,13 +91,15 @@ class Card:
         return self._notes
 
     def lines(self) -> list[str]:
-        """Returns the counts by split, the sizes, and the images that two splits share."""
+        """Returns the counts by split, sizes, modes, and the images that two splits share."""
         shared = [
             f"{len(self._digests[one] & self._digests[other]):,} images are in {one} and in {other}"
             for one, other in combinations(self._digests, 2)
             if self._digests[one] & self._digests[other]
         ]
-        return [*self._lines, f"sizes: {self._describe_sizes()}", *shared]
+        modes = ", ".join(f"{n:,} {mode}" for mode, n in self._modes.most_common())
+        sizes = f"sizes: {self._describe_sizes()}"
+        return [*self._lines, sizes, f"modes before conversion to RGB: {modes}", *shared]
 
     def _describe_sizes(self) -> str:
         if len(self._sizes) <= SHOWN:

@@ -90,13 +90,19 @@ def find_cifar(root: Path) -> CifarFiles | None:
     """Reads the original files in a folder, or in their own folder below it; None without any.
 
     Raises:
-        UserError: a file is damaged, or a pickle names something else than arrays.
+        UserError: a file is missing or damaged, or a pickle names something else than arrays.
     """
     for name, layout in _LAYOUTS.items():
         needed = [layout.names, *chain.from_iterable(layout.files.values())]
         for folder in (root, root / name):
-            if all((folder / file).is_file() for file in needed):
+            missing = [file for file in needed if not (folder / file).is_file()]
+            if not missing:
                 return (_read_binary if layout.label_bytes else _read_python)(folder, layout)
+            if layout.names not in missing and len(missing) < len(needed) - 1:
+                raise UserError(
+                    f"{folder} has no file {missing[0]}, but others of {name}: download and unpack"
+                    " it again"
+                )
     return None
 
 

@@ -31,7 +31,7 @@ from distvgg.data.cifar import (
 )
 from distvgg.data.classes import integers, join_classes, number_names
 from distvgg.data.encoded import EncodedWriter
-from distvgg.data.images import cover, decode_upright
+from distvgg.data.images import MODE, cover, decode_upright
 from distvgg.data.moments import moments
 from distvgg.data.readers import Encoded, Rows, read, reason
 from distvgg.errors import UserError
@@ -49,6 +49,7 @@ class Prepared(NamedTuple):
         row: of the split.
         path: of its file, or empty.
         width, height: before any resize.
+        mode: before its conversion to RGB, as Pillow calls it.
         stored: size of `pixels`, (width, height).
         pixels: [height, width, 3] uint8, as the decoded store has them.
         digest: of `pixels`.
@@ -60,6 +61,7 @@ class Prepared(NamedTuple):
     path: str
     width: int
     height: int
+    mode: str
     stored: tuple[int, int]
     pixels: bytes
     digest: bytes
@@ -230,7 +232,7 @@ class Decoder:
                     )
                 kept.append(image.row)
                 self.files.append(image.path)
-                self._card.add_image(image.width, image.height, image.digest)
+                self._card.add_image(image.width, image.height, image.mode, image.digest)
                 if self.damaged and self._config.on_error == "refuse":
                     continue
                 if isinstance(writer, EncodedWriter):
@@ -321,8 +323,8 @@ class Decoder:
             histogram = stored.histogram()
             content = content or _png(image)
         digest = pixel_digest(pixels)
-        size = image.width, image.height
-        return Prepared(row, path, *size, stored.size, pixels, digest, content, histogram)
+        was = image.width, image.height, image.info.get(MODE, image.mode)
+        return Prepared(row, path, *was, stored.size, pixels, digest, content, histogram)
 
     def _refusal(self) -> str:
         n = len(self.damaged)

@@ -17,6 +17,7 @@ from distvgg.config import MAX_PIXELS
 PNG = b"\x89PNG\r\n\x1a\n"
 # Modes of one channel of 16 bits. Pillow before 11 reads a PNG of 16 bits as mode I.
 _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+MODE = "mode before conversion"  # in the `info` of an image
 # Pixels of a resized image from which only the part that is kept is computed, by other rounding.
 # An image of 1x300,000 pixels would take 45 GB at 224x224.
 MAX_COVERING = 2**27
@@ -52,23 +53,32 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """Converts an image of any mode to RGB, turned upright as its EXIF data says.
 
     Transparent pixels are composited on white. Of 16 bits a channel, the upper 8 are kept, as
-    Pillow does for colour images. Of several frames, the first is taken.
+    Pillow does for colour images. Of several frames, the first is taken. `info[MODE]` of the result
+    is the mode that the image had.
 
     Raises:
         ValueError: the pixels are floats, or integers of more than 16 bits.
     """
-    plain = image.mode == "RGB" and "transparency" not in image.info
+    mode = image.mode
+    plain = mode == "RGB" and "transparency" not in image.info
     if plain and image.getexif().get(_ORIENTATION, 1) == 1:
-        image.load()
-        return image  # without the two copies below
-    image = ImageOps.exif_transpose(image)
+        image.load()  # without the copies of a conversion
+    else:
+        image = _to_rgb(ImageOps.exif_transpose(image))
+    image.info[MODE] = mode
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its pixels are floats of unknown range: convert it to 8 bits a channel")
     if image.mode in _DEEP:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise ValueError("more than 16 bits a channel: convert it to 8 bits")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        upper = (values >> 8).astype(np.uint8)
+        transparent = image.info.get("transparency")  # one value of grey, in a PNG
+        return Image.fromarray(np.where(values == transparent, 255, upper)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

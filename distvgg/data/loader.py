@@ -84,17 +84,20 @@ class NetworkInput:
         self._std = torch.tensor(dataset.std, dtype=dtype, device=device)
 
     def augmented(
-        self, images: Tensor, index: Tensor, params: AugmentParams, config: AugmentConfig
+        self, images: Tensor, index: Tensor | None, params: AugmentParams, config: AugmentConfig
     ) -> Tensor:
         """Returns augmented views of some images: [n, 3, image_size, image_size].
 
         Args:
             images: [N, height, width, 3] uint8.
-            index: The images to take, [n] int64.
+            index: The images to take, [n] int64; None takes all, which are flipped already.
             params: [n] each.
             config: The augmentation.
         """
-        images = crop_and_flip(images, index, params, config.crop_padding)
+        if index is None:  # a copy of the images is 2% of the time in which they are decoded
+            assert not config.crop_padding
+        else:
+            images = crop_and_flip(images, index, params, config.crop_padding)
         if config.trivial:
             images = trivial_augment(images, params)
         x = normalise(images, self._mean, self._std)

@@ -134,7 +134,7 @@ def _read_folder(config: DataConfig, source: str, scratch: Path) -> dict[str, Ro
             f"data.path {source}: the library that reads tables takes {folder} for a pattern: give"
             " the folder a name without *, ? and ["
         )
-    return _rows_of_tables(config, source, _load_folder(source, folder, scratch))
+    return _rows_of_tables(config, source, _load_folder(source, folder, scratch), folder)
 
 
 def _rows_of_cifar(source: str, cifar: CifarFiles) -> dict[str, Rows]:
@@ -170,7 +170,9 @@ def _rows_of_files(source: str, split: str, found: ImageFiles) -> Rows:
     )
 
 
-def _rows_of_tables(config: DataConfig, source: str, tables: dict[str, Any]) -> dict[str, Rows]:
+def _rows_of_tables(
+    config: DataConfig, source: str, tables: dict[str, Any], folder: Path | None = None
+) -> dict[str, Rows]:
     named = {
         SPLITS[name.lower()]: table for name, table in tables.items() if name.lower() in SPLITS
     }
@@ -179,7 +181,10 @@ def _rows_of_tables(config: DataConfig, source: str, tables: dict[str, Any]) -> 
             f"{source} has no train split, only {', '.join(tables)}: put its files in a folder"
             " train/, or name them train-*.parquet"
         )
-    return {split: _rows(config, f"{source} ({split} split)", t) for split, t in named.items()}
+    return {
+        split: _rows(config, f"{source} ({split} split)", table, folder)
+        for split, table in named.items()
+    }
 
 
 def check_hub_id(source: str) -> None:
@@ -321,8 +326,11 @@ def _silently(load: Callable[..., T], path: str, **arguments: Any) -> T:
         return load(path, **arguments)
 
 
-def _rows(config: DataConfig, where: str, table: Any) -> Rows:
-    """Returns the rows of a `datasets.Dataset` after finding its columns."""
+def _rows(config: DataConfig, where: str, table: Any, folder: Path | None) -> Rows:
+    """Returns the rows of a `datasets.Dataset` after finding its columns.
+
+    Paths of images that are relative are those of files below `folder`, if one is given.
+    """
     import datasets
 
     image = _image_column(config, where, table)
@@ -344,16 +352,21 @@ def _rows(config: DataConfig, where: str, table: Any) -> Rows:
         ) from error
     encoded = encoded.with_format("arrow")
 
+    def found(path: str) -> str:
+        return os.path.join(folder, path) if folder and "://" not in path else path
+
     def images() -> Iterator[Encoded]:
         for batch in encoded.iter(batch_size=1000):
-            yield from batch.column(0).to_pylist()
+            for image in batch.column(0).to_pylist():
+                outside = image and image["bytes"] is None and image["path"]
+                yield image | {"path": found(image["path"])} if outside else image
 
     stored = encoded[:].column(0)
     outside = pc.is_null(pc.struct_field(stored, "bytes"))
-    files = set(pc.struct_field(stored, "path").filter(outside).to_pylist()) - {None}
+    paths = set(pc.struct_field(stored, "path").filter(outside).to_pylist()) - {None}
     has_superclass = SUPERCLASS_COLUMN in table.column_names and label != SUPERCLASS_COLUMN
     superclass = column(SUPERCLASS_COLUMN) if has_superclass else None
-    return Rows(where, column(label), superclass, images, frozenset(files))
+    return Rows(where, column(label), superclass, images, frozenset(map(found, paths)))
 
 
 def _image_column(config: DataConfig, where: str, table: Any) -> str:

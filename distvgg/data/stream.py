@@ -237,13 +237,14 @@ class StreamLoader:
         self._samples = SampleStream(config, rows, plan, device)
         self._rows = rows
         self._labels = torch.from_numpy(dataset.train.labels).to(device)
-        self._index = torch.arange(plan.micro_batch_size, device=device)
         self._parts_each = len(pool.split(np.arange(plan.micro_batch_size)))
         self._sequence, self._next = -1, -1
         # On a CPU, workers flip what they crop, because they need half the time for it.
         encoded = isinstance(dataset.train.images, EncodedImages)
         crops = config.augment.crop_padding > 0
         self._workers_flip = device.type == "cpu" and encoded and not crops
+        m = plan.micro_batch_size
+        self._index = None if self._workers_flip else torch.arange(m, device=device)
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """Returns the rank's micro-batches of a step, in order of `k`.
@@ -252,8 +253,6 @@ class StreamLoader:
         """
         plan, m = self._plan, self._plan.micro_batch_size
         rows, params = self._samples.take(plan.positions(step, self._rank))
-        if self._workers_flip:
-            params = params._replace(flip=torch.zeros_like(params.flip))
         batches = []
         for a, (k, images) in enumerate(self.read(step)):
             at = slice(a * m, (a + 1) * m)

@@ -168,7 +168,12 @@ def _of_torchvision(name: str) -> Source:
     return Source(
         name,
         tensors,
-        {"depth": int(depth[0]), "batch_norm": builder.endswith("_BN"), "width": 1.0},
+        {
+            "name": "vgg",
+            "depth": int(depth[0]),
+            "batch_norm": builder.endswith("_BN"),
+            "width": 1.0,
+        },
         moments=(transforms.mean, transforms.std),
     )
 

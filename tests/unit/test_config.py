@@ -120,6 +120,7 @@ def test_a_table_on_the_command_line_replaces_the_shorthands_of_the_recipe(tmp_p
         ("64,0", "drop it, or give at least one channel"),
         ("64,1x1-0", "drop it, or give at least one channel"),
         ("64,,M", "drop a comma"),
+        ("64,1x1-99999999999", "1x1-99999999999 (expected at most 16384 channels); give fewer"),
         ("64,true", "write one of these"),
         ("M,M", "no convolution (expected at least one); begin with its channels"),
         ("", "no convolution"),

@@ -485,12 +485,13 @@ def test_the_card_counts_classes_sizes_and_shared_images(tmp_path: Path) -> None
     write_folders(tmp_path / "set", ["a", "b"], {"train": images[:20], "test": images[16:]})
     for i, image in enumerate(noise(90, 3, side=40)):
         path = tmp_path / "set" / "train" / "b" / f"large{i}.png"
-        path.write_bytes(png(image))
+        path.write_bytes(png(image if i else image[..., 0]))
     dataset = load_dataset(custom(str(tmp_path / "set"), resize=32))
     assert dataset.card == (
         "train: 110 images of 2 classes, from 10 (a) to 100 (b) each",
         "test: 8 images of 2 classes, 4 each",
         "sizes: 90 of 40x40, 28 of 32x32",
+        "modes before conversion to RGB: 117 RGB, 1 L",
         "4 images are in train and in test",
     )
     assert dataset.notes == ("classes are not balanced: a has 10 images, b 100",)
@@ -557,6 +558,27 @@ def test_damaged_files_of_cifar_are_one_line(tmp_path: Path, key: str, value: An
     said = refusal(tmp_path)
     assert f"{folder / 'train'} cannot be read: " in said
     assert said.endswith("; download and unpack it again")
+
+
+def test_a_missing_file_of_cifar_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for name in ("batches.meta.txt", "data_batch_1.bin", "data_batch_2.bin", "test_batch.bin"):
+        (folder / name).touch()
+    said = f"{folder} has no file data_batch_3.bin, but others of cifar-10-batches-bin: download"
+    assert said in refusal(tmp_path)
+
+
+def test_paths_in_a_table_are_below_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    images = noise(20, 0)
+    for i, image in enumerate(images):
+        (tmp_path / "photos" / f"{i}.png").write_bytes(png(image))
+    lines = [f"photos/{i}.png,{i % 2}" for i in range(20)]
+    (tmp_path / "train.csv").write_text("\n".join(["image,label", *lines]) + "\n")
+    split = load_dataset(custom(str(tmp_path))).train
+    assert np.array_equal(split.images, images)
+    assert split.file_names() == [f"photos/{i}.png" for i in range(20)]
 
 
 def test_a_pickle_that_would_run_code_does_not(tmp_path: Path) -> None:

@@ -40,6 +40,13 @@ def transparent_palette() -> tuple[bytes, np.ndarray]:
     return encoded(image, "PNG", transparency=0), expected
 
 
+def grey_of_16_bits_of_which_one_is_transparent() -> tuple[bytes, np.ndarray]:
+    values = GREY.astype(np.uint16) * 257
+    first = int(values[0, 0])
+    expected = np.where(values == first, 255, GREY).astype(np.uint8)
+    return encoded(Image.fromarray(values), "PNG", transparency=first), in_three(expected)
+
+
 def lying(orientation: int, turned: np.ndarray) -> tuple[bytes, np.ndarray]:
     """An image whose pixels lie turned, as a camera stores them, and which is `PIXELS` upright."""
     exif = Image.Exif()
@@ -56,6 +63,7 @@ def lying(orientation: int, turned: np.ndarray) -> tuple[bytes, np.ndarray]:
         (png(np.dstack([PIXELS, np.full_like(GREY, 255)])), PIXELS),
         half_transparent(),
         transparent_palette(),
+        grey_of_16_bits_of_which_one_is_transparent(),
         (png(GREY.astype(np.uint16) * 257), in_three(GREY)),
         (encoded(Image.fromarray(GREY.astype(np.int32) * 257), "TIFF"), in_three(GREY)),
         (encoded(Image.fromarray(255 - PIXELS).convert("CMYK"), "TIFF"), 255 - PIXELS),
@@ -65,7 +73,8 @@ def lying(orientation: int, turned: np.ndarray) -> tuple[bytes, np.ndarray]:
         lying(5, PIXELS.transpose(1, 0, 2)),
     ],
     ids=[
-        *("RGB", "grey", "opaque", "half-transparent", "palette", "16 bits", "32 bits, 16 used"),
+        *("RGB", "grey", "opaque", "half-transparent", "palette", "transparent grey"),
+        *("16 bits", "32 bits, 16 used"),
         *("CMYK", "black and white", "upside down", "lying", "transposed"),
     ],
 )

@@ -72,7 +72,12 @@ def test_torchvisions_weights_are_read_from_its_cache(hub: Path) -> None:
     ):
         assert is_cached(name)
         source = read_source(name)
-        assert source.model == {"depth": 11, "batch_norm": True, "width": 1.0}
+        assert source.model == {
+            "name": "vgg",
+            "depth": 11,
+            "batch_norm": True,
+            "width": 1.0,
+        }
         assert source.moments == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         record, tensors = choose(source, network, config, [])
         assert record.loaded == ["features"]
@@ -85,6 +90,9 @@ def test_torchvisions_weights_are_read_from_its_cache(hub: Path) -> None:
         assert all(torch.equal(t, theirs[k]) for k, t in tensors.items())
     with pytest.raises(UserError, match=r"set --model.depth 11, or"):
         choose(read_source("torchvision:vgg11_bn"), state(TINY), ModelConfig(), [])
+    alexnet = ModelConfig(name="alexnet")
+    with pytest.raises(UserError, match=r"set --model.name vgg --model.depth 11"):
+        choose(read_source("torchvision:vgg11_bn"), state(alexnet), alexnet, [])
 
 
 def test_a_damaged_cache_is_one_line_that_names_the_file(hub: Path) -> None:
