@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+import warm
 from benchmarks.runs import DISTVGG, ROOT, Training, command, differences, measured, rows
 
 __all__ = ["DISTVGG", "ROOT", "command", "measured", "rows"]
@@ -45,9 +46,14 @@ def run(
     program: tuple[str, ...] = DISTVGG,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command of distvgg's to its end."""
+    whole_env = os.environ | CPU | (env or {})
+    if processes == 1 and program == DISTVGG:
+        done = warm.run(args, whole_env, cwd, timeout)
+        if done is not None:
+            return done
     return subprocess.run(
         command(args, processes, program=program),
-        env=os.environ | CPU | (env or {}),
+        env=whole_env,
         cwd=cwd,
         capture_output=True,
         text=True,
