@@ -141,7 +141,9 @@ def launch(words: list[str], *processes: int) -> list[Any]:
         ]
         for process in started:
             if process.wait():
-                raise RuntimeError(f"a run on {processes} process(es) ended with an error, above")
+                raise RuntimeError(
+                    f"one of the runs on {processes} processes ended with an error, above"
+                )
         return [json.loads(file.read_text()) for file in files]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from distvgg.cores import granted_cores
 from distvgg.errors import UserError
+from distvgg.wording import counted
 
 # Other kinds of training. accelerate enables each by a variable that its launcher sets.
 _KINDS = {
@@ -276,8 +277,8 @@ def notes(
     wanted = (cpu_threads or 0) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if wanted > cores:
         found.append(
-            f"{wanted} threads (train.cpu_threads {cpu_threads}) share {cores:.3g} core(s): slower,"
-            " to the same bits"
+            f"{wanted} threads (train.cpu_threads {cpu_threads}) share {counted(cores, 'core')}:"
+            " slower, to the same bits"
         )
     if without := _without_effect(cpu_threads):
         found.append(f"set in the environment, without effect: {', '.join(without)}")

@@ -37,6 +37,7 @@ from distvgg.models.freezing import freeze, learned_parameters
 from distvgg.models.summary import layers_of, network_name
 from distvgg.models.vgg import VGG, FrozenBatchNorm
 from distvgg.runs.provenance import commit, hardware, versions
+from distvgg.wording import counted
 
 if TYPE_CHECKING:
     from distvgg.training.state import Run
@@ -84,7 +85,7 @@ def bench(config: Config, recipe: str, options: BenchOptions, *, as_json: bool) 
         + "\n".join(origins(setup, options, source, alone)),
         f"Strong scaling: the global batch of {batch.global_batch_size:,} shared by more GPUs\n"
         + plain_table([header, *(cells(setup, s, alone) for s in strong)], "right"),
-        f"Weak scaling: {alone} micro-batch(es) of {m} on each GPU\n"
+        f"Weak scaling: {counted(alone, 'micro-batch')} of {m} on each GPU\n"
         + plain_table(
             [
                 [*header, f"batch for {TARGET:.0%}"],
@@ -335,8 +336,9 @@ def expectations(setup: Setup, options: BenchOptions, batch: int, alone: int) ->
     """Returns the number of GPUs that the recipe feeds, and a prediction for each of `ASKED`."""
     m = setup.job.micro_batch_size
     lines = [
-        f"The recipe's global batch of {batch:,} feeds at most {alone} GPU(s), a micro-batch of {m}"
-        " each. A larger one feeds more: another run, whose learning rate is to be found again."
+        f"The recipe's global batch of {batch:,} feeds at most {counted(alone, 'GPU')}, a"
+        f" micro-batch of {m} each. A larger one feeds more: another run, whose learning rate is to"
+        " be found again."
     ]
     for ranks in (n for n in ASKED if n <= options.max_gpus):
         found = smallest_batch(setup, ranks, alone)

@@ -36,6 +36,7 @@ from distvgg.runs.layout import (
     checkpoint_dirs,
 )
 from distvgg.runs.result import Result, read_result
+from distvgg.wording import counted
 
 # Prefixes of fields that name a run or select what it keeps or reads. They change no number of it.
 NOT_COMPARED = ("track.", "checkpoint.", "eval.test", "eval.tta")
@@ -339,10 +340,11 @@ def notes_on(groups: Sequence[Group], keys: Sequence[str], shown: Sequence[str])
         if len(keys) > len(shown):
             best = ", ".join(e.name for e in ranked[0].entries)
         line = f"Best mean val top1: {best}"
-        line += f", over {len(ranked[0].val)} seed(s)"
+        line += f", over {counted(len(ranked[0].val), 'seed')}"
         if len(ranked) > 1:
             lead = 100 * (ranked[0].mean_val - ranked[1].mean_val)
-            line += f", {lead:.2f} points ahead of the next, over {len(ranked[1].val)} seed(s)"
+            line += f", {lead:.2f} points ahead of the next, over"
+            line += f" {counted(len(ranked[1].val), 'seed')}"
             if len(ranked[0].val) == len(ranked[1].val) == 1:
                 line += "; one seed each shows no spread"
         lines.append(f"{line}.")

@@ -8,6 +8,7 @@ from distvgg.errors import UserError
 from distvgg.metrics import STEP
 from distvgg.runs.layout import METRICS_FILE
 from distvgg.runs.metrics_file import read_rows
+from distvgg.wording import counted
 
 PANELS = {
     "loss": ("train/loss", "val/loss"),
@@ -60,4 +61,4 @@ def draw(run_dirs: Sequence[Path], out: Path) -> str:
         figure.savefig(out)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {out}: {error}") from error
-    return f"curves of {len(run_dirs)} run(s): {out}"
+    return f"curves of {counted(len(run_dirs), 'run')}: {out}"

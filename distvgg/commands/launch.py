@@ -33,6 +33,7 @@ from distvgg.config import Config, FrozenModel, TrainConfig
 from distvgg.cores import granted_cores
 from distvgg.errors import UserError
 from distvgg.runs.layout import REQUEUE_FILE
+from distvgg.wording import counted
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -154,7 +155,9 @@ def count_processes(node: Node) -> int:
     if seen == 0:
         os.environ["ACCELERATE_USE_CPU"] = "true"
         if node.granted or node.nodes > 1:
-            print(f"{socket.gethostname()} has no GPU: {on_cpu} CPU process(es)", flush=True)
+            print(
+                f"{socket.gethostname()} has no GPU: {counted(on_cpu, 'CPU process')}", flush=True
+            )
         return on_cpu
     wanted = node.processes or max(seen, node.granted)
     if seen < wanted:

@@ -13,6 +13,7 @@ from distvgg.models.export import torchvision_code
 from distvgg.models.summary import network_name
 from distvgg.runs.layout import WEIGHTS_FILE
 from distvgg.runs.result import Result
+from distvgg.wording import counted
 
 _METRICS = {
     metrics.TOP1: "top-1",
@@ -153,7 +154,7 @@ def _numbers(result: Result | None) -> str:
         if result.test
         else "The validation images were held out of training. Test was not read.",
         "",
-        f"- Hardware: {result.num_processes} process(es), {result.hardware}",
+        f"- Hardware: {counted(result.num_processes, 'process')}, {result.hardware}",
         f"- Versions: {packages}",
         f"- Commit of distvgg: {result.commit or 'an installed package'}",
         f"- Fingerprint of the data: {result.data_fingerprint}",

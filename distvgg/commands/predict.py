@@ -19,6 +19,7 @@ from PIL import Image
 from distvgg.distributed.device import device_here
 from distvgg.errors import RunError, UserError
 from distvgg.models.classifier import Classifier, Prediction, UnknownFormatError, load
+from distvgg.wording import counted
 
 _HEADER = "image", "class", "probability"
 
@@ -89,7 +90,7 @@ def predict(run: Path, images: Sequence[str], *, top: int, as_json: bool) -> Non
             _print_json(rows) if as_json else _print_table(rows, sources, model.class_names)
         )
     for folder, count in unread.left_out.items():
-        _note(f"left out in {_shown(folder)}: {count} file(s) that are not images")
+        _note(f"left out in {_shown(folder)}: {counted(count, 'file')} without an image")
     failed = len(unread.failures)
     if failed == len(sources) == 1:
         raise unread.failures[0]

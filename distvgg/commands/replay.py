@@ -46,6 +46,7 @@ from distvgg.training.setup import build
 from distvgg.training.state import Run, warmup_steps
 from distvgg.training.step import train_step
 from distvgg.training.trainer import due, train_row
+from distvgg.wording import counted
 
 COMPARED = (metrics.TRAIN_LOSS, metrics.TRAIN_TOP1, metrics.TRAIN_LR, metrics.TRAIN_GRAD_NORM)
 SHOWN = 8  # samples with the highest losses
@@ -115,7 +116,7 @@ def replay(
         lines = [f"note: {note}" for note in run.notes]
         start = f"checkpoint step_{run.state.step:08d}" if run.state.step else "the initial weights"
         print(
-            f"from {start}: {step - 1 - run.state.step} step(s) on the way to step {step}",
+            f"from {start}: {counted(step - 1 - run.state.step, 'step')} on the way to step {step}",
             file=sys.stderr,
             flush=True,
         )

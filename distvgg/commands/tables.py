@@ -19,6 +19,7 @@ from distvgg.recipe import load
 from distvgg.runs.confusion import Confusion, class_accuracy, read_confusion, worst_pairs
 from distvgg.runs.layout import CONFIG_FILE
 from distvgg.runs.result import Result
+from distvgg.wording import counted
 
 SHARES = {
     metrics.TOP1: "top-1",
@@ -128,7 +129,7 @@ def confusions(same: Sequence[Confusion]) -> list[str]:
     """Returns tables of the most confused pairs, and of the worst and best classes."""
     counts = np.sum([c.counts for c in same], axis=0)
     total = replace(same[0], counts=counts.tolist())
-    title = f"{total.split}, {counts.sum():,} images of {len(same)} run(s)"
+    title = f"{total.split}, {counts.sum():,} images of {counted(len(same), 'run')}"
     pairs = [[f"{t} as {p}", str(k)] for t, p, k in worst_pairs(total, N_PAIRS)]
     classes = [(name, f"{100 * share:.1f}%") for name, share in class_accuracy(total).items()]
     worst, best = classes[:N_CLASSES], classes[::-1][:N_CLASSES]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distvgg.errors import UserError, nearest
 from distvgg.models.vgg import VGG, FrozenBatchNorm
+from distvgg.wording import counted
 
 
 def freeze(vgg: VGG, patterns: Sequence[str]) -> None:
@@ -52,7 +53,9 @@ def describe_frozen(vgg: VGG, patterns: Iterable[str]) -> str:
     still = sum(size for size, learned in sizes if not learned)
     text = f"{', '.join(patterns)}: {still:,} of {sum(size for size, _ in sizes):,} parameters"
     layers = sum(isinstance(m, FrozenBatchNorm) for m in vgg.modules())
-    return text + (f", and the statistics of {layers} BatchNorm layer(s)" if layers else "")
+    return text + (
+        f", and the statistics of {counted(layers, 'BatchNorm layer')}" if layers else ""
+    )
 
 
 def _matches(pattern: str, names: Sequence[str]) -> list[str]:

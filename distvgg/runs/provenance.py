@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distvgg.cores import describe_cores
+from distvgg.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ def hardware(device: "torch.device") -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{processor()[0]}, {describe_cores()}, {threads} thread(s) a process"
+    return f"{processor()[0]}, {describe_cores()}, {counted(threads, 'thread')} a process"
 
 
 def machine(device: "torch.device") -> dict[str, str]:

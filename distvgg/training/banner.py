@@ -7,6 +7,7 @@ from distvgg.models.freezing import describe_frozen
 from distvgg.models.summary import network_name
 from distvgg.runs.provenance import hardware, processor
 from distvgg.training.state import Run, warmup_steps
+from distvgg.wording import counted
 
 
 def startup_banner(run: Run, curves: Sequence[str]) -> str:
@@ -60,7 +61,8 @@ def _training(run: Run) -> str:
     plan, saves = run.plan, run.config.checkpoint.every_steps
     every = f"every {saves:,} steps" if saves else "at the best validation"
     return (
-        f"{run.steps:,} steps of {plan.global_batch_size} = {plan.world_size} process(es) x"
+        f"{run.steps:,} steps of {plan.global_batch_size} ="
+        f" {counted(plan.world_size, 'process')} x"
         f" {plan.accumulation} x {plan.micro_batch_size}; {plan.epoch(run.steps):.2f} epochs,"
         f" validation every {run.config.eval.every_epochs:g}; checkpoint {every}"
     )
@@ -82,7 +84,7 @@ def _compute(run: Run) -> str:
     precision = run.accelerator.mixed_precision
     text = f"{'float32' if precision == 'no' else precision} on {device.type}, "
     if device.type == "cpu":
-        text += f"{train.cpu_threads} thread(s) each; {processor()[0]}, {describe_cores()}"
+        text += f"{counted(train.cpu_threads, 'thread')} each; {processor()[0]}, {describe_cores()}"
     else:
         text += hardware(device)
     return text + ("; compiled" if train.compile else "")

@@ -7,6 +7,7 @@ from distvgg.config import LACKS, Config
 from distvgg.runs.layout import METRICS_FILE
 from distvgg.runs.metrics_file import read_rows
 from distvgg.training.state import Run
+from distvgg.wording import counted
 
 NEAR_ZERO = 0.1
 """Loss above the least possible one that counts as learned."""
@@ -21,8 +22,8 @@ def overfit_verdict(run: Run) -> str:
     loss, top1 = rows[-1][metrics.TRAIN_LOSS], rows[-1][metrics.TRAIN_TOP1]
     least = least_loss(run.config.train.label_smoothing, run.dataset.num_classes)
     line = (
-        f"overfit: loss {loss:.3f}, top1 {top1:.2%} on {run.config.train.overfit_batches} fixed"
-        f" batch(es) after {run.steps} steps"
+        f"overfit: loss {loss:.3f}, top1 {top1:.2%} on"
+        f" {counted(run.config.train.overfit_batches, 'fixed batch')} after {run.steps} steps"
     )
     if least:
         line += f" (label smoothing allows {least:.3f} at best)"

@@ -78,7 +78,7 @@ def test_what_starting_costs(tmp_path: Path) -> None:
     parts = ("first_step", "imports", "help", "decode")
     found = quick("startup", tmp_path / "out.json", "--parts", *parts)
     start, imports = found["first_step"], found["imports"]
-    # Half as much again is the promise. Each is started once: other programs move a ratio by tenths.
+    # Half as much again is the promise. Each is started once, beside whatever else runs.
     assert 0.5 < start["ratios"][f"{startup.FIRST} / {startup.STEPPED}"] < 2
     assert {"torch", "distvgg"} <= imports.keys()
     unused = {"datasets", "pyarrow", "torchvision", "wandb", "torch._dynamo", "bokeh", "pandas"}

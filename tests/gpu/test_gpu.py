@@ -316,7 +316,7 @@ def test_processes_that_share_a_gpu_train_the_run_of_one(tmp_path: Path, precisi
     for processes in (2, 4):
         folder = tmp_path / str(processes)
         said = train(folder, *args, env=shared, processes=processes)
-        assert f"= {processes} process(es)" in said
+        assert f"= {processes} processes" in said
         assert f"{precision} on cuda" in said
         assert_same_run(folder, tmp_path / "one")
 
@@ -328,7 +328,7 @@ def test_two_gpus_train_the_run_of_one(tmp_path: Path) -> None:
         pytest.skip("needs two CUDA GPUs")
     train(tmp_path / "one", env=ON_GPU)
     said = train(tmp_path / "two", env=ON_GPU, processes=2)
-    assert "= 2 process(es)" in said
+    assert "= 2 processes" in said
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 

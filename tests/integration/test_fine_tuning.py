@@ -79,7 +79,7 @@ def test_frozen_layers_keep_their_bytes_on_any_number_of_processes_and_over_a_ki
     trainer.train(config, tmp_path / "whole")
     said = capsys.readouterr().out
     assert "new: classifier.6 (100 outputs there, 5 here); sha256 " in said
-    assert "statistics of 2 BatchNorm layer(s)" in said
+    assert "statistics of 2 BatchNorm layers" in said
     assert "(features: x 0.1)" in said
     there.rename(tmp_path / "away")  # a run with a checkpoint does not need them
     trainer.train(config, tmp_path / "killed")

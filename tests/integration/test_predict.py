@@ -134,7 +134,7 @@ def test_a_broken_image_is_one_line_and_the_others_go_on(plain: Path, photos: Pa
     assert len({len(line) for line in lines}) == 1
     broken, left_out, last = done.stderr.splitlines()
     assert broken.startswith(f"distvgg: error: {photos}/cut.png cannot be decoded: ")
-    assert left_out == f"distvgg: note: left out in {photos}: 1 file(s) that are not images"
+    assert left_out == f"distvgg: note: left out in {photos}: 1 file without an image"
     assert last == "distvgg: error: 1 of 4 images could not be read"
 
 

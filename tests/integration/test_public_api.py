@@ -141,7 +141,7 @@ distvgg.load({str(finished)!r}).classify(numpy.zeros((99, 99, 3), numpy.uint8))
     text = before + NOTEBOOK.replace("PORT", f"'{free_port}'")
     done = program(text, tmp_path / "run", env={"OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stderr
-    assert "2 process(es)" in done.stdout
+    assert "2 processes" in done.stdout
     assert done.stdout.splitlines()[-1] == "2"
     assert_same_run(tmp_path / "run", finished)
 

@@ -227,7 +227,7 @@ def test_the_tables_of_several_seeds(finished: list[Path]) -> None:
     expected = [statistics.mean(top5), deviation, deviation / math.sqrt(2)]
     assert shown == pytest.approx(expected, abs=0.0051)
     assert found["test, 2,000 images"][:2] == ["seed 0", "seed 1"]
-    assert "taken for another in test, 4,000 images of 2 run(s)" in found
+    assert "taken for another in test, 4,000 images of 2 runs" in found
 
 
 def test_what_the_tables_refuse(finished: list[Path], tmp_path: Path) -> None:

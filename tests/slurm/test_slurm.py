@@ -144,8 +144,8 @@ def test_two_nodes_with_two_processes_each_train_one_run(
     login: Login, undisturbed: str, wandb: WandbServer
 ) -> None:
     run_dir, log = login.run_dir(undisturbed), login.log(undisturbed)
-    assert "= 4 process(es) x 1 x 16" in log
-    assert log.count("4 process(es) x") == 1  # one process speaks for all
+    assert "= 4 processes x 1 x 16" in log
+    assert log.count("4 processes x") == 1  # one process speaks for all
     logs = {path.name for path in (run_dir / "logs").glob("*.log")}
     assert logs == {f"{node}.log" for node in login.cluster.nodes}
     assert [p.name for p in run_dir.parent.iterdir()] == [run_dir.name]
@@ -253,7 +253,7 @@ def test_one_process_on_one_node_trains_the_run_of_two_nodes(
 ) -> None:
     job = login.submit("--nodes=1", "--gpus-per-node=1", words=(*WORDS, *data))
     login.must_complete(job)
-    assert "= 1 process(es) x 4 x 16" in login.log(job)
+    assert "= 1 process x 4 x 16" in login.log(job)
     assert_same_run(login.run_dir(job), login.run_dir(undisturbed))
 
 
@@ -320,7 +320,7 @@ def test_two_jobs_of_an_array_share_nodes_and_end_with_one_table(login: Login) -
         login.until_state(f"{array}_{task}", "COMPLETED")
     assert "2 of 2" in (sweep / "comparison.txt").read_text()
     logs = [(login.folder / f"sweep-{array}_{task}.log").read_text() for task in (0, 1)]
-    assert all("= 2 process(es) x 2 x 16" in log for log in logs)
+    assert all("= 2 processes x 2 x 16" in log for log in logs)
     started = [re.findall(r"(?m)^distvgg: \S+ (\S+) job", log)[0] for log in logs]
     ended = [re.findall(r"(?m)^distvgg: \S+ (\S+) ended", log)[0] for log in logs]
     assert max(started) < min(ended)  # side by side

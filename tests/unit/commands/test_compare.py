@@ -123,8 +123,8 @@ def test_means_are_over_finished_seeds_and_validation_alone_ranks(tmp_path: Path
         "0.2 0 of 1 - -",
     ]
     assert spread(val) == "70.49 ± 0.46%"
-    assert "Best mean val top1: optim.lr 0.05, over 3 seed(s), 0.49 points ahead" in notes
-    assert notes.endswith("of the next, over 1 seed(s).")
+    assert "Best mean val top1: optim.lr 0.05, over 3 seeds, 0.49 points ahead" in notes
+    assert notes.endswith("of the next, over 1 seed.")
 
 
 def test_a_sweep_without_repeated_seeds_is_ranked_and_says_what_it_rests_on(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_sweep_without_repeated_seeds_is_ranked_and_says_what_it_rests_on(tmp_
     table, notes = compare(sorted(tmp_path.glob("*/run"))).split("\n\n")
     # Folders of one name are told apart; there is no test split.
     assert re.match(r"lr0\.1/run +0\.1 +70\.00% +- +70\.00% +2,440 +finished", table.split("\n")[1])
-    assert "over 1 seed(s), 10.00 points ahead of the next, over 1 seed(s); one seed each" in notes
+    assert "over 1 seed, 10.00 points ahead of the next, over 1 seed; one seed each" in notes
 
 
 def test_runs_of_different_data_are_not_ranked_and_few_fields_get_a_column(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_batchnorm_of_frozen_layers_keeps_its_statistics_in_training() -> None:
     assert vgg.classifier.training
     assert torch.equal(vgg.features(images), expected)
     assert all(torch.equal(v, before[k]) for k, v in vgg.state_dict().items())
-    assert describe_frozen(vgg, ["features"]).endswith("statistics of 8 BatchNorm layer(s)")
+    assert describe_frozen(vgg, ["features"]).endswith("statistics of 8 BatchNorm layers")
     # Where a weight is trained, the layer measures as ever.
     partly = frozen("*.bias").train()
     partly(images)

@@ -32,9 +32,9 @@ def test_a_terminal_says_first_what_will_run_and_last_where_the_results_are(show
     assert re.fullmatch(
         r"VGG-11-BN at 32x32, 28,142 parameters, 0\.00263 GFLOP .+", table["network"]
     )
-    assert table["training"].startswith("10 steps of 64 = 1 process(es) x 4 x 16; 1.07 epochs, ")
+    assert table["training"].startswith("10 steps of 64 = 1 process x 4 x 16; 1.07 epochs, ")
     assert table["optimizer"].startswith("sgd, lr 0.1, cosine after ")
-    assert table["compute"].startswith("float32 on cpu, 1 thread(s) each; ")
+    assert table["compute"].startswith("float32 on cpu, 1 thread each; ")
     assert table["curves"].endswith("/run/metrics.jsonl")
     assert lines[-2].endswith("/run/model.safetensors")
     assert lines[-1] == f"  curves: {table['curves']}"
