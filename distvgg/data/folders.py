@@ -9,6 +9,8 @@ The rules, which docs/data.md repeats:
 4. Links are followed. A class is known by its name over all splits.
 5. metadata.csv or metadata.jsonl in a split, with the column file_name and one more column, gives
    the classes instead of folders.
+6. Without a folder train/, a file train.csv or train.tsv is a table of images, and so is that of
+   another split.
 
 Invariant: the result depends on names and content of files, and not on the order of the file
 system.
@@ -41,6 +43,7 @@ IMAGE_ENDINGS = frozenset(
     ]
 )
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
+LISTS = (".csv", ".tsv")
 METADATA = ("metadata.csv", "metadata.jsonl")
 LAYOUT = "put the images of each class in a folder of their own, as train/CLASS/*.png"
 
@@ -125,6 +128,19 @@ def endings(root: Path) -> set[str]:
         for path in _files(root)
         if path.name.lower() not in METADATA and not is_hidden(path.relative_to(root))
     }
+
+
+def lists_of_splits(root: Path) -> dict[str, str]:
+    """Returns the CSV or TSV file of each split in a folder without a folder of the train split."""
+    here = sorted(root.iterdir())
+    if any(SPLITS.get(path.name.lower()) == "train" for path in here if path.is_dir()):
+        return {}
+    found = {
+        SPLITS[path.stem.lower()]: path.name
+        for path in here
+        if path.suffix in LISTS and path.stem.lower() in SPLITS and path.is_file()
+    }
+    return found if "train" in found else {}
 
 
 def image_in_a_split(root: Path) -> Path | None:

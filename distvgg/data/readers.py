@@ -34,6 +34,7 @@ from distvgg.data.folders import (
     endings,
     find_images,
     image_in_a_split,
+    lists_of_splits,
     is_hidden,
 )
 from distvgg.errors import UserError
@@ -42,7 +43,7 @@ from distvgg.reachability import within
 # Names of these columns in existing datasets, which are taken without a look at their types.
 LABEL_COLUMNS = ("fine_label", "label", "labels")
 SUPERCLASS_COLUMN = "coarse_label"
-IMAGE_PATH_COLUMNS = ("img", "image")
+IMAGE_PATH_COLUMNS = ("img", "image", "file_name", "path")
 TABLES = {".parquet", ".arrow"}
 TEXT_TABLES = {".csv", ".tsv", ".json", ".jsonl"}
 PROBE_SECONDS = 5
@@ -122,7 +123,8 @@ def _read_folder(config: DataConfig, source: str, scratch: Path) -> dict[str, Ro
             f"data.path {source} holds both tables ({', '.join(sorted(TABLES & found))}) and images"
             f" ({image}): move one of them to another folder"
         )
-    if TABLES.isdisjoint(found):
+    listed = lists_of_splits(root)
+    if TABLES.isdisjoint(found) and not listed:
         if images := find_images(root):
             return {split: _rows_of_files(source, split, files) for split, files in images.items()}
         if TEXT_TABLES.isdisjoint(found):
@@ -134,7 +136,7 @@ def _read_folder(config: DataConfig, source: str, scratch: Path) -> dict[str, Ro
             f"data.path {source}: the library that reads tables takes {folder} for a pattern: give"
             " the folder a name without *, ? and ["
         )
-    return _rows_of_tables(config, source, _load_folder(source, folder, scratch), folder)
+    return _rows_of_tables(config, source, _load_folder(source, folder, listed, scratch), folder)
 
 
 def _rows_of_cifar(source: str, cifar: CifarFiles) -> dict[str, Rows]:
@@ -198,7 +200,17 @@ def check_hub_id(source: str) -> None:
     _from_hub(source, datasets.load_dataset_builder)
 
 
-def _load_folder(source: str, folder: Path, scratch: Path) -> dict[str, Any]:
+def _load_folder(
+    source: str, folder: Path, listed: dict[str, str], scratch: Path
+) -> dict[str, Any]:
+    """Loads the tables of a folder by split.
+
+    Args:
+        source: as the user gave it.
+        folder: its absolute path.
+        listed: as `lists_of_splits` found them.
+        scratch: where the library may write.
+    """
     # By default, the library takes any folder with a split's name for that split. It would put
     # test/train/, where `train` is a class of CIFAR-100, into two splits.
     split_folders = {
@@ -206,8 +218,9 @@ def _load_folder(source: str, folder: Path, scratch: Path) -> dict[str, Any]:
         for path in sorted(folder.iterdir())
         if (split := SPLITS.get(path.name.lower())) and _has_files(path)
     }
+    files = split_folders if "train" in split_folders else listed or None
     try:
-        return _load_tables(folder, split_folders if "train" in split_folders else None, scratch)
+        return _load_tables(folder, files, scratch)
     except UserError:
         raise
     except FileNotFoundError as error:

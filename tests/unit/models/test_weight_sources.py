@@ -90,7 +90,7 @@ def test_torchvisions_weights_are_read_from_its_cache(hub: Path) -> None:
         assert all(torch.equal(t, theirs[k]) for k, t in tensors.items())
     with pytest.raises(UserError, match=r"set --model.depth 11, or"):
         choose(read_source("torchvision:vgg11_bn"), state(TINY), ModelConfig(), [])
-    alexnet = ModelConfig(name="alexnet")
+    alexnet = ModelConfig(name="alexnet", image_size=64)
     with pytest.raises(UserError, match=r"set --model.name vgg --model.depth 11"):
         choose(read_source("torchvision:vgg11_bn"), state(alexnet), alexnet, [])
 
