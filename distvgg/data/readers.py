@@ -34,8 +34,8 @@ from distvgg.data.folders import (
     endings,
     find_images,
     image_in_a_split,
-    lists_of_splits,
     is_hidden,
+    lists_of_splits,
 )
 from distvgg.errors import UserError
 from distvgg.reachability import within
