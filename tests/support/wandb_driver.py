@@ -54,6 +54,9 @@ def main(run_dir: Path, written: int, total: int, end: str) -> None:
             file.append(row(n))
         print("seconds", time.perf_counter() - started, flush=True)
     wandb.finish()
+    if end == "stop":
+        for core in cores:
+            core.kill()  # one that is stopped does not see that its parent is gone
 
 
 def named(name: str) -> list[psutil.Process]:
