@@ -38,3 +38,16 @@ def nearest(name: str, names: Sequence[str], prefix: str = "") -> str:
     found = found or difflib.get_close_matches(name, names, n=1, cutoff=0.7)
     found = found or [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1)]
     return f", did you mean {' or '.join(prefix + n for n in found[:3])}?" if found else ""
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Returns the error at the beginning of a chain of causes."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def reason(error: BaseException) -> str:
+    """Returns the message of an error's root cause, on one line."""
+    bottom = root_cause(error)
+    return " ".join(str(bottom).split())[:200] or type(bottom).__name__

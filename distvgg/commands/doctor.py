@@ -212,7 +212,7 @@ def images(config: DataConfig, entry: Path, prepare: bool) -> Finding:
     if source is None:
         return "ok", f"{config.name}, made in code at the first start"
     if not Path(source).is_dir():
-        from distvgg.data.readers import check_hub_id
+        from distvgg.data.tables import check_hub_id
 
         check_hub_id(source)
     return "note", f"{source} is not decoded yet: the first start does so, or --prepare now"

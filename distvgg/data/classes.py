@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from distvgg.config import DataConfig
 from distvgg.data.cifar import CIFAR100_SUPERCLASS_OF, CLASSES, SPELLING
-from distvgg.data.readers import Labels, Rows
+from distvgg.data.rows import Labels, Rows
 from distvgg.errors import UserError
 
 

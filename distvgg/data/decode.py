@@ -33,8 +33,9 @@ from distvgg.data.classes import integers, join_classes, number_names
 from distvgg.data.encoded import EncodedWriter
 from distvgg.data.images import MODE, cover, decode_upright
 from distvgg.data.moments import moments
-from distvgg.data.readers import Encoded, Rows, read, reason
-from distvgg.errors import UserError
+from distvgg.data.readers import read
+from distvgg.data.rows import Encoded, Rows
+from distvgg.errors import UserError, reason
 
 TASK_BYTES, TASK_IMAGES = 2**18, 64  # encoded images that a thread takes at once
 UNREAD_BYTES = 2**16  # an image whose file is not read yet counts as this
