@@ -51,6 +51,7 @@ from distvgg.metrics import IMAGES_PER_SEC
 from distvgg.models.vgg import VGG, build_vgg
 from distvgg.recipe import load
 from distvgg.runs.layout import STOP_FILE
+from distvgg.wording import counted
 
 T = TypeVar("T")
 
@@ -431,7 +432,7 @@ def cases(job: Job, device: torch.device, warmup: int, steps: int) -> dict[str, 
         return Case(label, batch_in_words(job), partial(in_own_process, loop, job, *counts))
 
     def ours(processes: int) -> Case:
-        label = f"distvgg, {processes} process{'es' if processes > 1 else ''}"
+        label = f"distvgg, {counted(processes, 'process')}"
         return Case(label, batch_in_words(job), partial(distvgg, job.config, processes, steps))
 
     no_loader = f"one fixed batch, no loader: {mixed}, channels_last"

@@ -21,6 +21,7 @@ from benchmarks.runs import ROW_TIMEOUT, Training, measured
 from distvgg.commands.text_tables import markdown_table
 from distvgg.metrics import STEP, TRAIN_LOSS, Row
 from distvgg.runs.layout import WEIGHTS_FILE
+from distvgg.wording import counted
 
 COUNTS = (1, 2, 4)
 CPU = {"ACCELERATE_USE_CPU": "true"}
@@ -38,7 +39,7 @@ def main() -> int:
     words = ["train", *(words or ["quickstart"]), *OPTIONS]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        names = [f"{n} process{'es' * (n > 1)}" for n in COUNTS]
+        names = [counted(n, "process") for n in COUNTS]
         folders = [folder / str(n) for n in COUNTS]
         for n, run_dir in zip(COUNTS, folders, strict=True):
             train(run_dir, words, n)

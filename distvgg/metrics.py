@@ -10,12 +10,18 @@ IMAGES_PER_SEC, STEP_MS, DATA_WAIT_MS = (
     "perf/data_wait_ms",
 )
 TFLOPS = "perf/tflops"  # achieved, summed over all processes
-UNIX_TIME = "perf/unix_time"  # when the row was written; in metrics.jsonl only
+# When a row was written. Only metrics.jsonl has them.
+UNIX_TIME, LAUNCH_SECONDS = "perf/unix_time", "perf/launch_seconds"
 # With prefix val/ or test/. superclass_top1 exists only if the data has superclasses, tta_top1 only
 # if requested.
 LOSS, TOP1, TOP5, SUPERCLASS_TOP1, COUNT = "loss", "top1", "top5", "superclass_top1", "count"
 CALIBRATION_ERROR, TTA_TOP1 = "calibration_error", "tta_top1"
 Row = dict[str, float | int]
+
+
+def without_clock(row: Row) -> Row:
+    """Returns a row without the time at which it was written, as other destinations take it."""
+    return {name: value for name, value in row.items() if name not in (UNIX_TIME, LAUNCH_SECONDS)}
 
 
 def describe(row: Row) -> str:

@@ -148,8 +148,9 @@ def _numbers(result: Result | None) -> str:
     packages = ", ".join(f"{package} {version}" for package, version in result.versions.items())
     lines += [
         "",
-        f"One run with seed {result.seed}: {result.steps:,} steps, {result.epochs:.2f} epochs over"
-        f" {result.train_size:,} images, precision {result.precision}.",
+        f"One run with seed {result.seed}: {counted(result.steps, 'step')},"
+        f" {result.epochs:.2f} epochs over {result.train_size:,} images, precision"
+        f" {result.precision}.",
         "The validation images were held out of training. Test was read once, at the end."
         if result.test
         else "The validation images were held out of training. Test was not read.",

@@ -10,6 +10,8 @@ from itertools import combinations
 
 import numpy as np
 
+from distvgg.wording import counted
+
 IMBALANCE = 5
 """Ratio of the largest to the smallest class of the train split from which a note is made."""
 SHOWN = 3  # sizes; more are described by their range
@@ -71,7 +73,8 @@ class Card:
                 f" ({self._names[large]}) each"
             )
         self._lines.append(
-            f"{name}: {len(labels):,} images of {int((counts > 0).sum())} classes, {range_of_sizes}"
+            f"{name}: {counted(len(labels), 'image')} of {counted((counts > 0).sum(), 'class')},"
+            f" {range_of_sizes}"
         )
         reasons = dict(left_out) | ({"damaged": len(damaged)} if damaged else {})
         if reasons:
@@ -82,8 +85,8 @@ class Card:
             self._lines.append(f"damaged in {name}: {'; '.join(damaged[:DAMAGED_SHOWN])}{more}")
         if name == "train" and counts[small] * IMBALANCE < counts[large]:
             self._notes.append(
-                f"classes are not balanced: {self._names[small]} has {counts[small]:,} images,"
-                f" {self._names[large]} {counts[large]:,}"
+                f"classes are not balanced: {self._names[small]} has"
+                f" {counted(counts[small], 'image')}, {self._names[large]} {counts[large]:,}"
             )
 
     def notes(self) -> list[str]:
@@ -93,9 +96,9 @@ class Card:
     def lines(self) -> list[str]:
         """Returns the counts by split, sizes, modes, and the images that two splits share."""
         shared = [
-            f"{len(self._digests[one] & self._digests[other]):,} images are in {one} and in {other}"
+            f"in {one} and in {other}: {counted(len(both), 'image')}"
             for one, other in combinations(self._digests, 2)
-            if self._digests[one] & self._digests[other]
+            if (both := self._digests[one] & self._digests[other])
         ]
         modes = ", ".join(f"{n:,} {mode}" for mode, n in self._modes.most_common())
         sizes = f"sizes: {self._describe_sizes()}"

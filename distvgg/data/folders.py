@@ -9,8 +9,8 @@ The rules, which docs/data.md repeats:
 4. Links are followed. A class is known by its name over all splits.
 5. metadata.csv or metadata.jsonl in a split, with the column file_name and one more column, gives
    the classes instead of folders.
-6. Without a folder train/, a file train.csv or train.tsv is a table of images, and so is that of
-   another split.
+6. Without a folder train/, a file train.csv or train.tsv that names files and classes gives the
+   train split, and test.csv and val.csv the others.
 
 Invariant: the result depends on names and content of files, and not on the order of the file
 system.
@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -43,7 +44,9 @@ IMAGE_ENDINGS = frozenset(
     ]
 )
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
-LISTS = (".csv", ".tsv")
+LISTS = {".csv": ",", ".tsv": "\t"}  # the separator of columns
+PATH_COLUMNS = ("image", "img", "file_name", "filename", "file", "path")
+CLASS_COLUMNS = ("label", "labels", "class")
 METADATA = ("metadata.csv", "metadata.jsonl")
 LAYOUT = "put the images of each class in a folder of their own, as train/CLASS/*.png"
 
@@ -62,16 +65,25 @@ class ImageFiles:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def find_images(root: Path) -> dict[str, ImageFiles]:
+def find_images(
+    root: Path, image_column: str | None = None, label_column: str | None = None
+) -> dict[str, ImageFiles]:
     """Returns the images of a folder by split: `train`, and `test` and `val` if they exist.
+
+    Args:
+        root: the folder.
+        image_column: of files in lists; None finds it.
+        label_column: of classes in lists; None finds it.
 
     Returns:
         Empty if there are no images.
 
     Raises:
-        UserError: there are no classes, no train split, two folders of one split, or a link leads
-            back to a folder above it.
+        UserError: there are no classes, no train split, two folders or lists of one split, a list
+            is damaged, or a link leads back to a folder above it.
     """
+    if (lists := _lists(root, image_column, label_column)) is not None:
+        return _listed_images(root, lists)
     folders: dict[str, Path] = {}
     for name in sorted(os.listdir(root)):
         split = SPLITS.get(name.lower())
@@ -128,19 +140,6 @@ def endings(root: Path) -> set[str]:
         for path in _files(root)
         if path.name.lower() not in METADATA and not is_hidden(path.relative_to(root))
     }
-
-
-def lists_of_splits(root: Path) -> dict[str, str]:
-    """Returns the CSV or TSV file of each split in a folder without a folder of the train split."""
-    here = sorted(root.iterdir())
-    if any(SPLITS.get(path.name.lower()) == "train" for path in here if path.is_dir()):
-        return {}
-    found = {
-        SPLITS[path.stem.lower()]: path.name
-        for path in here
-        if path.suffix in LISTS and path.stem.lower() in SPLITS and path.is_file()
-    }
-    return found if "train" in found else {}
 
 
 def image_in_a_split(root: Path) -> Path | None:
@@ -235,31 +234,168 @@ def _metadata(folder: Path) -> dict[str, str] | None:
     path = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if path is None:
         return None
+    rows = _table(path)
+    if not rows or "file_name" not in rows[0]:
+        return None  # somebody's own
+    columns = [name for name in rows[0] if name != "file_name"]
+    labels = [c for c in columns if c in ("label", "class")] or columns
+    return _classes(path, rows, "file_name", labels[0]) if len(labels) == 1 else None
+
+
+def _lists(
+    root: Path, image_column: str | None, label_column: str | None
+) -> dict[str, tuple[Path, dict[str, str]]] | None:
+    """Returns the list of each split and the class of each of its files; None without any."""
+    here = sorted(root.iterdir())
+    folders = [p.name for p in here if p.name.lower() in SPLITS and p.is_dir()]
+    if any(SPLITS[name.lower()] == "train" for name in folders):
+        return None
+    found: dict[str, tuple[Path, dict[str, str]]] = {}
+    for path in here:
+        split = SPLITS.get(path.stem.lower())
+        if split is None or path.suffix.lower() not in LISTS or not path.is_file():
+            continue
+        classes = _list(path, image_column, label_column)
+        if classes is None:
+            continue  # somebody's own
+        if split in found:
+            raise UserError(
+                f"{root} has two lists of one split, {found[split][0].name} and {path.name}: join"
+                " them, or remove one"
+            )
+        found[split] = path, classes
+    if found and folders:
+        raise UserError(
+            f"{root} has the list {next(iter(found.values()))[0].name} and the folder"
+            f" {folders[0]}/: give all splits as lists, or all as folders"
+        )
+    if found and "train" not in found:
+        raise UserError(f"{root} has lists of {', '.join(found)} only: add train.csv")
+    return found or None
+
+
+def _list(path: Path, image_column: str | None, label_column: str | None) -> dict[str, str] | None:
+    """Returns the class of each file in a list; None if it names no files.
+
+    Raises:
+        UserError: it names files, but not one class for each.
+    """
+    rows = _table(path)
+    if not rows:
+        raise UserError(f"{path} has no rows: list the images with their classes, or remove it")
+    header = [name for name in rows[0] if name is not None]
+    if len(header) == 1 and (other := next((c for c in ";\t|," if c in header[0]), None)):
+        raise UserError(
+            f"{path} has the columns {header[0]!r}: separate them by"
+            f" {'tabs' if path.suffix.lower() == '.tsv' else 'commas'}, not by {other!r}"
+        )
+    files = [c for c in header if c in ([image_column] if image_column else PATH_COLUMNS)]
+    if not files:
+        return None
+    others = [c for c in header if c not in files]
+    labels = [c for c in others if c in ([label_column] if label_column else CLASS_COLUMNS)]
+    labels = labels or ([] if label_column else others)
+    for field_name, choice in (("image", files), ("label", labels)):
+        if len(choice) != 1:
+            raise UserError(
+                f"{path} has {len(choice)} columns that may be the {field_name}, of"
+                f" {', '.join(header)}: choose one with --data.{field_name}_column"
+            )
+    return _classes(path, rows, files[0], labels[0])
+
+
+def _table(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a CSV, TSV or JSON lines file, without spaces around names and values.
+
+    Raises:
+        UserError: it cannot be read, or a row has more values than there are columns.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(text.splitlines(), skipinitialspace=True))
-        else:
+        if path.suffix.lower() == ".jsonl":
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            return rows if all(isinstance(row, dict) for row in rows) else []
+        reader = csv.DictReader(
+            text.splitlines(), delimiter=LISTS[path.suffix.lower()], skipinitialspace=True
+        )
+        rows = list(reader)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(
             f"{path} cannot be read ({' '.join(str(error).split())[:100]}): write it as UTF-8 with"
             " file_name and label, or rename it if it is no list of classes"
         ) from error
-    if not rows or not isinstance(rows[0], dict) or "file_name" not in rows[0]:
-        return None  # somebody's own
-    columns = [name for name in rows[0] if name != "file_name"]
-    labels = [c for c in columns if c in ("label", "class")] or columns
-    if len(labels) != 1:
-        return None
+    names = [name.strip() for name in reader.fieldnames or ()]
+    if twice := [name for name, n in Counter(names).items() if n > 1]:
+        raise UserError(f"{path} has two columns {twice[0]}: rename one")
+    for n, row in enumerate(rows, start=1):
+        if None in row:
+            raise UserError(
+                f"{path}: row {n} has more values than columns: put quotes around a value with a"
+                " separator in it"
+            )
+    return [{name.strip(): value and value.strip() for name, value in row.items()} for row in rows]
+
+
+def _classes(path: Path, rows: list[dict[str, Any]], file: str, label: str) -> dict[str, str]:
+    """Returns the class of each file that rows name.
+
+    Raises:
+        UserError: a row lacks a file or a class, or a file has two classes.
+    """
     classes: dict[str, str] = {}
     for n, row in enumerate(rows, start=1):
-        file, label = (row.get(key) for key in ("file_name", labels[0]))
-        if not isinstance(file, str) or label in (None, "") or isinstance(label, list | dict):
-            raise UserError(f"{path}: row {n} has no {labels[0]} of a file: fix or drop that row")
-        if classes.setdefault(Path(file).as_posix(), str(label)) != str(label):
-            raise UserError(f"{path}: {file} has two classes: drop one of its rows")
+        name, value = row.get(file), row.get(label)
+        if not isinstance(name, str) or value in (None, "") or isinstance(value, list | dict):
+            raise UserError(f"{path}: row {n} has no {label} of a file: fix or drop that row")
+        if not name:
+            raise UserError(f"{path}: row {n} has no {file}: fix or drop that row")
+        if classes.setdefault(os.path.normpath(name), str(value)) != str(value):
+            raise UserError(f"{path}: {name} has two classes: drop one of its rows")
     return classes
+
+
+def _listed_images(
+    root: Path, lists: dict[str, tuple[Path, dict[str, str]]]
+) -> dict[str, ImageFiles]:
+    """Returns the images of lists by split.
+
+    Raises:
+        UserError: a file is not there, or is listed in two splits.
+    """
+    found = {split: ImageFiles() for split in lists}
+    left, own = Counter[str](), {path.name for path, _ in lists.values()}
+    missing = {split: _below(root, classes) for split, (_, classes) in lists.items()}
+    for path in _files(root):
+        where = path.relative_to(root)
+        splits = [split for split, classes in missing.items() if str(where) in classes]
+        if len(splits) > 1:
+            one, other = (lists[split][0].name for split in splits[:2])
+            raise UserError(f"{root}: {where} is in {one} and in {other}: drop one of its rows")
+        if splits:
+            found[splits[0]].files.append(str(path))
+            found[splits[0]].classes.append(missing[splits[0]].pop(str(where)))
+        elif str(where) not in own:
+            left["hidden" if is_hidden(where) else _no_image(path) or "in no list"] += 1
+    for split, classes in missing.items():
+        if classes:
+            path, all_of_it = lists[split]
+            raise UserError(
+                f"{path}: {len(classes)} of {len(all_of_it)} files are not in {root}, such as"
+                f" {next(iter(classes))}: paths are relative to that folder; put the files there,"
+                " or a link to their folder"
+            )
+    found["train"].left_out += left
+    return found
+
+
+def _below(root: Path, classes: dict[str, str]) -> dict[str, str]:
+    """Returns classes by path relative to a folder, where that is possible."""
+    tops = {os.path.abspath(root) + os.sep, os.path.realpath(root) + os.sep}
+
+    def relative(name: str) -> str:
+        return next((name.removeprefix(top) for top in tops if name.startswith(top)), name)
+
+    return {relative(name): value for name, value in classes.items()}
 
 
 def _count_files(root: Path, but: set[str]) -> int:

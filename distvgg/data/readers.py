@@ -20,7 +20,6 @@ from distvgg.data.folders import (
     endings,
     find_images,
     image_in_a_split,
-    lists_of_splits,
 )
 from distvgg.data.rows import SUPERCLASS_COLUMN, Labels, Rows
 from distvgg.errors import UserError
@@ -65,13 +64,12 @@ def _read_folder(config: DataConfig, source: str, scratch: Path) -> dict[str, Ro
             f"data.path {source} holds both tables ({', '.join(sorted(TABLES & found))}) and images"
             f" ({image}): move one of them to another folder"
         )
-    listed = lists_of_splits(root)
-    if TABLES.isdisjoint(found) and not listed:
-        if images := find_images(root):
+    if TABLES.isdisjoint(found):
+        if images := find_images(root, config.image_column, config.label_column):
             return {split: _rows_of_files(source, split, files) for split, files in images.items()}
         if TEXT_TABLES.isdisjoint(found):
             raise UserError(f"data.path {source} holds no data: {describe_without_images(root)}")
-    return tables.read_folder(config, source, listed, scratch)
+    return tables.read_folder(config, source, scratch)
 
 
 def _rows_of_cifar(source: str, cifar: CifarFiles) -> dict[str, Rows]:

@@ -43,15 +43,12 @@ def read_hub_id(config: DataConfig, source: str) -> dict[str, Rows]:
     return _rows_of_tables(config, source, _load_hub_id(source))
 
 
-def read_folder(
-    config: DataConfig, source: str, listed: dict[str, str], scratch: Path
-) -> dict[str, Rows]:
+def read_folder(config: DataConfig, source: str, scratch: Path) -> dict[str, Rows]:
     """Reads the tables of a folder by split.
 
     Args:
         config: the columns to take, if any are set.
         source: the folder, as the user gave it.
-        listed: the file of each split, if these are all that is to be read.
         scratch: an existing directory for the library's copy of the data, which the rows need.
 
     Raises:
@@ -64,7 +61,7 @@ def read_folder(
             f"data.path {source}: the library that reads tables takes {folder} for a pattern: give"
             " the folder a name without *, ? and ["
         )
-    return _rows_of_tables(config, source, _load_folder(source, folder, listed, scratch), folder)
+    return _rows_of_tables(config, source, _load_folder(source, folder, scratch), folder)
 
 
 def _rows_of_tables(
@@ -95,9 +92,7 @@ def check_hub_id(source: str) -> None:
     _from_hub(source, datasets.load_dataset_builder)
 
 
-def _load_folder(
-    source: str, folder: Path, listed: dict[str, str], scratch: Path
-) -> dict[str, Any]:
+def _load_folder(source: str, folder: Path, scratch: Path) -> dict[str, Any]:
     # By default, the library takes any folder with a split's name for that split. It would put
     # test/train/, where `train` is a class of CIFAR-100, into two splits.
     split_folders = {
@@ -105,9 +100,8 @@ def _load_folder(
         for path in sorted(folder.iterdir())
         if (split := SPLITS.get(path.name.lower())) and _has_files(path)
     }
-    files = split_folders if "train" in split_folders else listed or None
     try:
-        return _load_tables(folder, files, scratch)
+        return _load_tables(folder, split_folders if "train" in split_folders else None, scratch)
     except UserError:
         raise
     except FileNotFoundError as error:
@@ -229,7 +223,10 @@ def _silently(load: Callable[..., T], path: str, **arguments: Any) -> T:
 def _rows(config: DataConfig, where: str, table: Any, folder: Path | None) -> Rows:
     """Returns the rows of a `datasets.Dataset` after finding its columns.
 
-    Paths of images that are relative are those of files below `folder`, if one is given.
+    Paths of images are those of files below `folder`, if one is given.
+
+    Raises:
+        UserError: it has no column of images or of labels, or a file is outside of the folder.
     """
     import datasets
 
@@ -264,9 +261,16 @@ def _rows(config: DataConfig, where: str, table: Any, folder: Path | None) -> Ro
     stored = encoded[:].column(0)
     outside = pc.is_null(pc.struct_field(stored, "bytes"))
     paths = set(pc.struct_field(stored, "path").filter(outside).to_pylist()) - {None}
+    files = {os.path.normpath(found(path)) for path in paths}
+    for file in sorted(files) if folder else ():
+        if "://" in file or not file.startswith(f"{folder}{os.sep}"):
+            raise UserError(
+                f"{where}: {file} is outside of data.path, where a change of it would not be"
+                " noticed: put the file, or a link to its folder, below data.path"
+            )
     has_superclass = SUPERCLASS_COLUMN in table.column_names and label != SUPERCLASS_COLUMN
     superclass = column(SUPERCLASS_COLUMN) if has_superclass else None
-    return Rows(where, column(label), superclass, images, frozenset(map(found, paths)))
+    return Rows(where, column(label), superclass, images, frozenset(map(os.path.realpath, files)))
 
 
 def _image_column(config: DataConfig, where: str, table: Any) -> str:

@@ -5,6 +5,7 @@ instant, the same command can resume in the folder.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from distvgg import file_lock
@@ -29,6 +30,7 @@ WITHOUT_EFFECT_ON_RESULTS = (
     *("data.store", "data.loader", "data.workers", "checkpoint.every_steps", "checkpoint.keep"),
     *("track.wandb", "track.wandb_artifact", "track.tensorboard", "track.report", "track.also"),
 )
+_OF_A_RANK = b"stop request of a process to the others of its launch\n"
 # Files that may exist before the config of a run: left by an interrupted launch, or created early
 # by the user.
 _BEFORE_CONFIG = {LOCK_FILE, LOCK_HOLDER, LOGS, STOP_FILE, REQUEUE_FILE, f".{CONFIG_FILE}.tmp"}
@@ -108,6 +110,7 @@ def claim_run_dir(run_dir: Path, config: Config) -> FileLock:
             check_same_config(run_dir, config)
             (run_dir / REQUEUE_FILE).unlink(missing_ok=True)
             (run_dir / FAILURE_FILE).unlink(missing_ok=True)
+            _remove_request_of_a_rank(run_dir)
         except BaseException:
             lock.release()
             raise
@@ -116,6 +119,22 @@ def claim_run_dir(run_dir: Path, config: Config) -> FileLock:
             f"cannot write run folder {run_dir} ({error.strerror}): choose another with --run-dir"
         ) from error
     return lock
+
+
+def ask_ranks_to_stop(run_dir: Path) -> None:
+    """Writes the stop file, for ranks that decode data and wait for nobody.
+
+    It has a content, by which the next launch knows it from the request of a user: a launch that is
+    killed leaves it behind.
+    """
+    with suppress(OSError):
+        (run_dir / STOP_FILE).write_bytes(_OF_A_RANK)
+
+
+def _remove_request_of_a_rank(run_dir: Path) -> None:
+    stop_file = run_dir / STOP_FILE
+    if stop_file.is_file() and stop_file.read_bytes() == _OF_A_RANK:
+        stop_file.unlink(missing_ok=True)
 
 
 def mark_stopped(run_dir: Path, *, requeue: bool) -> None:

@@ -17,6 +17,7 @@ from distvgg.runs.files import atomic_write, read_json
 from distvgg.runs.initial_weights import InitialWeights
 from distvgg.runs.layout import REPORT_FILE, RESULT_FILE, WEIGHTS_FILE
 from distvgg.runs.provenance import commit, hardware, versions
+from distvgg.wording import counted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,7 +72,7 @@ class Result:
             run_dir: the run folder, whose report and weights are named. None: neither.
         """
         speed = f" at {self.images_per_sec:,.0f} images/s" if self.images_per_sec else ""
-        lines = [f"done: {self.steps:,} steps, {self.epochs:.2f} epochs{speed}"]
+        lines = [f"done: {counted(self.steps, 'step')}, {self.epochs:.2f} epochs{speed}"]
         for split, row in (("val", self.val), ("test", self.test)):
             measured = "not read"
             if row is not None:

@@ -65,6 +65,7 @@ class Tracking:
             accelerator.log_with.append(require_tensorboard())
             self._local.append(f"tensorboard --logdir {run_dir / 'tensorboard'}")
         rows = read_rows(run_dir / METRICS_FILE) if config.track.also else []
+        rows = list(map(metrics.without_clock, rows))
         others = [OtherTracker(n, config, run_dir, rows, self.say) for n in config.track.also]
         for other in others:
             other.begin()
@@ -127,13 +128,16 @@ class JsonLines(GeneralTracker):
     def __init__(self, file: MetricsFile, wandb: WandBProcess | None) -> None:
         super().__init__()
         self._file, self._wandb = file, wandb
+        self._began = time.monotonic()
 
     @property
     def tracker(self) -> MetricsFile:
         return self._file
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        self._file.append(values | {metrics.UNIX_TIME: round(time.time(), 3)})
+        passed = time.monotonic() - self._began
+        clock = {metrics.UNIX_TIME: round(time.time(), 3), metrics.LAUNCH_SECONDS: round(passed, 3)}
+        self._file.append(values | clock)
 
     def finish(self) -> None:
         self._file.close()

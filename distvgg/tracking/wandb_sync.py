@@ -34,6 +34,7 @@ from distvgg.recipe import load
 from distvgg.runs.files import atomic_write
 from distvgg.runs.layout import CONFIG_FILE, METRICS_FILE, REQUEUE_FILE, RESULT_FILE
 from distvgg.tracking import wandb_end
+from distvgg.wording import counted
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -131,7 +132,7 @@ def sync(run_dir: Path) -> str:
             had, url = run.starting_step, run.url
             sent = _send(run, run_dir / METRICS_FILE, lambda _: True)
             _finish(run, run_dir, file)
-    return f"W&B: {url} has {had + sent:,} rows, {sent:,} of them new"
+    return f"W&B: {url} has {counted(had + sent, 'row')}, {sent:,} of them new"
 
 
 def follow(run_dir: Path, trainer: Trainer) -> None:
@@ -326,11 +327,7 @@ def _send(run: "Run", path: Path, ended: Callable[[float], bool]) -> int:
                     raise UserError(
                         f"{path}, line {index + 1}: not JSON; the run's next launch replaces it"
                     ) from error
-                if (
-                    metrics.UNIX_TIME in row
-                ):  # W&B's own axis of time, also for rows that are sent later
-                    row["_timestamp"] = row.pop(metrics.UNIX_TIME)
-                run.log(row)
+                run.log(metrics.without_clock(row))
                 sent += 1
             index += 1
     return sent

@@ -59,9 +59,9 @@ def _start(run: Run) -> dict[str, str]:
 
 def _training(run: Run) -> str:
     plan, saves = run.plan, run.config.checkpoint.every_steps
-    every = f"every {saves:,} steps" if saves else "at the best validation"
+    every = f"every {counted(saves, 'step')}" if saves else "at the best validation"
     return (
-        f"{run.steps:,} steps of {plan.global_batch_size} ="
+        f"{counted(run.steps, 'step')} of {plan.global_batch_size} ="
         f" {counted(plan.world_size, 'process')} x"
         f" {plan.accumulation} x {plan.micro_batch_size}; {plan.epoch(run.steps):.2f} epochs,"
         f" validation every {run.config.eval.every_epochs:g}; checkpoint {every}"
@@ -76,7 +76,8 @@ def _optimizer(run: Run) -> str:
     if optim.trunk_lr_ratio != 1:
         rate += f" (features: x {optim.trunk_lr_ratio:g})"
     average = f", EMA {optim.ema_decay:g}" if optim.ema_decay else ""
-    return f"{optim.name}, {rate}, {optim.schedule} after {warmup:,} steps of warm-up{average}"
+    schedule = f"{optim.schedule} after {counted(warmup, 'step')} of warm-up"
+    return f"{optim.name}, {rate}, {schedule}{average}"
 
 
 def _compute(run: Run) -> str:

@@ -23,7 +23,8 @@ def overfit_verdict(run: Run) -> str:
     least = least_loss(run.config.train.label_smoothing, run.dataset.num_classes)
     line = (
         f"overfit: loss {loss:.3f}, top1 {top1:.2%} on"
-        f" {counted(run.config.train.overfit_batches, 'fixed batch')} after {run.steps} steps"
+        f" {counted(run.config.train.overfit_batches, 'fixed batch')}"
+        f" after {counted(run.steps, 'step')}"
     )
     if least:
         line += f" (label smoothing allows {least:.3f} at best)"

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,8 +42,8 @@ from distvgg.optim.build import build_optimizer
 from distvgg.optim.muon import Muon
 from distvgg.preemption import Preempted
 from distvgg.rng import derive_seed
-from distvgg.runs.folder import claim_run_dir, mark_stopped
-from distvgg.runs.layout import CHECKPOINTS, METRICS_FILE, STOP_FILE
+from distvgg.runs.folder import ask_ranks_to_stop, claim_run_dir, mark_stopped
+from distvgg.runs.layout import CHECKPOINTS, METRICS_FILE
 from distvgg.runs.metrics_file import holds
 from distvgg.runs.preprocessing import Preprocessing, save_preprocessing
 from distvgg.training.checkpoint import (
@@ -57,6 +56,7 @@ from distvgg.training.initial_weights import check_start, load_initial_weights
 from distvgg.training.meters import Clock, TrainMeter
 from distvgg.training.nan_monitor import StepMonitor
 from distvgg.training.state import METER, TRAINED, Run, TrainState, parameter_names
+from distvgg.wording import counted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -229,7 +229,7 @@ def _notes_on_length(config: Config, plan: BatchPlan) -> list[str]:
         )
     if config.optim.warmup_epochs and steps <= plan.steps(config.optim.warmup_epochs):
         notes.append(
-            f"all {steps} steps are of the warm-up (optim.warmup_epochs"
+            f"all {counted(steps, 'step')} are of the warm-up (optim.warmup_epochs"
             f" {config.optim.warmup_epochs:g}): no step has the full learning rate for long"
         )
     return notes
@@ -313,8 +313,7 @@ def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> t
             if entry is not None:
                 dataset = load_dataset(config.data, entry)
     except Preempted:
-        with suppress(OSError):  # other ranks may decode for minutes, and look for this file
-            (folder / STOP_FILE).touch()
+        ask_ranks_to_stop(folder)  # others may decode for minutes
     if any_rank(accelerator, preemption.requested()):
         if accelerator.is_main_process:
             mark_stopped(folder, requeue=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from processes import CPU, ROOT, TINY, rows
-from wandb_client import login, own
+from wandb_client import logged, login, own
 from wandb_server import Sweep, serving
 
 pytestmark = pytest.mark.usefixtures("newcomer")
@@ -40,7 +40,7 @@ def test_each_trial_of_a_sweep_has_a_folder_and_joins_its_run(tmp_path: Path) ->
         assert list(server.runs) == server.sweep.taken
         for number, run in enumerate(server.runs.values()):
             folder = tmp_path / "runs" / "sweep-s1" / run.id
-            assert [own(row) for row in run.rows()] == rows(folder)
+            assert [own(row) for row in run.rows()] == logged(folder)
             assert run.config["optim.lr"]["value"] == 0.05
             assert run.config["augment.trivial"]["value"] is True
             assert (run.project, run.said["sweep"]) == ("searched", "s1")

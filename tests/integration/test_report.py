@@ -115,7 +115,7 @@ def test_the_report_shows_all_and_requests_nothing(browser: Browser, page: Path)
         for unit in (SEEDS, ODD):
             assert pixels_of(browser, plot, colour_of(browser, unit)) > 50, (plot, unit)
     text = browser.js("document.body.innerText")
-    assert "1 at step 0 → 2 at step" in text
+    assert "1 at step 0 → 2 at step" in text.replace("\N{NO-BREAK SPACE}", " ")
     assert "optim.lr" in browser.js("document.querySelector('#config table').innerText")
     network = browser.js("document.querySelector('#network').textContent")
     assert "VGG-11-BN for 32×32 pixels and 100 classes, 28,142 parameters" in network

@@ -20,7 +20,7 @@ import pytest
 from distvgg.recipe import load
 from processes import CPU, ROOT, descendants, rows, run, tiny
 from processes import at_a_terminal as run_at_a_terminal
-from wandb_client import login, own, read_offline
+from wandb_client import logged, login, own, read_offline
 from wandb_server import ENTITY, KEY, ReceivedRun, WandbServer, serving
 
 pytestmark = pytest.mark.usefixtures("newcomer")
@@ -96,7 +96,7 @@ def online_run(tmp_path_factory: pytest.TempPathFactory) -> Online:
 
 def test_online_every_row_arrives_once(online_run: Online) -> None:
     outcome, _, received = online_run
-    assert [own(row) for row in received.rows()] == rows(outcome.folder)
+    assert [own(row) for row in received.rows()] == logged(outcome.folder)
     found = {name for row in received.rows() for name in row}
     assert {"train/loss", "val/top1", "test/top1", "perf/images_per_sec"} <= found
     assert received.summary()["test/top1"] == rows(outcome.folder)[-1]["test/top1"]
@@ -138,7 +138,7 @@ def at_a_terminal(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 def test_without_a_key_nobody_is_asked_and_no_row_is_lost(at_a_terminal: Outcome) -> None:
     why, _, folder = at_a_terminal.offline()
     assert "login" in why
-    assert read_offline(folder) == rows(at_a_terminal.folder)
+    assert read_offline(folder) == logged(at_a_terminal.folder)
 
 
 def test_the_printed_command_uploads_an_offline_run_once(at_a_terminal: Outcome) -> None:
@@ -151,7 +151,7 @@ def test_the_printed_command_uploads_an_offline_run_once(at_a_terminal: Outcome)
             ), done.stdout + done.stderr
             (received,) = server.runs.values()
             assert not new or received.axes() == {"step"}
-    assert [own(row) for row in received.rows()] == rows(at_a_terminal.folder)
+    assert [own(row) for row in received.rows()] == logged(at_a_terminal.folder)
     assert received.exit_code == 0
     assert server.unknown == set()
 
@@ -185,7 +185,7 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
         return  # wandb before 0.31 does not notice
     why, _, folder = outcome.offline()
     assert re.match("Timed out initializing run|Failed to get resume status", why)
-    assert read_offline(folder) == rows(outcome.folder)
+    assert read_offline(folder) == logged(outcome.folder)
 
 
 def test_a_key_that_the_server_refuses_means_offline(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_key_that_the_server_refuses_means_offline(tmp_path: Path) -> None:
         outcome = trained(tmp_path / "run", env=login(server) | {"WANDB_API_KEY": "x" * 40})
     why, _, folder = outcome.offline()
     assert "permission denied" in why
-    assert read_offline(folder) == rows(outcome.folder)
+    assert read_offline(folder) == logged(outcome.folder)
 
 
 def test_an_outage_at_the_end_is_waited_for_only_so_long(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from distvgg.runs.confusion import by_superclass, read_confusion
 from distvgg.tracking.wandb_sync import MAX_NAME
-from processes import Started, rows, run, tiny
-from wandb_client import client, login, own, read_offline
+from processes import Started, run, tiny
+from wandb_client import client, logged, login, own, read_offline
 from wandb_server import ReceivedRun, WandbServer, serving
 
 pytestmark = pytest.mark.usefixtures("newcomer")
@@ -32,7 +32,7 @@ def sync(folder: Path, server: WandbServer, **env: str) -> str:
 def check_end(server: WandbServer, folder: Path) -> ReceivedRun:
     """Checks the summary, the table and the weights of the server's one run; returns the run."""
     (received,) = server.runs.values()
-    assert [own(row) for row in received.rows()] == rows(folder)  # and nothing after them
+    assert [own(row) for row in received.rows()] == logged(folder)  # and nothing after them
     result = json.loads((folder / "result.json").read_text())
     summary = received.summary()
     best = {"best/val/top1": result["best"]["top1"], "best/step": result["best"]["step"]}
@@ -85,7 +85,7 @@ def test_the_offline_file_has_the_end_and_uploads_it(tmp_path: Path) -> None:
     done = run(tiny(folder, *ENDS), env={"WANDB_MODE": "offline"})
     assert done.returncode == 0, done.stderr
     (offline,) = folder.glob("wandb/offline-run-*")
-    assert read_offline(offline) == rows(folder)
+    assert read_offline(offline) == logged(folder)
     with serving() as server:
         client(f"wandb sync '{folder / 'wandb'}'", env=login(server))
         check_end(server, folder)
@@ -120,7 +120,7 @@ def test_a_run_that_a_signal_stops_is_preempted_for_wandb(
         assert code == 0, output
         assert (folder / "REQUEUE").exists()
         (received,) = server.runs.values()
-        assert [own(row) for row in received.rows()] == rows(folder)
+        assert [own(row) for row in received.rows()] == logged(folder)
         assert received.preempting == preempting
         assert received.exit_code == int(preempting)
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
+from distvgg.metrics import without_clock
+from processes import rows
 from wandb_server import KEY, WandbServer
 
 
@@ -32,9 +34,13 @@ def login(server: WandbServer) -> dict[str, str]:
 
 
 def own(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of W&B's as it was logged: with its time, without what else the client adds."""
-    logged = {name: value for name, value in row.items() if not name.startswith("_")}
-    return logged | {"perf/unix_time": row["_timestamp"]}
+    """A row of W&B's without what the client adds to it."""
+    return {name: value for name, value in row.items() if not name.startswith("_")}
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run as W&B gets them."""
+    return [without_clock(row) for row in rows(folder)]
 
 
 def read_offline(folder: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
-"""Starts commands of distvgg in processes that have torch already, whose import takes most of a
-short command's time.
+"""Starts commands of distvgg in processes that have imported torch already.
+
+That import takes most of the time of a short command.
 
 Each command is a process of its own, forked from one that has imported torch and nothing of
 distvgg, with the arguments, environment and streams that it would have otherwise. What torch and
@@ -24,7 +25,9 @@ from threading import Lock
 from typing import Any
 
 # Variables that Python, torch and the libraries below it read when they start.
-_AT_START = re.compile(r"(ATEN|CUDA|KMP|LANG|LC|LD|MALLOC|MKL|OMP|PYTHON|TORCH)")
+_AT_START = re.compile(
+    r"(ATEN|CUDA|GLIBC|KMP|LANG|LC|LD|MALLOC|MKL|OMP|OPENBLAS|PYTHON|TMP|TORCH|TZ)"
+)
 _one_at_a_time = Lock()
 
 
@@ -44,6 +47,7 @@ class _Server:
 
     def close(self) -> None:
         self._ours.close()
+        self._process.kill()
         self._process.wait()
 
     def run(
@@ -89,7 +93,14 @@ def run(
         return None
     try:
         server, started_with = _started()
-        return server.run(args, env, cwd, timeout) if _at_start(env) == started_with else None
+        if _at_start(env) != started_with:
+            return None
+        try:
+            return server.run(args, env, cwd, timeout)
+        except BaseException:  # an answer may be under way, which the next command would read
+            _started.cache_clear()
+            server.close()
+            raise
     finally:
         _one_at_a_time.release()
 

@@ -41,11 +41,10 @@ def report(run_dirs: Sequence[Path], out: Path, *, watch: bool = False) -> str:
             or the file cannot be written.
     """
     _require_bokeh()
+    shown = counted(write(run_dirs, out, reload_seconds=RELOAD if watch else None), "run")
     if not watch:
-        write(run_dirs, out)
-        return f"report of {counted(len(run_dirs), 'run')}: {out}"
-    write(run_dirs, out, reload_seconds=RELOAD)
-    print(f"report of {counted(len(run_dirs), 'run')}: {out}; Ctrl-C ends the watch", flush=True)
+        return f"report of {shown}: {out}"
+    print(f"report of {shown}: {out}; Ctrl-C ends the watch", flush=True)
     try:
         _watch(run_dirs, out)
     except KeyboardInterrupt:
@@ -74,8 +73,8 @@ def write_at_end(run_dir: Path) -> str | None:
     return None
 
 
-def write(run_dirs: Sequence[Path], out: Path, *, reload_seconds: int | None = None) -> None:
-    """Writes the report, once.
+def write(run_dirs: Sequence[Path], out: Path, *, reload_seconds: int | None = None) -> int:
+    """Writes the report, once; returns how many runs it shows.
 
     Raises:
         UserError: as in `report`.
@@ -91,6 +90,7 @@ def write(run_dirs: Sequence[Path], out: Path, *, reload_seconds: int | None = N
         raise UserError(
             f"cannot write {out} ({error.strerror}): choose another file with --out"
         ) from error
+    return len(runs)
 
 
 def _watch(run_dirs: Sequence[Path], out: Path) -> None:

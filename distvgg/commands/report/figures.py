@@ -38,9 +38,10 @@ from bokeh.models import (
 from bokeh.plotting import figure
 
 from distvgg import metrics
-from distvgg.commands.report import series
+from distvgg.commands.report import series, times
 from distvgg.commands.report.runs import TEST, VAL, RunData
 from distvgg.runs.confusion import Confusion
+from distvgg.wording import counted
 
 # Distinguishable on white and on near-black, also for most colour-blind readers.
 COLOURS = (
@@ -153,7 +154,7 @@ class Figures:
     """The plots, and what report.js has to know of their models.
 
     Attributes:
-        units: name and seconds of the unit of training time, and of wall time.
+        time_units: name and seconds of the unit of training time, and of wall time.
         plots: by their key.
         shown: the renderers whose rows belong to units.
         glyphs: ids of the glyphs whose position follows the chosen axis.
@@ -161,7 +162,7 @@ class Figures:
         hovers: ids of the tools whose tooltips end with the place on this axis.
     """
 
-    units: dict[str, tuple[str, float]]
+    time_units: dict[str, tuple[str, float]]
     plots: dict[str, figure] = field(default_factory=dict)
     shown: list[Shown] = field(default_factory=list)
     glyphs: list[str] = field(default_factory=list)
@@ -171,8 +172,8 @@ class Figures:
 
 def unit_of_time(runs: Sequence[RunData], axis: str) -> tuple[str, float]:
     """Returns the unit of a time axis, and its length in seconds."""
-    last = np.concatenate([run.columns[axis] for run in runs])
-    longest = np.nanmax(last) if np.isfinite(last).any() else 0.0
+    seconds = np.concatenate([run.columns[axis] for run in runs])
+    longest = np.nanmax(seconds) if np.isfinite(seconds).any() else 0.0
     if longest > 3 * 3600:
         return "hours", 3600.0
     return ("minutes", 60.0) if longest > 180 else ("seconds", 1.0)
@@ -233,7 +234,7 @@ def _draw_curve(
             else series.line_of(columns[0], curve.metric, limits[False])
         )
         if line is not None:
-            times = (1 / found.units[axis][1] for axis in (series.TIME, series.WALL))
+            times = (1 / found.time_units[axis][1] for axis in (series.TIME, series.WALL))
             lines.append((unit, line.scaled(panel.scale, *times)))
     if not lines:
         return
@@ -292,8 +293,8 @@ def _draw_points(
         ("", f"@name: {curve.label}"),
         ("value", f"@y{_number_format(panel)}"),
         ("step, epoch", "@step{0,0}, @epoch{0.00}"),
-        (f"{found.units[series.TIME][0]} of training", "@time{0.00}"),
-        (f"{found.units[series.WALL][0]} in all", "@wall{0.00}"),
+        (f"{found.time_units[series.TIME][0]} of training", "@time{0.00}"),
+        (f"{found.time_units[series.WALL][0]} of wall time", "@wall{0.00}"),
     ]
     plot.add_tools(
         HoverTool(
@@ -354,7 +355,7 @@ def _draw_starts(plot: figure, units: Sequence[Unit], found: Figures, *, text: b
     if text and labelled:
         told = [start for start in of_unit if start[0].key in labelled]
         source = _source_of_starts(told, found)
-        source.data["text"] = [f"{w} process{'es' * (w > 1)}" for _, _, _, w in told]
+        source.data["text"] = [counted(w, "process") for _, _, _, w in told]
         source.data["y"] = [0.08 * labelled.index(unit.key) for unit, *_ in told]
         words = Text(
             x="step",
@@ -372,13 +373,13 @@ def _draw_starts(plot: figure, units: Sequence[Unit], found: Figures, *, text: b
 def _source_of_starts(
     starts: Sequence[tuple[Unit, RunData, int, int]], found: Figures
 ) -> ColumnDataSource:
-    at = [series.at_step(run.columns, step) for _, run, step, _ in starts]
+    at = [times.at_launch(run.columns, run.clock.begins, step) for _, run, step, _ in starts]
     return ColumnDataSource(
         {
             "step": [step for _, _, step, _ in starts],
             "epoch": [epoch for epoch, *_ in at],
-            "time": [time / found.units[series.TIME][1] for _, time, _ in at],
-            "wall": [wall / found.units[series.WALL][1] for *_, wall in at],
+            "time": [time / found.time_units[series.TIME][1] for _, time, _ in at],
+            "wall": [wall / found.time_units[series.WALL][1] for *_, wall in at],
             "colour": [unit.colour for unit, *_ in starts],
         }
     )

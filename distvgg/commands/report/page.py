@@ -57,8 +57,7 @@ def page(runs: Sequence[RunData], *, reload_seconds: int | None = None) -> str:
     ordered = [of_entry[id(entry)] for group in groups for entry in group.entries]
     differ = series.differences([run.entry.config for run in runs])
     units, modes = _units(ordered, groups, differ, of_entry)
-    times = (series.TIME, series.WALL)
-    found = Figures({axis: figures.unit_of_time(runs, axis) for axis in times})
+    found = Figures({a: figures.unit_of_time(runs, a) for a in (series.TIME, series.WALL)})
     figures.draw_curves(units, found)
     calibrated = figures.draw_reliability(units, found)
     classes, cells = _classes(groups, differ, of_entry, found)
@@ -69,7 +68,7 @@ def page(runs: Sequence[RunData], *, reload_seconds: int | None = None) -> str:
         "glyphs": found.glyphs,
         "curves": found.curves,
         "hovers": found.hovers,
-        "labels": _axes(found),
+        "labels": _axis_labels(found),
         "themed": figures.themed(list(found.plots.values())),
         "cells": cells,
         "confusion": found.plots["confusion"].id if "confusion" in found.plots else None,
@@ -174,7 +173,8 @@ def _subtitle(runs: Sequence[RunData]) -> str:
 
 
 def _controls(units: Sequence[Unit], modes: Mapping[str, Any], found: Figures) -> str:
-    parts = [_choice("axis", "Against", _axes(found))]
+    names = ("step", "epoch", "training time", "wall time")
+    parts = [_choice("axis", "Against", dict(zip(series.AXES, names, strict=True)))]
     if "mean" in modes:
         parts.append(_choice("mode", "Seeds", {"mean": "mean and range", "each": "each run"}))
     legend = "".join(
@@ -189,9 +189,9 @@ def _controls(units: Sequence[Unit], modes: Mapping[str, Any], found: Figures) -
     )
 
 
-def _axes(found: Figures) -> dict[str, str]:
+def _axis_labels(found: Figures) -> dict[str, str]:
     """Returns the label of each horizontal axis."""
-    of_training, wall = (found.units[axis][0] for axis in (series.TIME, series.WALL))
+    of_training, wall = (found.time_units[axis][0] for axis in (series.TIME, series.WALL))
     labels = ("step", "epoch", f"training time ({of_training})", f"wall time ({wall})")
     return dict(zip(series.AXES, labels, strict=True))
 
@@ -227,7 +227,7 @@ def _curves(found: Figures, places: Mapping[str, str]) -> str:
     return (
         f'<div class="plots">{plots}</div><p class="note">Drag: zoom into a box. All curves zoom'
         " together. A dotted line is a restart. Training time is that of steps alone; wall time"
-        " also has evaluation, checkpoints and the time between launches. A band is the"
+        " also has evaluation, checkpoints, starts and pauses. A band is the"
         " range over seeds, at steps that all of them have. Long curves keep the least and the"
         " greatest value of each interval.</p>"
     )

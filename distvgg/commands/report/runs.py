@@ -15,7 +15,8 @@ import numpy as np
 
 from distvgg import metrics
 from distvgg.commands.compare import SEED, Entry, Group, read
-from distvgg.commands.report.series import TIME, WALL, Columns, training_time, wall_time
+from distvgg.commands.report.series import TIME, WALL, Columns
+from distvgg.commands.report.times import WallClock, training_time, wall_clock
 from distvgg.config import Config
 from distvgg.errors import UserError
 from distvgg.recipe import load
@@ -35,7 +36,7 @@ VAL, TEST = "val/", "test/"
 METRICS = (
     *(metrics.STEP, metrics.EPOCH, metrics.TRAIN_LOSS, metrics.TRAIN_TOP1, metrics.TRAIN_LR),
     *(metrics.TRAIN_GRAD_NORM, metrics.IMAGES_PER_SEC, metrics.STEP_MS, metrics.DATA_WAIT_MS),
-    metrics.UNIX_TIME,
+    *(metrics.UNIX_TIME, metrics.LAUNCH_SECONDS),
     *(VAL + name for name in (metrics.LOSS, metrics.TOP1, metrics.TOP5, metrics.SUPERCLASS_TOP1)),
     *(TEST + name for name in (metrics.LOSS, metrics.TOP1, metrics.TOP5, metrics.SUPERCLASS_TOP1)),
 )
@@ -49,7 +50,8 @@ class RunData:
 
     Attributes:
         columns: by metric (`metrics_file.read_columns`), with `time`, the seconds of training, and
-            `wall`, the seconds since the first step.
+            `wall`, the seconds since the first launch was ready to train.
+        clock: what the times in the rows say.
         starts: (step, world size) of each launch, as far as result or checkpoints tell.
         class_names: None for a run of version 0.1 without a confusion matrix.
         rows_sha256: of the complete rows without timings, as `launch/prove.py` computes it.
@@ -60,6 +62,7 @@ class RunData:
     entry: Entry
     config: Config
     columns: Columns
+    clock: WallClock
     starts: list[tuple[int, int]]
     confusion: Confusion | None
     class_names: list[str] | None
@@ -114,7 +117,8 @@ def _read_run(run_dir: Path, name: str) -> RunData | NoRowsError:
     if not known.any():
         return NoRowsError(f"{run_dir} has no rows in {METRICS_FILE} yet ({entry.state}): wait")
     columns[TIME] = training_time(columns)
-    columns[WALL] = wall_time(columns)
+    clock = wall_clock(columns)
+    columns[WALL] = clock.wall
     weights = _content(run_dir / WEIGHTS_FILE)
     preprocessing, confusion = read_preprocessing(run_dir), read_confusion(run_dir)
     named = preprocessing or confusion
@@ -123,6 +127,7 @@ def _read_run(run_dir: Path, name: str) -> RunData | NoRowsError:
         entry=entry,
         config=load(str(run_dir / CONFIG_FILE)),
         columns=columns,
+        clock=clock,
         starts=entry.result.starts if entry.result else _starts(run_dir),
         confusion=confusion,
         class_names=named.class_names if named else None,

@@ -1,4 +1,4 @@
-"""Data of the report's curves: decimation, bands over seeds, times, differences of configs.
+"""Data of the report's curves: decimation, bands over seeds, differences of configs.
 
 Functions of arrays alone; they read no file and draw nothing.
 """
@@ -130,83 +130,6 @@ def decimate(values: np.ndarray, limit: int) -> np.ndarray:
     padded[n:] = -np.inf
     greatest = begins + padded.reshape(-1, length).argmax(1)
     return np.unique(np.concatenate([least, greatest, [0, n - 1]]))
-
-
-def training_time(columns: Columns) -> np.ndarray:
-    """Computes the seconds that the steps up to each row took.
-
-    A row has the mean time of a step since the row before it. Evaluation, checkpoints and starts
-    are not in rows. NaN if no row has a time.
-
-    Returns:
-        [rows] float64.
-    """
-    timed = rows_with(columns, metrics.STEP_MS)
-    if not timed.size:
-        return np.full(len(columns[metrics.STEP]), np.nan)
-    step = np.concatenate([[0], columns[metrics.STEP][timed]])
-    seconds = np.diff(step) * columns[metrics.STEP_MS][timed] / 1000
-    until = np.concatenate([[0], np.cumsum(seconds)])
-    time: np.ndarray = np.interp(columns[metrics.STEP], step, until)
-    return time
-
-
-def wall_time(columns: Columns) -> np.ndarray:
-    """Computes the seconds from the first step to each row, with all that was not a step.
-
-    Rows of a run that began with a version below 0.2 have no clock; `time` stands for them.
-
-    Args:
-        columns: with `time`, of `training_time`.
-
-    Returns:
-        [rows] float64, ascending, also where the clock of the machine was set back.
-    """
-    time, clock = columns[TIME], columns[metrics.UNIX_TIME]
-    known = rows_with(columns, metrics.UNIX_TIME)
-    if not known.size:
-        return time
-    begun = clock[known[0]] - np.nan_to_num(time[known[0]])
-    passed = np.interp(np.arange(len(clock)), known, clock[known] - begun)
-    passed[: known[0]] = time[: known[0]]
-    ascending: np.ndarray = np.maximum.accumulate(passed)
-    return ascending
-
-
-def seconds_between_launches(columns: Columns, starts: Sequence[tuple[int, int]]) -> float:
-    """Computes the seconds of a run in which no launch went on: pauses, starts and lost steps."""
-    lost = 0.0
-    for step, _ in starts:
-        before = np.flatnonzero(columns[metrics.STEP] <= step)
-        if step > 0 and before.size:
-            lost += at_step(columns, step)[2] - columns[WALL][before[-1]]
-    return lost
-
-
-def seconds_waiting(columns: Columns) -> float:
-    """Computes the seconds that steps waited for data, of all steps that have a row."""
-    timed = rows_with(columns, metrics.DATA_WAIT_MS)
-    steps = np.diff(np.concatenate([[0], columns[metrics.STEP][timed]]))
-    return float((steps * columns[metrics.DATA_WAIT_MS][timed]).sum() / 1000)
-
-
-def at_step(columns: Columns, step: float) -> tuple[float, float, float]:
-    """Returns epoch, training time and wall time of a launch at its first step.
-
-    Epoch and training time lie between those of two rows as on a line. Wall time is that of the
-    next row less the training time until then, so that it comes after a pause.
-    """
-    steps = np.concatenate([[0], columns[metrics.STEP]])
-    epoch, time = (
-        float(np.interp(step, steps, np.concatenate([[0], columns[name]])))
-        for name in (metrics.EPOCH, TIME)
-    )
-    after = np.flatnonzero(columns[metrics.STEP] > step)
-    if not after.size:
-        return epoch, time, float(columns[WALL][-1])
-    before = columns[WALL][after[0] - 1] if after[0] else 0.0
-    wall = columns[WALL][after[0]] - (columns[TIME][after[0]] - time)
-    return epoch, time, max(float(wall), float(before))
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[str]:

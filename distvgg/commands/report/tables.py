@@ -1,13 +1,13 @@
 """Tables of the report: time, networks, configs, provenance."""
 
+import math
 import re
 from collections.abc import Sequence
-from datetime import timedelta
 from html import escape
 
 from distvgg import metrics
 from distvgg.commands.compare import typed
-from distvgg.commands.report import series
+from distvgg.commands.report import series, times
 from distvgg.commands.report.runs import RunData
 
 MOST_NETWORKS = 5
@@ -52,49 +52,49 @@ def network(runs: Sequence[RunData]) -> str:
 
 def time(runs: Sequence[RunData]) -> str:
     """Returns where the time of each run went, and its launches."""
-    longest = max(_last(run, series.WALL) for run in runs)
+    longest = max(float(run.clock.wall[-1]) for run in runs)
     rows = []
     for run in runs:
-        wall, training = _last(run, series.WALL), _last(run, series.TIME)
-        between = min(wall, series.seconds_between_launches(run.columns, run.starts))
-        clocked = series.rows_with(run.columns, metrics.UNIX_TIME).size
-        waiting = min(training, series.seconds_waiting(run.columns))
-        launches = " \N{RIGHTWARDS ARROW} ".join(f"{w} at step {s:,}" for s, w in run.starts)
+        wall, training = float(run.clock.wall[-1]), float(run.columns[series.TIME][-1])
+        starts = run.clock.starts if run.clock.is_complete else math.nan
+        waiting = times.seconds_waiting(run.columns)
+        launches = " \N{RIGHTWARDS ARROW} ".join(
+            f"{w} at step {s:,}".replace(" ", "\N{NO-BREAK SPACE}") for s, w in run.starts
+        )
         rows.append(
             [
                 escape(run.name),
                 f"{int(run.columns[metrics.STEP][-1]):,}",
-                _duration(wall) if clocked else "-",
+                _duration(wall if run.clock.is_complete else math.nan),
                 _duration(training),
-                f"{100 * waiting / training if training else 0:.1f}%",
-                _duration(max(0.0, wall - training - between)) if clocked else "-",
-                _duration(between) if clocked else "-",
+                f"{min(100, 100 * waiting / training):.1f}%" if training > 0 else "-",
+                _duration(wall - training - starts),
+                _duration(starts),
                 _bar(wall, training, longest),
                 escape(launches or "no checkpoint yet"),
             ]
         )
     header = ["run", "steps", "wall time", "training", "of that, waiting for data"]
-    header += ["evaluation, checkpoints", "between launches", "", "launches: processes at step"]
-    return table(header, rows, html=True) + (
-        '<p class="note">From the first step to the last row. Training is the time of steps, the'
-        " full colour of a bar. Between launches are pauses, starts, and steps that a kill lost."
-        "</p>"
+    header += ["evaluation, checkpoints", "starts, pauses", "training, all"]
+    return table([*header, "launches: processes at step"], rows, html=True) + (
+        '<p class="note">From the first launch, when it is ready to train, to the last row.'
+        " Training is the time of steps, the full colour of a bar. Starts and pauses have the steps"
+        " that were not saved, too.</p>"
     )
 
 
-def _last(run: RunData, axis: str) -> float:
-    seconds = run.columns[axis]
-    return float(seconds[-1]) if series.rows_with(run.columns, axis).size else 0.0
-
-
 def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+    """Returns hours, minutes and seconds; a dash if the time is not known."""
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    return f"{minutes // 60:,}:{minutes % 60:02}:{rest:02}"
 
 
 def _bar(wall: float, training: float, longest: float) -> str:
     """Returns a bar for the wall time, whose full colour is the time of training."""
     width = 100 * wall / longest if longest else 0
-    full = 100 * min(1.0, training / wall) if wall else 0
+    full = 100 * min(1.0, training / wall) if wall and training > 0 else 0
     return f'<span class="bar" style="width:{width:.2f}%"><i style="width:{full:.2f}%"></i></span>'
 
 

@@ -1,27 +1,22 @@
-"""The data behind the report's curves: decimation, bands, time, differences, hashes, columns."""
+"""The data behind the report's curves: decimation, bands, differences, hashes, columns."""
 
 import hashlib
 import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distvgg.commands.report.runs import METRICS, read_runs, rows_digest
 from distvgg.commands.report.series import (
-    at_step,
     band_of,
     decimate,
     differences,
     line_of,
     points_of_a_line,
-    seconds_between_launches,
-    seconds_waiting,
-    training_time,
-    wall_time,
 )
+from distvgg.commands.report.times import training_time, wall_clock
 from distvgg.recipe import load
 from distvgg.runs.metrics_file import parse_rows, read_columns
 
@@ -31,7 +26,7 @@ LOSS = "train/loss"
 def columns(rows: list[dict[str, float]]) -> dict[str, np.ndarray]:
     found = read_columns("".join(json.dumps(row) + "\n" for row in rows).encode(), METRICS)
     found = {**found, "time": training_time(found)}
-    return {**found, "wall": wall_time(found)}
+    return {**found, "wall": wall_clock(found).wall}
 
 
 def losses(values: dict[int, float]) -> dict[str, np.ndarray]:
@@ -113,44 +108,6 @@ def test_a_decimated_band_still_spans_every_value() -> None:
     assert band.high is not None
     assert len(band.step) <= 50
     assert band.high.max() == 77.0
-
-
-def test_time_is_that_of_the_steps_between_the_rows() -> None:
-    step, wait = "perf/step_ms", "perf/data_wait_ms"
-    found = columns(
-        [
-            {"step": 1, "epoch": 0.1},  # the first step has no time
-            {"step": 10, "epoch": 1.0, step: 100.0, wait: 10.0},
-            {"step": 10, "epoch": 1.0, "val/loss": 1.0},
-            {"step": 20, "epoch": 2.0, step: 300.0, wait: 0.0},
-        ]
-    )
-    assert found["time"].tolist() == pytest.approx([0.1, 1.0, 1.0, 4.0])
-    assert seconds_waiting(found) == pytest.approx(0.1)
-    assert at_step(found, 15) == pytest.approx((1.5, 2.5, 2.5))
-    assert at_step(found, 0) == (0, 0, 0)
-    assert np.isnan(losses({1: 1.0})["time"]).all()
-
-
-def test_wall_time_has_evaluation_and_the_pause_before_a_launch() -> None:
-    step, clock = "perf/step_ms", "perf/unix_time"
-    rows = [
-        {"step": 10, "epoch": 1.0, step: 100.0, clock: 5000.0},
-        {"step": 10, "epoch": 1.0, "val/loss": 1.0, clock: 5003.0},
-        # A launch from a checkpoint of step 10, an hour later; its steps take 200 ms.
-        {"step": 20, "epoch": 2.0, step: 200.0, clock: 8605.0},
-        {"step": 20, "epoch": 2.0, "val/loss": 0.5, clock: 8604.0},  # the clock was set back
-    ]
-    found = columns(rows)
-    assert found["time"].tolist() == pytest.approx([1, 1, 3, 3])
-    assert found["wall"].tolist() == pytest.approx([1, 4, 3606, 3606])
-    assert at_step(found, 10) == pytest.approx((1.0, 1.0, 3604))
-    assert at_step(found, 20)[2] == 3606
-    assert seconds_between_launches(found, [(0, 1), (10, 2)]) == pytest.approx(3600)
-    assert seconds_between_launches(found, [(0, 1)]) == 0
-    # The first rows are of a version that wrote no clock.
-    late = columns([{k: v for k, v in row.items() if k != clock} for row in rows[:2]] + rows[2:])
-    assert late["wall"].tolist() == pytest.approx([1, 1, 3, 3])
 
 
 def test_differences_of_configs() -> None:

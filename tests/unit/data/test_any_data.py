@@ -14,6 +14,7 @@ from unittest import mock
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -492,7 +493,7 @@ def test_the_card_counts_classes_sizes_and_shared_images(tmp_path: Path) -> None
         "test: 8 images of 2 classes, 4 each",
         "sizes: 90 of 40x40, 28 of 32x32",
         "modes before conversion to RGB: 117 RGB, 1 L",
-        "4 images are in train and in test",
+        "in train and in test: 4 images",
     )
     assert dataset.notes == ("classes are not balanced: a has 10 images, b 100",)
 
@@ -569,16 +570,95 @@ def test_a_missing_file_of_cifar_is_named(tmp_path: Path) -> None:
     assert said in refusal(tmp_path)
 
 
-def test_paths_in_a_table_are_below_its_folder(tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    images = noise(20, 0)
-    for i, image in enumerate(images):
-        (tmp_path / "photos" / f"{i}.png").write_bytes(png(image))
-    lines = [f"photos/{i}.png,{i % 2}" for i in range(20)]
-    (tmp_path / "train.csv").write_text("\n".join(["image,label", *lines]) + "\n")
-    split = load_dataset(custom(str(tmp_path))).train
-    assert np.array_equal(split.images, images)
-    assert split.file_names() == [f"photos/{i}.png" for i in range(20)]
+def photos(folder: Path, lists: dict[str, str]) -> Path:
+    """A folder of 30 images and lists of them, of which {} is the place of its rows."""
+    (folder / "photos").mkdir(parents=True)
+    for i, image in enumerate(noise(30, 0)):
+        (folder / "photos" / f"{i:02}.png").write_bytes(png(image))
+    for name, text in lists.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def listing(of: range, header: str = "image,label", row: str = "photos/{i:02}.png,0{c}") -> str:
+    return "\n".join([header, *(row.format(i=i, c=i % 2) for i in of)]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("image,label", "photos/{i:02}.png,0{c}"),
+        ("id, path, class", '{i}, "./photos/../photos/{i:02}.png" , 0{c} '),
+        ("\N{BYTE ORDER MARK}file_name,kind", "{root}/photos/{i:02}.png,0{c}"),
+    ],
+)
+def test_lists_of_images_give_the_splits(tmp_path: Path, header: str, row: str) -> None:
+    root = tmp_path / "set"
+    row = row.replace("{root}", str(root))
+    lists = {"Train.csv": listing(range(18), header, row)}
+    tabs = listing(range(18, 28), header, row).replace(",", "\t")
+    found = load_dataset(custom(str(photos(root, lists | {"val.TSV": tabs}))))
+    assert found.class_names == ["00", "01"]  # text, as it is written
+    assert found.train.labels.tolist() == [i % 2 for i in range(18)]
+    assert np.array_equal(found.train.images, noise(30, 0)[:18])
+    assert found.train.file_names() == [f"photos/{i:02}.png" for i in range(18)]
+    assert found.val is not None
+    assert np.array_equal(found.val.images, noise(30, 0)[18:28])
+    assert found.notes == ("left out of train: 2 in no list",)
+
+
+@pytest.mark.parametrize(
+    ("lists", "said"),
+    [
+        ({"train.csv": listing(range(40))}, "10 of 40 files are not in "),
+        ({"train.csv": "image,label\n../x.png,a\n"}, "such as ../x.png: paths are relative"),
+        ({"train.csv": "image,label\n"}, "train.csv has no rows: list the images"),
+        ({"train.csv": "image;label\na;b\n"}, "separate them by commas, not by ';'"),
+        ({"train.tsv": listing(range(9))}, "separate them by tabs, not by ','"),
+        ({"train.csv": listing(range(9)) + "photos/03.png,00\n"}, "has two classes: drop one"),
+        ({"train.csv": listing(range(9)) + "a.png,x,y\n"}, "row 10 has more values than columns"),
+        ({"train.csv": listing(range(9)) + "a.png,\n"}, "row 10 has no label of a file"),
+        ({"train.csv": listing(range(9), "image,label,label")}, "has two columns label: rename"),
+        ({"train.csv": listing(range(9), "image,path")}, "2 columns that may be the image, of"),
+        (
+            {"train.csv": listing(range(9), "image,a,b", "{i},{c},0")},
+            "2 columns that may be the la",
+        ),
+        ({f"{n}.csv": listing(range(9)) for n in ("val", "train")}, "is in train.csv and in val.c"),
+        ({f"train.{e}": listing(range(9)) for e in ("csv", "CSV")}, "has two lists of one split"),
+        ({"test.csv": listing(range(9))}, "has lists of test only: add train.csv"),
+        ({"train.csv": listing(range(9)), "test/a": ""}, "and the folder test/: give all splits"),
+    ],
+)
+def test_lists_that_are_no_lists_are_one_line(
+    tmp_path: Path, lists: dict[str, str], said: str
+) -> None:
+    (tmp_path / "test").mkdir() if "test/a" in lists else None
+    assert said in refusal(photos(tmp_path, lists))
+
+
+def test_a_table_beside_class_folders_may_be_somebodys_own(tmp_path: Path) -> None:
+    write_folders(tmp_path, ["a", "b"], {"train": noise(20, 0)})
+    for folder in (tmp_path / "train").iterdir():
+        folder.rename(tmp_path / folder.name)
+    (tmp_path / "train").rmdir()
+    (tmp_path / "train.csv").write_text("epoch,loss\n1,2.5\n")
+    assert notes(tmp_path) == "left out of train: 1 not an image (.csv)"
+
+
+def test_images_of_a_table_are_below_data_path(tmp_path: Path) -> None:
+    outside = photos(tmp_path / "elsewhere", {}) / "photos"
+    rows = {"image": [str(outside / f"{i:02}.png") for i in range(20)], "label": [0, 1] * 10}
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "set" / "train.parquet")
+    assert "is outside of data.path, where a change of it would not be noticed" in refusal(
+        tmp_path / "set"
+    )
+    (tmp_path / "set" / "photos").symlink_to(outside)
+    rows["image"] = [f"photos/{i:02}.png" for i in range(20)]
+    pq.write_table(pa.table(rows), tmp_path / "set" / "train.parquet")
+    found = load_dataset(custom(str(tmp_path / "set"))).train
+    assert np.array_equal(found.images, noise(30, 0)[:20])
 
 
 def test_a_pickle_that_would_run_code_does_not(tmp_path: Path) -> None:
