@@ -79,6 +79,15 @@ def from_local_main(accelerator: "Accelerator", here: T | None) -> T | None:
     return found
 
 
+def first_error(accelerator: "Accelerator", here: UserError | None) -> UserError | None:
+    """Returns on every rank the error of the first rank that has one.
+
+    Every rank must call this function, and waits for the other ranks.
+    """
+    found: list[UserError | None] = gather_object([here])
+    return next((error for error in found if error is not None), None)
+
+
 def any_rank(accelerator: "Accelerator", here: bool) -> bool:
     """Returns True if `here` is true on any rank.
 

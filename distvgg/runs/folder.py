@@ -30,7 +30,7 @@ WITHOUT_EFFECT_ON_RESULTS = (
     *("data.store", "data.loader", "data.workers", "checkpoint.every_steps", "checkpoint.keep"),
     *("track.wandb", "track.wandb_artifact", "track.tensorboard", "track.report", "track.also"),
 )
-_OF_A_RANK = b"stop request of a process to the others of its launch\n"
+_OF_RANKS = b"stop request of a process to the others of its launch\n"
 # Files that may exist before the config of a run: left by an interrupted launch, or created early
 # by the user.
 _BEFORE_CONFIG = {LOCK_FILE, LOCK_HOLDER, LOGS, STOP_FILE, REQUEUE_FILE, f".{CONFIG_FILE}.tmp"}
@@ -110,7 +110,7 @@ def claim_run_dir(run_dir: Path, config: Config) -> FileLock:
             check_same_config(run_dir, config)
             (run_dir / REQUEUE_FILE).unlink(missing_ok=True)
             (run_dir / FAILURE_FILE).unlink(missing_ok=True)
-            _remove_request_of_a_rank(run_dir)
+            forget_request_of_ranks(run_dir)
         except BaseException:
             lock.release()
             raise
@@ -128,12 +128,13 @@ def ask_ranks_to_stop(run_dir: Path) -> None:
     killed leaves it behind.
     """
     with suppress(OSError):
-        (run_dir / STOP_FILE).write_bytes(_OF_A_RANK)
+        (run_dir / STOP_FILE).write_bytes(_OF_RANKS)
 
 
-def _remove_request_of_a_rank(run_dir: Path) -> None:
+def forget_request_of_ranks(run_dir: Path) -> None:
+    """Deletes the stop file of `ask_ranks_to_stop`, and leaves that of a user."""
     stop_file = run_dir / STOP_FILE
-    if stop_file.is_file() and stop_file.read_bytes() == _OF_A_RANK:
+    if stop_file.is_file() and stop_file.read_bytes() == _OF_RANKS:
         stop_file.unlink(missing_ok=True)
 
 

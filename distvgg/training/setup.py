@@ -22,6 +22,7 @@ from distvgg.distributed.collectives import (
     any_rank,
     broadcast_bytes,
     broadcast_from_main,
+    first_error,
     from_local_main,
     machines,
 )
@@ -42,7 +43,12 @@ from distvgg.optim.build import build_optimizer
 from distvgg.optim.muon import Muon
 from distvgg.preemption import Preempted
 from distvgg.rng import derive_seed
-from distvgg.runs.folder import ask_ranks_to_stop, claim_run_dir, mark_stopped
+from distvgg.runs.folder import (
+    ask_ranks_to_stop,
+    claim_run_dir,
+    forget_request_of_ranks,
+    mark_stopped,
+)
 from distvgg.runs.layout import CHECKPOINTS, METRICS_FILE
 from distvgg.runs.metrics_file import holds
 from distvgg.runs.preprocessing import Preprocessing, save_preprocessing
@@ -229,8 +235,8 @@ def _notes_on_length(config: Config, plan: BatchPlan) -> list[str]:
         )
     if config.optim.warmup_epochs and steps <= plan.steps(config.optim.warmup_epochs):
         notes.append(
-            f"all {counted(steps, 'step')} are of the warm-up (optim.warmup_epochs"
-            f" {config.optim.warmup_epochs:g}): no step has the full learning rate for long"
+            f"the warm-up (optim.warmup_epochs {config.optim.warmup_epochs:g}) takes"
+            f" {counted(steps, 'step')}, all of the run: none has the full learning rate for long"
         )
     return notes
 
@@ -298,14 +304,17 @@ def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> t
 
     Raises:
         Preempted: a stop was requested; every rank raises it.
+        UserError: the data cannot be read; every rank raises the error of the first that has one.
     """
-    entry = dataset = None
+    entry = dataset = failure = None
     try:
         with preemption.interruptible():
             # Once a node: the name depends on the size and time of every file.
             entry = cache_entry(config.data) if accelerator.is_local_main_process else None
     except Preempted:
         pass
+    except UserError as error:
+        failure = error
     entry = from_local_main(accelerator, entry)
     is_new = accelerator.is_main_process and entry is not None and not is_complete(entry)
     try:
@@ -314,6 +323,14 @@ def _load_dataset(config: Config, accelerator: "Accelerator", folder: Path) -> t
                 dataset = load_dataset(config.data, entry)
     except Preempted:
         ask_ranks_to_stop(folder)  # others may decode for minutes
+    except UserError as error:
+        failure = error
+        if accelerator.num_processes > 1:
+            ask_ranks_to_stop(folder)
+    if (failure := first_error(accelerator, failure)) is not None:
+        if accelerator.is_main_process:
+            forget_request_of_ranks(folder)
+        raise failure
     if any_rank(accelerator, preemption.requested()):
         if accelerator.is_main_process:
             mark_stopped(folder, requeue=True)

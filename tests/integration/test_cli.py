@@ -172,6 +172,17 @@ def test_mistakes_under_the_launcher_are_told_once_and_leave_no_process(tmp_path
     assert not left
 
 
+def test_data_that_cannot_be_read_are_told_once_and_stop_no_later_launch(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "set" / "train" / name).mkdir(parents=True)
+        (tmp_path / "set" / "train" / name / "x.jpg").write_text("no image")
+    data = ("--data.name", "custom", "--data.path", str(tmp_path / "set"))
+    args = ("train", "quickstart", "--run-dir", str(tmp_path / "run"), *TINY, *data)
+    line = mistake(*args, processes=2)
+    assert "2 of 2 images: image 0" in line
+    assert not (tmp_path / "run" / "STOP").exists()
+
+
 def processes_naming(text: str) -> list[str]:
     """The process ids whose command line contains a text."""
     return [

@@ -16,7 +16,12 @@ from distvgg.config import Config
 from distvgg.errors import UserError
 from distvgg.recipe import load
 from distvgg.runs.files import atomic_write
-from distvgg.runs.folder import check_same_config, claim_run_dir, mark_stopped
+from distvgg.runs.folder import (
+    ask_ranks_to_stop,
+    check_same_config,
+    claim_run_dir,
+    mark_stopped,
+)
 
 
 def test_a_run_folder_keeps_to_its_config(tmp_path: Path) -> None:
@@ -99,6 +104,17 @@ def test_stopping_leaves_the_marker_and_consumes_the_wish(tmp_path: Path) -> Non
     mark_stopped(tmp_path, requeue=False)
     assert not (tmp_path / "REQUEUE").exists()
     lock.release()
+
+
+def test_the_stop_of_a_launch_that_was_killed_is_not_that_of_the_next(tmp_path: Path) -> None:
+    config = load("debug")
+    ask_ranks_to_stop(tmp_path)
+    claim_run_dir(tmp_path, config).release()
+    assert not (tmp_path / "STOP").exists()
+    (tmp_path / "STOP").touch()  # by the user
+    claim_run_dir(tmp_path, config).release()
+    assert (tmp_path / "STOP").exists()
+    ask_ranks_to_stop(tmp_path / "not there")  # raises nothing: the signal was heard anyway
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path) -> None:
