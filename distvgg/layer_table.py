@@ -69,10 +69,14 @@ def _remedy(text: str) -> str:
     """Returns what to write in place of an unknown entry."""
     if not text:
         return "drop a comma"
+    if re.search(r"[0-9M]\s*[;:|\s]\s*[0-9M]", text):
+        return "separate the entries by commas"
     # The side of the filters in the notations of the paper and of others.
     bare, sides = re.subn(r"1x1|conv1(?=\D)", "", text, flags=re.IGNORECASE)
     bare = re.sub(r"3x3|conv3(?=\D)", "", bare, flags=re.IGNORECASE)
-    channels = max(map(int, re.findall(r"[0-9]{1,9}", bare)), default=None)
+    bare = re.sub(r"\.0*$", "", bare)
+    numbers = list(map(int, re.findall(r"[0-9]{1,9}", bare)))
+    channels = numbers[0] if len(numbers) == 1 else None
     if channels is None:
         return f"write {POOL}" if text[0] in "mMpP" else "write one of these"
     if not channels:

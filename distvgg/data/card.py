@@ -14,6 +14,8 @@ from distvgg.wording import counted
 
 IMBALANCE = 5
 """Ratio of the largest to the smallest class of the train split from which a note is made."""
+COPIES = 0.01
+"""Share of the train split that are copies of other images in it, above which a note is made."""
 SHOWN = 3  # sizes; more are described by their range
 DAMAGED_SHOWN = 10
 
@@ -36,6 +38,7 @@ class Card:
         self._modes: Counter[str] = Counter()
         self._digests: dict[str, set[bytes]] = {}
         self._decoding: set[bytes] = set()
+        self._copies = 0
         self._lines: list[str] = []
         self._notes: list[str] = []
 
@@ -50,6 +53,7 @@ class Card:
         """
         self._sizes[width, height] += 1
         self._modes[mode] += 1
+        self._copies += digest in self._decoding
         self._decoding.add(digest)
 
     def add_split(
@@ -64,6 +68,7 @@ class Card:
             damaged: a line for each damaged image that was left out.
         """
         self._digests[name], self._decoding = self._decoding, set()
+        copies, self._copies = self._copies, 0
         counts = np.bincount(labels, minlength=len(self._names))
         small, large = int(counts.argmin()), int(counts.argmax())
         range_of_sizes = f"{counts[small]:,} each"
@@ -76,6 +81,13 @@ class Card:
             f"{name}: {counted(len(labels), 'image')} of {counted((counts > 0).sum(), 'class')},"
             f" {range_of_sizes}"
         )
+        if copies:
+            self._lines.append(f"copies of others in {name}: {counted(copies, 'image')}")
+        if name == "train" and copies > COPIES * len(labels):
+            self._notes.append(
+                f"copies of other images in train: {copies:,} of {len(labels):,}; validation, if it"
+                " is held out of train, has images that are trained on"
+            )
         reasons = dict(left_out) | ({"damaged": len(damaged)} if damaged else {})
         if reasons:
             listed = ", ".join(f"{n:,} {reason}" for reason, n in sorted(reasons.items()))
@@ -90,7 +102,7 @@ class Card:
             )
 
     def notes(self) -> list[str]:
-        """Returns what a user must know: files left out, unbalanced classes."""
+        """Returns what a user must know: files left out, unbalanced classes, many copies."""
         return self._notes
 
     def lines(self) -> list[str]:

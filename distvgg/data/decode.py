@@ -226,8 +226,9 @@ class Decoder:
             for image in self._decoded(store):
                 width, height = image.stored
                 if image.stored != (shape[1], shape[0]):
+                    file = f" ({image.path})" if image.path else ""
                     raise UserError(
-                        f"{self._rows.where}: image {image.row} is {width}x{height} pixels,"
+                        f"{self._rows.where}: image {image.row}{file} is {width}x{height} pixels,"
                         f" expected {shape[1]}x{shape[0]}: fix it, or bring all to one size with"
                         f" --data.resize {max(16, min(shape[:2]))}"
                     )

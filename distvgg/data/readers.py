@@ -47,8 +47,8 @@ def read(config: DataConfig, source: str, scratch: Path) -> dict[str, Rows]:
     for one, other in combinations(splits.values(), 2):
         if shared := sorted(one.files & other.files):
             raise UserError(
-                f"{source}: {shared[0]} is in the {one.where} and in the {other.where}: give the"
-                " folder that train/ and test/ stand in as data.path"
+                f"{source}: {shared[0]} is in the {one.where} and in the {other.where}: drop"
+                " it from one, or give the folder that train/ and test/ stand in as data.path"
             )
     return splits
 
