@@ -16,17 +16,15 @@ Invariant: the result depends on names and content of files, and not on the orde
 system.
 """
 
-import csv
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
+from distvgg.data.class_lists import LISTS, METADATA, read_list, read_metadata
 from distvgg.data.images import any_size
 from distvgg.errors import UserError
 
@@ -44,10 +42,6 @@ IMAGE_ENDINGS = frozenset(
     ]
 )
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
-LISTS = {".csv": ",", ".tsv": "\t"}  # the separator of columns
-PATH_COLUMNS = ("image", "img", "file_name", "filename", "file", "path")
-CLASS_COLUMNS = ("label", "labels", "class")
-METADATA = ("metadata.csv", "metadata.jsonl")
 LAYOUT = "put the images of each class in a folder of their own, as train/CLASS/*.png"
 
 
@@ -151,7 +145,7 @@ def image_in_a_split(root: Path) -> Path | None:
 
 def _images_of(folder: Path) -> ImageFiles:
     """Returns the images of one split's folder."""
-    by_metadata = _metadata(folder)
+    by_metadata = read_metadata(folder)
     images = ImageFiles()
     direct = 0
     for path in _files(folder):
@@ -225,23 +219,6 @@ def _no_image(path: Path) -> str | None:
         return f"not an image ({path.suffix.lower() or 'no ending'})"
 
 
-def _metadata(folder: Path) -> dict[str, str] | None:
-    """Returns the class of each file by a metadata file, or None if there is none to use.
-
-    Raises:
-        UserError: the file names classes, but is damaged, lacks one, or gives a file two of them.
-    """
-    path = next((folder / name for name in METADATA if (folder / name).is_file()), None)
-    if path is None:
-        return None
-    rows = _table(path)
-    if not rows or "file_name" not in rows[0]:
-        return None  # somebody's own
-    columns = [name for name in rows[0] if name != "file_name"]
-    labels = [c for c in columns if c in ("label", "class")] or columns
-    return _classes(path, rows, "file_name", labels[0]) if len(labels) == 1 else None
-
-
 def _lists(
     root: Path, image_column: str | None, label_column: str | None
 ) -> dict[str, tuple[Path, dict[str, str]]] | None:
@@ -255,7 +232,7 @@ def _lists(
         split = SPLITS.get(path.stem.lower())
         if split is None or path.suffix.lower() not in LISTS or not path.is_file():
             continue
-        classes = _list(path, image_column, label_column)
+        classes = read_list(path, image_column, label_column)
         if classes is None:
             continue  # somebody's own
         if split in found:
@@ -272,86 +249,6 @@ def _lists(
     if found and "train" not in found:
         raise UserError(f"{root} has lists of {', '.join(found)} only: add train.csv")
     return found or None
-
-
-def _list(path: Path, image_column: str | None, label_column: str | None) -> dict[str, str] | None:
-    """Returns the class of each file in a list; None if it names no files.
-
-    Raises:
-        UserError: it names files, but not one class for each.
-    """
-    rows = _table(path)
-    if not rows:
-        raise UserError(f"{path} has no rows: list the images with their classes, or remove it")
-    header = [name for name in rows[0] if name is not None]
-    if len(header) == 1 and (other := next((c for c in ";\t|," if c in header[0]), None)):
-        raise UserError(
-            f"{path} has the columns {header[0]!r}: separate them by"
-            f" {'tabs' if path.suffix.lower() == '.tsv' else 'commas'}, not by {other!r}"
-        )
-    files = [c for c in header if c in ([image_column] if image_column else PATH_COLUMNS)]
-    if not files:
-        return None
-    others = [c for c in header if c not in files]
-    labels = [c for c in others if c in ([label_column] if label_column else CLASS_COLUMNS)]
-    labels = labels or ([] if label_column else others)
-    for field_name, choice in (("image", files), ("label", labels)):
-        if len(choice) != 1:
-            raise UserError(
-                f"{path} has {len(choice)} columns that may be the {field_name}, of"
-                f" {', '.join(header)}: choose one with --data.{field_name}_column"
-            )
-    return _classes(path, rows, files[0], labels[0])
-
-
-def _table(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a CSV, TSV or JSON lines file, without spaces around names and values.
-
-    Raises:
-        UserError: it cannot be read, or a row has more values than there are columns.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-            return rows if all(isinstance(row, dict) for row in rows) else []
-        reader = csv.DictReader(
-            text.splitlines(), delimiter=LISTS[path.suffix.lower()], skipinitialspace=True
-        )
-        rows = list(reader)
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(
-            f"{path} cannot be read ({' '.join(str(error).split())[:100]}): write it as UTF-8 with"
-            " file_name and label, or rename it if it is no list of classes"
-        ) from error
-    names = [name.strip() for name in reader.fieldnames or ()]
-    if twice := [name for name, n in Counter(names).items() if n > 1]:
-        raise UserError(f"{path} has two columns {twice[0]}: rename one")
-    for n, row in enumerate(rows, start=1):
-        if None in row:
-            raise UserError(
-                f"{path}: row {n} has more values than columns: put quotes around a value with a"
-                " separator in it"
-            )
-    return [{name.strip(): value and value.strip() for name, value in row.items()} for row in rows]
-
-
-def _classes(path: Path, rows: list[dict[str, Any]], file: str, label: str) -> dict[str, str]:
-    """Returns the class of each file that rows name.
-
-    Raises:
-        UserError: a row lacks a file or a class, or a file has two classes.
-    """
-    classes: dict[str, str] = {}
-    for n, row in enumerate(rows, start=1):
-        name, value = row.get(file), row.get(label)
-        if not isinstance(name, str) or value in (None, "") or isinstance(value, list | dict):
-            raise UserError(f"{path}: row {n} has no {label} of a file: fix or drop that row")
-        if not name:
-            raise UserError(f"{path}: row {n} has no {file}: fix or drop that row")
-        if classes.setdefault(os.path.normpath(name), str(value)) != str(value):
-            raise UserError(f"{path}: {name} has two classes: drop one of its rows")
-    return classes
 
 
 def _listed_images(

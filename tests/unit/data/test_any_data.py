@@ -626,12 +626,15 @@ def test_lists_of_images_give_the_splits(tmp_path: Path, header: str, row: str) 
         ({"train.csv": listing(range(40))}, "10 of 40 files are not in "),
         ({"train.csv": "image,label\n../x.png,a\n"}, "such as ../x.png: paths are relative"),
         ({"train.csv": "image,label\n"}, "train.csv has no rows: list the images"),
-        ({"train.csv": "image;label\na;b\n"}, "separate them by commas, not by ';'"),
-        ({"train.tsv": listing(range(9))}, "separate them by tabs, not by ','"),
+        ({"train.csv": "image;label\na;b\n"}, "separate them by commas, as in a csv"),
+        ({"train.tsv": listing(range(9))}, "separate them by tabs, as in a tsv"),
         ({"train.csv": listing(range(9)) + "photos/03.png,00\n"}, "has two classes: drop one"),
         ({"train.csv": listing(range(9)) + "a.png,x,y\n"}, "row 10 has more values than columns"),
         ({"train.csv": listing(range(9)) + "a.png,\n"}, "row 10 has no label of a file"),
-        ({"train.csv": listing(range(9), "image,label,label")}, "has two columns label: rename"),
+        (
+            {"train.csv": listing(range(9), "image,label,label")},
+            "has 2 columns that may be the label",
+        ),
         ({"train.csv": listing(range(9), "image,path")}, "2 columns that may be the image, of"),
         (
             {"train.csv": listing(range(9), "image,a,b", "{i},{c},0")},
