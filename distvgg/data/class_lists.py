@@ -63,6 +63,11 @@ def read_list(
     others = [c for c in header if c not in files]
     labels = [c for c in others if c in ([label_column] if label_column else CLASS_COLUMNS)]
     labels = labels or ([] if label_column else others)
+    if not labels:
+        raise UserError(
+            f"{path} has no column of classes, only {', '.join(header)}: add one named label, name"
+            " one with --data.label_column, or move the file away"
+        )
     for field_name, choice in (("image", files), ("label", labels)):
         if len(choice) != 1:
             raise UserError(

@@ -626,6 +626,7 @@ def test_lists_of_images_give_the_splits(tmp_path: Path, header: str, row: str) 
         ({"train.csv": listing(range(40))}, "10 of 40 files are not in "),
         ({"train.csv": "image,label\n../x.png,a\n"}, "such as ../x.png: paths are relative"),
         ({"train.csv": "image,label\n"}, "train.csv has no rows: list the images"),
+        ({"train.csv": "image\na.png\n"}, "has no column of classes, only image: add one named"),
         ({"train.csv": "image;label\na;b\n"}, "separate them by commas, as in a csv"),
         ({"train.tsv": listing(range(9))}, "separate them by tabs, as in a tsv"),
         ({"train.csv": listing(range(9)) + "photos/03.png,00\n"}, "has two classes: drop one"),
