@@ -636,7 +636,10 @@ def test_lists_of_images_give_the_splits(tmp_path: Path, header: str, row: str) 
             {"train.csv": listing(range(9), "image,label,label")},
             "has 2 columns that may be the label",
         ),
-        ({"train.csv": listing(range(9), "image,path")}, "2 columns that may be the image, of"),
+        (
+            {"train.csv": listing(range(9), "image,path,label")},
+            "2 columns that may be the image, of",
+        ),
         (
             {"train.csv": listing(range(9), "image,a,b", "{i},{c},0")},
             "2 columns that may be the la",
