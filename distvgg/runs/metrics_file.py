@@ -136,10 +136,11 @@ def parse_rows(content: bytes) -> list[dict[str, Any]]:
 def read_metrics(run: str | os.PathLike[str]) -> list[Row]:
     """Returns the rows of a run in any state, in the order of their steps.
 
-    Each row has `step` and `epoch`, and the metrics that were measured then: `train/*` and `perf/*`
-    at the interval `track.every_steps`, `val/*` and `test/*` at an evaluation. Losses are in nats
-    per image, accuracies in 0..1, `perf/step_ms` in milliseconds. Numbers that were not finite are
-    NaN. A last line that is half written is left out.
+    Each row has `step`, `epoch` and the time, `perf/unix_time` and `perf/launch_seconds`; and the
+    metrics that were measured then: `train/*` and the other `perf/*` at the interval
+    `track.every_steps`, `val/*` and `test/*` at an evaluation. Losses are in nats per image,
+    accuracies in 0..1, `perf/step_ms` in milliseconds. Numbers that were not finite are NaN. A last
+    line that is half written is left out.
 
     `pandas.DataFrame(read_metrics(run))` has a column for each metric, with NaN where a row lacks
     the metric.
