@@ -38,7 +38,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]
     return done.stdout, json.loads(out.read_text())
 
 
-@pytest.mark.benchmark
+@pytest.mark.variant
 def test_every_loop_has_a_row_and_a_ratio_to_distvgg(quick: tuple[str, dict[str, Any]]) -> None:
     printed, findings = quick
     assert len(printed.splitlines()) == 2 + len(findings["rows"])
@@ -53,7 +53,7 @@ def test_every_loop_has_a_row_and_a_ratio_to_distvgg(quick: tuple[str, dict[str,
         assert row["distvgg_to_it"] == pytest.approx(reference / speed, rel=0.01)
 
 
-@pytest.mark.benchmark
+@pytest.mark.variant
 def test_the_report_says_what_was_measured_and_on_what(quick: tuple[str, dict[str, Any]]) -> None:
     findings = quick[1]
     assert findings["command"].startswith("python -m benchmarks.peers --quick")

@@ -38,7 +38,7 @@ def test_a_wrong_override_is_found_before_anything_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.benchmark
+@pytest.mark.variant
 def test_cases_run_in_pairs_and_a_second_start_only_reads(tmp_path: Path) -> None:
     file, out = tmp_path / "search.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(plan().model_dump(), sort_keys=False))

@@ -8,7 +8,7 @@ import pytest
 from processes import run_module
 
 
-@pytest.mark.benchmark
+@pytest.mark.variant
 def test_both_loaders_are_timed_by_turns(tmp_path: Path) -> None:
     out = tmp_path / "stream.json"
     words = "--images", "300", "--rounds", "2", "--workers", "1", "--out", str(out)

@@ -34,7 +34,7 @@ GPUS = torch.cuda.device_count()
 ON_GPU = {"ACCELERATE_USE_CPU": "false"}
 
 
-@pytest.mark.benchmark
+@pytest.mark.long  # two minutes
 def test_the_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     options = ["--quick", "--no-compile", "--workers", "1", "--epochs", "1", "--out", str(out)]

@@ -29,7 +29,7 @@ def prove(*words: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.mark.benchmark
+@pytest.mark.variant
 def test_the_proof_prints_equal_sums_and_keeps_its_runs(tmp_path: Path) -> None:
     words = ("quickstart", *TINY, "--train.epochs", "2", "--processes", "1,2")
     done = prove(*words, "--dir", str(tmp_path / "kept"))
