@@ -47,7 +47,11 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
+def one_line(error: BaseException) -> str:
+    """Returns the first 200 characters of an error's message on one line, or its type."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def reason(error: BaseException) -> str:
-    """Returns the message of an error's root cause, on one line."""
-    bottom = root_cause(error)
-    return " ".join(str(bottom).split())[:200] or type(bottom).__name__
+    """Returns the message of an error's root cause, as `one_line` does."""
+    return one_line(root_cause(error))

@@ -13,7 +13,7 @@ from distvgg.data.dataset import train_and_val
 from distvgg.distributed.device import place
 from distvgg.distributed.peer_failure import clean_shutdown, translate_peer_failure
 from distvgg.distributed.process_group import prepare_model, start
-from distvgg.errors import UserError
+from distvgg.errors import UserError, one_line
 from distvgg.models.pretrained import run_with_weights
 from distvgg.models.vgg import VGG
 from distvgg.runs.confusion import Confusion, by_superclass, describe_pairs
@@ -70,8 +70,7 @@ def _measure(path: Path, split: SplitName) -> tuple[Evaluation, Confusion]:
         content = (path / WEIGHTS_FILE).read_bytes() if path == run_dir else read(path).model
         model.load_state_dict(safetensors.torch.load(content))
     except (SafetensorError, RuntimeError, OSError, CorruptCheckpointError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path / WEIGHTS_FILE} cannot be loaded: {reason}") from error
+        raise UserError(f"{path / WEIGHTS_FILE} cannot be loaded: {one_line(error)}") from error
     place(model, accelerator, config)
     prepared = prepare_model(accelerator, model)
     loaders, _ = open_loaders(config, dataset, accelerator)

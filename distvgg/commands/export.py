@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from distvgg.errors import UserError
+from distvgg.errors import UserError, one_line
 from distvgg.recipe import load as load_config
 from distvgg.runs.files import atomic_write, write_fsync
 from distvgg.runs.layout import CONFIG_FILE, MANIFEST_FILE, RUN_FILES, WEIGHTS_FILE, run_of
@@ -198,7 +198,7 @@ def _check_can_push(repo: str) -> None:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UserError(
-            f"--push {repo} is no name of a repository (expected USER/NAME): {_one_line(error)}"
+            f"--push {repo} is no name of a repository (expected USER/NAME): {one_line(error)}"
         ) from error
     if get_token() is None:
         raise UserError("--push needs a token of the hub: run `hf auth login`, or set HF_TOKEN")
@@ -222,11 +222,11 @@ def _push(folder: Path, repo: str) -> str:
         refused = error.response.status_code in (401, 403)
         remedy = "use a token that may write there (`hf auth login`, or HF_TOKEN), and "
         raise _not_uploaded(
-            folder, repo, error.server_message or _one_line(error), remedy if refused else ""
+            folder, repo, error.server_message or one_line(error), remedy if refused else ""
         ) from error
     # Without a network, the HTTP library of huggingface_hub 1 and later raises no OSError.
     except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]
-        raise _not_uploaded(folder, repo, _one_line(error)) from error
+        raise _not_uploaded(folder, repo, one_line(error)) from error
 
 
 def _not_uploaded(folder: Path, repo: str, reason: str, remedy: str = "") -> UserError:
@@ -234,10 +234,6 @@ def _not_uploaded(folder: Path, repo: str, reason: str, remedy: str = "") -> Use
         f"{folder} is complete, and could not be uploaded to {repo} ({reason}):"
         f" {remedy}repeat the command, or hf upload {repo} {folder}"
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _note(text: str) -> None:

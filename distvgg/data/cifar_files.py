@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distvgg.errors import UserError
+from distvgg.errors import UserError, one_line
 
 PIXELS = 3 * 32 * 32
 
@@ -198,7 +198,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
         found = _ArraysOnly(BytesIO(path.read_bytes()), encoding="bytes").load()
         return {k.decode() if isinstance(k, bytes) else k: v for k, v in found.items()}
     except Exception as error:  # damaged bytes raise any type
-        raise _damaged(path, str(error) or type(error).__name__) from error
+        raise _damaged(path, one_line(error)) from error
 
 
 def _texts(values: list[Any]) -> list[str]:

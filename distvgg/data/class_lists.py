@@ -10,7 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from distvgg.errors import UserError
+from distvgg.errors import UserError, one_line
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 LISTS = {".csv": ",", ".tsv": "\t"}  # the separator of columns
@@ -49,11 +49,10 @@ def read_list(
         UserError: it names files, but not one class for each.
     """
     header, rows = _table(path)
-    separator, name = (" tabs", "tsv") if path.suffix.lower() == ".tsv" else (" commas", "csv")
+    separator = "tabs" if path.suffix.lower() == ".tsv" else "commas"
     if len(header) == 1 and (other := next((c for c in ";\t|," if c in header[0]), None)):
         raise UserError(
-            f"{path} has the columns {header[0]!r}: separate them by{separator}, as in a {name}"
-            f" file, not by {other!r}"
+            f"{path} has the columns {header[0]!r}: separate them by {separator}, not by {other!r}"
         )
     files = [c for c in header if c in ([image_column] if image_column else PATH_COLUMNS)]
     if not files:
@@ -97,7 +96,7 @@ def _table(path: Path) -> tuple[list[str], list[dict[str | None, Any]]]:
         header, *values = [[cell.strip() for cell in line] for line in lines if line] or [[]]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(
-            f"{path} cannot be read ({' '.join(str(error).split())[:100]}): write it as UTF-8 with"
+            f"{path} cannot be read ({one_line(error)}): write it as UTF-8 with"
             " file_name and label, or rename it if it is no list of classes"
         ) from error
     return header, [dict(zip_longest(header, row)) for row in values]

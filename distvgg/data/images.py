@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from distvgg.config import MAX_PIXELS
+from distvgg.errors import one_line
 
 PNG = b"\x89PNG\r\n\x1a\n"
 # Modes of one channel of 16 bits. Pillow before 11 reads a PNG of 16 bits as mode I.
@@ -46,7 +47,7 @@ def decode_upright(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except UnidentifiedImageError:
         raise
     except Exception as error:  # corrupt bytes make Pillow raise any type
-        raise ValueError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+        raise ValueError(one_line(error)) from error
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

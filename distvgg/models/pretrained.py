@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distvgg.config import Config
-from distvgg.errors import UserError
+from distvgg.errors import UserError, one_line
 from distvgg.models.vgg import VGG
 from distvgg.recipe import load
 from distvgg.runs.layout import CHECKPOINTS, CONFIG_FILE, WEIGHTS_FILE, checkpoint_dirs, run_of
@@ -100,7 +100,7 @@ def check_has_weights(folder: Path) -> None:
 
 
 def _refused(file: Path, error: Exception) -> str:
-    return f"{file} cannot be loaded: {' '.join(str(error).split())[:200]}"
+    return f"{file} cannot be loaded: {one_line(error)}"
 
 
 def run_with_weights(path: Path) -> tuple[Path, Config]:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from distvgg.errors import UserError, nearest
+from distvgg.errors import UserError, nearest, one_line
 from distvgg.models.pretrained import check_has_weights, read_weights
 from distvgg.reachability import behind_proxy, connects
 from distvgg.recipe import load
@@ -156,7 +156,7 @@ def _of_torchvision(name: str) -> Source:
             )
     # A damaged file; a failed or damaged download; a cache that cannot be written.
     except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError) as error:
-        why = " ".join(str(error).split())[:200]
+        why = one_line(error)
         raise UserError(
             f"model.weights {name} cannot be read ({why}): delete {file} to download it again, or"
             f" put {weights.url} there"

@@ -32,7 +32,7 @@ from distvgg.distributed.process_group import prepare_model, ranks_of, start
 from distvgg.distributed.reduction_plan import Ranks, TreePlan
 from distvgg.distributed.step_sums import StepReducer
 from distvgg.distributed.tree_sum import ExchangeQueue
-from distvgg.errors import UserError
+from distvgg.errors import UserError, one_line
 from distvgg.file_lock import FileLock
 from distvgg.models.blocks import kernels_fail, use_kernels
 from distvgg.models.ema import EMA
@@ -411,10 +411,9 @@ def _restore(
         tensors = {k: v for k, v in tensors.items() if k.partition(".")[2] not in untrained}
         load_optimizer_tensors(trainable.optimizer, parameter_names(vgg), tensors)
     except (SafetensorError, RuntimeError, KeyError) as error:
-        why = " ".join(str(error).split())[:200]
         raise UserError(
-            f"checkpoint {checkpoint.name} does not fit the config of its folder ({why}): start"
-            " again with another --run-dir"
+            f"checkpoint {checkpoint.name} does not fit the config of its folder"
+            f" ({one_line(error)}): start again with another --run-dir"
         ) from error
     if state.scaler is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state.scaler)

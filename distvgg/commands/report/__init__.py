@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distvgg.errors import UserError
+from distvgg.errors import UserError, one_line
 from distvgg.runs.files import atomic_write
 from distvgg.runs.layout import (
     CHECKPOINTS,
@@ -68,8 +68,7 @@ def write_at_end(run_dir: Path) -> str | None:
         write([run_dir], report)
     # Whatever Bokeh or a damaged file raises, the run has its result.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return f"  report: not written ({reason})"
+        return f"  report: not written ({one_line(error)})"
     return None
 
 

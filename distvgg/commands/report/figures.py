@@ -137,6 +137,17 @@ class Unit:
         return len(self.runs) > 1
 
 
+class Start(NamedTuple):
+    """The place of a launch on each horizontal axis; times are in seconds."""
+
+    unit: Unit
+    processes: int
+    step: int
+    epoch: float
+    time: float
+    wall: float
+
+
 class Shown(NamedTuple):
     """A renderer of several units. The browser chooses the visible rows of its source.
 
@@ -197,6 +208,12 @@ def draw_curves(units: Sequence[Unit], found: Figures) -> None:
         of_kind = [unit for unit in units if unit.is_mean == kind]
         lines = sum(_has(unit, curve) for unit in of_kind for p in drawn for curve in p.curves)
         limits[kind] = series.points_of_a_line(lines)
+    starts = [
+        Start(unit, w, s, *times.at_launch(run.columns, run.clock.begins, s))
+        for unit in units
+        for run in unit.runs
+        for s, w in run.starts
+    ]
     for panel in drawn:
         y_range = DataRange1d(range_padding=0.06)
         plot = _figure(panel.title, x_range=shared, y_range=y_range)
@@ -205,7 +222,7 @@ def draw_curves(units: Sequence[Unit], found: Figures) -> None:
         for curve in panel.curves:
             _draw_curve(plot, units, panel, curve, found, limits)
         y_range.renderers = plot.renderers[:]  # not the marks, which have a range of their own
-        _draw_starts(plot, units, found, text=panel is drawn[0])
+        _draw_starts(plot, units, starts, found, text=panel is drawn[0])
         found.plots[panel.key] = plot
         found.curves.append(plot.id)
 
@@ -334,29 +351,30 @@ def _source_of_points(lines: Sequence[tuple[Unit, series.Line]]) -> ColumnDataSo
     )
 
 
-def _draw_starts(plot: figure, units: Sequence[Unit], found: Figures, *, text: bool) -> None:
+def _draw_starts(
+    plot: figure, units: Sequence[Unit], starts: Sequence[Start], found: Figures, *, text: bool
+) -> None:
     """Marks each restart by a dotted line, and writes the number of processes beside it.
 
     For a mean over seeds, only restarts are marked. The axis of the marks runs from 0 to 1.
     """
-    of_unit = [(unit, run, s, w) for unit in units for run in unit.runs for s, w in run.starts]
-    if again := [start for start in of_unit if start[2] > 0]:
+    if again := [start for start in starts if start.step > 0]:
         dotted = Segment(
             **{"x0": "step", "x1": "step", "y0": {"value": 0}, "y1": {"value": 1}},
             line_color="colour",
             line_dash="dotted",
             line_width=1.5,
         )
-        owners = [unit for unit, *_ in again]
+        owners = [start.unit for start in again]
         _add(plot, _source_of_starts(again, found), dotted, owners, found, y_range_name="marks")
     alone = len(units) == 1
-    restarted = [unit.key for unit, *_ in again if not unit.is_mean]
+    restarted = [start.unit.key for start in again if not start.unit.is_mean]
     labelled = list(dict.fromkeys([units[0].key] if alone else restarted))[:MOST_LABELLED_RUNS]
     if text and labelled:
-        told = [start for start in of_unit if start[0].key in labelled]
+        told = [start for start in starts if start.unit.key in labelled]
         source = _source_of_starts(told, found)
-        source.data["text"] = [counted(w, "process") for _, _, _, w in told]
-        source.data["y"] = [0.08 * labelled.index(unit.key) for unit, *_ in told]
+        source.data["text"] = [counted(start.processes, "process") for start in told]
+        source.data["y"] = [0.08 * labelled.index(start.unit.key) for start in told]
         words = Text(
             x="step",
             y="y",
@@ -366,21 +384,19 @@ def _draw_starts(plot: figure, units: Sequence[Unit], found: Figures, *, text: b
             text_baseline="bottom",
             x_offset=4,
         )
-        owners = [unit for unit, *_ in told]
+        owners = [start.unit for start in told]
         _add(plot, source, words, owners, found, y_range_name="marks")
 
 
-def _source_of_starts(
-    starts: Sequence[tuple[Unit, RunData, int, int]], found: Figures
-) -> ColumnDataSource:
-    at = [times.at_launch(run.columns, run.clock.begins, step) for _, run, step, _ in starts]
+def _source_of_starts(starts: Sequence[Start], found: Figures) -> ColumnDataSource:
+    of_training, of_wall = (found.time_units[axis][1] for axis in (series.TIME, series.WALL))
     return ColumnDataSource(
         {
-            "step": [step for _, _, step, _ in starts],
-            "epoch": [epoch for epoch, *_ in at],
-            "time": [time / found.time_units[series.TIME][1] for _, time, _ in at],
-            "wall": [wall / found.time_units[series.WALL][1] for *_, wall in at],
-            "colour": [unit.colour for unit, *_ in starts],
+            "step": [start.step for start in starts],
+            "epoch": [start.epoch for start in starts],
+            "time": [start.time / of_training for start in starts],
+            "wall": [start.wall / of_wall for start in starts],
+            "colour": [start.unit.colour for start in starts],
         }
     )
 

@@ -51,7 +51,7 @@ class RunData:
     Attributes:
         columns: by metric (`metrics_file.read_columns`), with `time`, the seconds of training, and
             `wall`, the seconds since the first launch was ready to train.
-        clock: what the times in the rows say.
+        clock: wall time of the rows, and of starts and pauses.
         starts: (step, world size) of each launch, as far as result or checkpoints tell.
         class_names: None for a run of version 0.1 without a confusion matrix.
         rows_sha256: of the complete rows without timings, as `launch/prove.py` computes it.

@@ -1,4 +1,4 @@
-"""Where the time of a run went, from the times in its rows.
+"""Training time and wall time of a run, computed from its rows.
 
 `time` is the time of training steps alone. `wall` is all that passed since the first launch was
 ready to train. Invariant: wall is never less than training, ascends, and counts each pause once,
@@ -17,7 +17,7 @@ EARLIEST, LATEST = 1.5e9, 4e9
 
 
 class WallClock(NamedTuple):
-    """What the clock in the rows says.
+    """Wall time of the rows of a run, and of its starts and pauses.
 
     Attributes:
         wall: [rows] float64, seconds.
@@ -106,8 +106,9 @@ def at_launch(columns: Columns, begins: np.ndarray, step: int) -> tuple[float, f
         step: done steps at the start of the launch.
     """
     steps = columns[metrics.STEP]
+    from_0 = np.concatenate([[0], steps])
     epoch, time, wall = (
-        float(np.interp(step, [0, *steps], [0, *columns[name]]))
+        float(np.interp(step, from_0, np.concatenate([[0], columns[name]])))
         for name in (metrics.EPOCH, TIME, WALL)
     )
     for row in begins:
