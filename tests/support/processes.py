@@ -47,12 +47,13 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command of distvgg's to its end."""
     whole_env = os.environ | CPU | (env or {})
-    if processes == 1 and program == DISTVGG:
-        done = warm.run(args, whole_env, cwd, timeout)
+    _, *words = command(args, processes, program=program)
+    if words[0] == "-m":
+        done = warm.run(words[1], words[2:], whole_env, cwd, timeout)
         if done is not None:
             return done
     return subprocess.run(
-        command(args, processes, program=program),
+        [sys.executable, *words],
         env=whole_env,
         cwd=cwd,
         capture_output=True,

@@ -1,6 +1,7 @@
-"""Starts commands of distvgg in processes that have imported torch already.
+"""Starts commands of distvgg, and launchers, in processes that have imported torch already.
 
-That import takes most of the time of a short command.
+That import takes most of the time of a short command, and all but the waiting of a launcher. The
+processes that a launcher starts are Python's own.
 
 Each command is a process of its own, forked from one that has imported torch and nothing of
 distvgg, with the arguments, environment and streams that it would have otherwise. What torch and
@@ -52,12 +53,14 @@ class _Server:
 
     def run(
         self,
+        module: str,
         args: Sequence[str],
         env: Mapping[str, str],
         cwd: Path | None,
         timeout: float,
     ) -> subprocess.CompletedProcess[str]:
-        request = {"args": list(args), "env": dict(env), "cwd": os.fspath(cwd or Path.cwd())}
+        request = {"module": module, "args": list(args), "env": dict(env)}
+        request["cwd"] = os.fspath(cwd or Path.cwd())
         with (
             open(os.devnull) as stdin,
             tempfile.TemporaryFile("w+") as stdout,
@@ -81,9 +84,13 @@ class _Server:
 
 
 def run(
-    args: Sequence[str], env: Mapping[str, str], cwd: Path | None, timeout: float
+    module: str,
+    args: Sequence[str],
+    env: Mapping[str, str],
+    cwd: Path | None,
+    timeout: float,
 ) -> subprocess.CompletedProcess[str] | None:
-    """Runs `python -m distvgg ARGS` to its end.
+    """Runs `python -m MODULE ARGS` to its end.
 
     Returns:
         As `subprocess.run`; None if the environment differs where Python or torch would see it, or
@@ -96,7 +103,7 @@ def run(
         if _at_start(env) != started_with:
             return None
         try:
-            return server.run(args, env, cwd, timeout)
+            return server.run(module, args, env, cwd, timeout)
         except BaseException:  # an answer may be under way, which the next command would read
             _started.cache_clear()
             server.close()
@@ -138,7 +145,7 @@ def serve(connection: socket.socket) -> None:
 
 
 def become(request: dict[str, Any], streams: Sequence[int]) -> None:
-    """Runs a command in this process, as `python -m distvgg` does."""
+    """Runs a module in this process, as `python -m` does."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -147,7 +154,7 @@ def become(request: dict[str, Any], streams: Sequence[int]) -> None:
     os.chdir(request["cwd"])
     sys.path[0] = request["cwd"]
     sys.argv[1:] = request["args"]
-    runpy.run_module("distvgg", run_name="__main__", alter_sys=True)
+    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

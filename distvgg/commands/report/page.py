@@ -25,7 +25,7 @@ from distvgg.commands.compare import (
     notes_on,
     run_rows,
 )
-from distvgg.commands.report import figures, series, tables
+from distvgg.commands.report import class_plots, curve_plots, figures, series, tables
 from distvgg.commands.report.examples import Examples, read_examples
 from distvgg.commands.report.figures import Figures, Unit
 from distvgg.commands.report.runs import RunData, label_of
@@ -58,8 +58,8 @@ def page(runs: Sequence[RunData], *, reload_seconds: int | None = None) -> str:
     differ = series.differences([run.entry.config for run in runs])
     units, modes = _units(ordered, groups, differ, of_entry)
     found = Figures({a: figures.unit_of_time(runs, a) for a in (series.TIME, series.WALL)})
-    figures.draw_curves(units, found)
-    calibrated = figures.draw_reliability(units, found)
+    curve_plots.draw_curves(units, found)
+    calibrated = class_plots.draw_reliability(units, found)
     classes, cells = _classes(groups, differ, of_entry, found)
     script, places = components(found.plots)
     spec = {
@@ -218,7 +218,7 @@ def _summary(runs: Sequence[RunData], groups: Sequence[Group], differ: Sequence[
 
 
 def _curves(found: Figures, places: Mapping[str, str]) -> str:
-    drawn = [panel for panel in figures.PANELS if panel.key in places]
+    drawn = [panel for panel in curve_plots.PANELS if panel.key in places]
     plots = "".join(
         f'<figure class="plot" data-plot="{panel.key}"><figcaption>{escape(panel.title)}'
         f"<small>{escape(panel.legend)}</small></figcaption>{places[panel.key]}</figure>"
@@ -261,8 +261,8 @@ def _classes(
     cells: dict[str, Any] = {}
     plot = ""
     if drawn:
-        source = figures.draw_confusion(next(iter(drawn.values())), "confusion", found)
-        of_key = {key: figures.cells_of(matrix) for key, matrix in drawn.items()}
+        source = class_plots.draw_confusion(next(iter(drawn.values())), "confusion", found)
+        of_key = {key: class_plots.cells_of(matrix) for key, matrix in drawn.items()}
         cells = {"source": source.id, "of": of_key}
         what = "superclass" if totals[0][1].superclass_of else "class"
         plot = (
