@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -115,22 +115,31 @@ class Training:
         with self.log.open("a") as output:
             self._log_begin = output.tell()
             self.began = time.perf_counter()
-            self.process = subprocess.Popen(
+            self.process = self._start(
                 command([*words, "--run-dir", str(run_dir)], processes, **command_options),
-                env=os.environ | dict(env or {}),
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                os.environ | dict(env or {}),
+                output,
             )
+        self._has_launcher = processes > 1
+
+    def _start(
+        self, words: Sequence[str], env: dict[str, str], output: IO[str]
+    ) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            words,
+            env=env,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def workers(self) -> list[psutil.Process]:
         """Lists the processes that train, in order of rank."""
         with suppress(psutil.Error):
             first = psutil.Process(self.process.pid)
-            everyone = [first, *first.children()]
-            return [p for p in everyone if _trains(p)]
+            return [p for p in first.children() if _trains(p)] if self._has_launcher else [first]
         return []
 
     def rows(self) -> list[Row]:
@@ -202,7 +211,7 @@ def _trains(process: psutil.Process) -> bool:
         words = process.cmdline()
     except psutil.Error:  # it has just ended
         return False
-    return "train" in words and "accelerate.commands.launch" not in words
+    return "train" in words
 
 
 @contextmanager

@@ -6,4 +6,4 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 use_environment dev
-exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
+exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -75,6 +75,7 @@ def test_what_a_loop_cannot_do_alike_stands_in_its_row() -> None:
     assert "distvgg-1" not in on_gpu
 
 
+@pytest.mark.variant
 def test_the_network_of_the_loops_is_ours_of_torchs_layers() -> None:
     job = peers.Job(load("quickstart"), batch_size=4, forward_size=4, workers=0)
     theirs = peers.network(peers.TrainImages(job.config), job)
@@ -113,6 +114,7 @@ def test_the_first_steps_do_not_count() -> None:
     assert 50 < peers.timed(loop, job, warmup=1, steps=2) <= 200
 
 
+@pytest.mark.variant
 def test_a_training_that_fails_says_what_it_said() -> None:
     config = load("fast", {"data.name": "custom", "data.path": "/nowhere/to/be/found"})
     with pytest.raises(RunError, match="/nowhere/to/be/found"):

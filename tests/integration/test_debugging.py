@@ -11,6 +11,7 @@ from processes import assert_same_run, rows, train
 PLAIN = ("--model.dropout", "0", "--train.label_smoothing", "0", "--eval.test", "false")
 
 
+@pytest.mark.variant
 def test_two_fixed_batches_are_learned_on_any_number_of_processes(tmp_path: Path) -> None:
     args = (*PLAIN, "--model.width", "0.2", "--train.overfit_batches", "2", "--train.epochs", "3")
     said = train(tmp_path / "one", *args)

@@ -69,6 +69,7 @@ def test_torch_of_the_site_is_kept(tmp_path: Path, base: Path) -> None:
     assert (done.returncode, "torch==" in line) == (2, False)
 
 
+@pytest.mark.variant
 def test_old_torch_of_the_site_is_not_used(tmp_path: Path, base: Path) -> None:
     site, venv = site_package(tmp_path, "torch", "1.13.1"), tmp_path / "venv"
     done = chosen(base, DISTVGG_VENV=venv, PYTHONUSERBASE=site)
@@ -77,6 +78,7 @@ def test_old_torch_of_the_site_is_not_used(tmp_path: Path, base: Path) -> None:
     assert done.returncode == 2
 
 
+@pytest.mark.variant
 def test_active_environment_without_packages_is_no_base(tmp_path: Path, base: Path) -> None:
     subprocess.run([base / "python", "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     done = chosen(tmp_path / "bare" / "bin", base, DISTVGG_VENV=tmp_path / "venv")

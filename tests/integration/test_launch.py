@@ -102,7 +102,9 @@ def test_signals_to_the_launcher_save_and_exit_0(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "REQUEUE").exists()
 
 
-@pytest.mark.parametrize("the_other_ends_too", [False, True])
+@pytest.mark.parametrize(
+    "the_other_ends_too", [False, pytest.param(True, marks=pytest.mark.variant)]
+)
 def test_a_killed_worker_is_named_and_gives_the_exit_code(
     tmp_path: Path, the_other_ends_too: bool
 ) -> None:

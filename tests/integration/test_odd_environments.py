@@ -116,6 +116,7 @@ def test_a_launcher_in_the_shell_of_an_allocation_starts_its_own_processes(
     assert_same_run(finished, tmp_path / "run")
 
 
+@pytest.mark.variant
 def test_without_locks_and_without_fsync_of_folders_a_run_keeps_its_folder_to_itself(
     finished: Path, tmp_path: Path
 ) -> None:
@@ -209,7 +210,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "env",
     [
-        {"PYTHONIOENCODING": "ascii"},
+        pytest.param({"PYTHONIOENCODING": "ascii"}, marks=pytest.mark.variant),
         pytest.param({"LC_ALL": "C", "LANG": "C"}, marks=pytest.mark.variant),
     ],
     ids=str,

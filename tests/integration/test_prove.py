@@ -83,6 +83,7 @@ def test_mistakes_are_said_before_anything_is_trained(tmp_path: Path) -> None:
     assert "did you mean quickstart" in done.stderr
 
 
+@pytest.mark.variant
 def test_a_proof_that_is_stopped_leaves_no_process_behind(tmp_path: Path) -> None:
     words = ("quickstart", *TINY, "--train.epochs", "100", "--processes", "2")
     proof = psutil.Popen(

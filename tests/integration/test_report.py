@@ -283,6 +283,7 @@ def test_mistakes_are_one_line(runs: list[Path], tmp_path: Path, case: str) -> N
     assert not out.exists()
 
 
+@pytest.mark.variant
 def test_a_watch_follows_a_run_to_its_end(
     browser: Browser, runs: list[Path], tmp_path: Path
 ) -> None:

@@ -18,17 +18,12 @@ from distvgg.runs.folder import check_same_config
 from processes import Started, assert_same_run, descendants, train
 
 # Width and steps are small, so that a start takes longer than the training.
-SMALL = ("--model.width", "0.05", "--model.head_width", "64")
+SMALL = ("--model.width", "0.05", "--model.head_width", "64", "--data.resize", "112")
+SMALL += ("--model.image_size", "112")
 ARGS = ("--data.train_size", "none", "--train.epochs", "1.2", "--train.global_batch_size", "32")
 ARGS += ("--train.micro_batch_size", "8", "--eval.batch_size", "9", "--eval.every_epochs", "0.5")
-ARGS += (
-    "--optim.warmup_epochs",
-    "0",
-    "--augment.cutmix_alpha",
-    "1",
-    "--checkpoint.every_steps",
-    "2",
-)
+ARGS += ("--optim.warmup_epochs", "0", "--augment.cutmix_alpha", "1")
+ARGS += ("--checkpoint.every_steps", "2")
 
 
 def write_photographs(folder: Path) -> str:
@@ -110,7 +105,7 @@ def test_a_damaged_cache_ends_a_run_at_once_and_leaves_no_process(
 def test_a_classifier_sees_what_evaluation_saw(
     photographs: str, env: dict[str, str], alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Resized to 256 and cropped to 224; the accuracy of the run is that of its classifier."""
+    """Resized to 128 and cropped to 112; the accuracy of the run is that of its classifier."""
     monkeypatch.setenv("DISTVGG_CACHE", env["DISTVGG_CACHE"])
     measured = distvgg.evaluate(alone, "val")
     classifier = distvgg.load(alone)
@@ -130,14 +125,8 @@ def test_the_full_network_trains_on_photographs_and_resumes(
 ) -> None:
     words = ("--data.train_size", "none", "--model.width", "1", "--data.path", photographs)
     words += ("--train.global_batch_size", "16", "--train.micro_batch_size", "8")
-    words += (
-        "--train.epochs",
-        "0.3",
-        "--optim.warmup_epochs",
-        "0",
-        "--checkpoint.every_steps",
-        "1",
-    )
+    words += ("--train.epochs", "0.3", "--optim.warmup_epochs", "0")
+    words += ("--checkpoint.every_steps", "1")
     train(tmp_path / "alone", *words, recipe="imagenet", env=env, timeout=1500)
     started = Started(tmp_path / "run", *words, recipe="imagenet", env=env)
     started.until_step(2, 900)
@@ -148,7 +137,7 @@ def test_the_full_network_trains_on_photographs_and_resumes(
 
 def test_a_loader_changes_no_weight_and_may_change_within_a_run(tmp_path: Path) -> None:
     """On the decoded set, which both loaders can read."""
-    config = tiny(data__train_size=100, train__epochs=2, augment__trivial=True)
+    config = tiny(data__train_size=100, train__epochs=2, augment__trivial=True, eval__test=False)
     folders = {}
     for loader in ("device", "stream"):
         chosen = config.replace(data__loader=loader, data__workers=0)

@@ -6,9 +6,10 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -90,6 +91,15 @@ class Started(Training):
     ) -> None:
         words = ["train", recipe, *TINY, *args]
         super().__init__(run_dir, words, env=CPU | (env or {}), **how)
+
+    def _start(self, words: Sequence[str], env: dict[str, str], output: IO[str]) -> Any:
+        if words[1] == "-m":
+            with open(os.devnull) as stdin:
+                files = (stdin.fileno(), output.fileno(), output.fileno())
+                started = warm.start(words[2], words[3:], env, ROOT, files, new_session=True)
+            if started is not None:
+                return started
+        return super()._start(words, env, output)
 
 
 def train(run_dir: Path, *args: str, recipe: str = "quickstart", **how: Any) -> str:

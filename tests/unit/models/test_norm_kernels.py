@@ -15,6 +15,7 @@ from distvgg.models.vgg import VGG
 from processes import ROOT
 
 
+@pytest.mark.variant
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_outputs_and_gradients_are_those_of_torch_in_tritons_interpreter() -> None:
     done = subprocess.run(
