@@ -377,7 +377,7 @@ class OptimConfig(FrozenModel):
     frozen: Patterns = ()
     """Layers or parameters that are not trained, such as features or features.0,features.1; * and ?
     are wildcards. The running statistics of a frozen BatchNorm layer stay as well."""
-    trunk_lr_ratio: float = Field(1.0, gt=0)
+    trunk_lr_ratio: float = Field(1.0, gt=0, le=1000)
     """Factor on the learning rate of features.*, such as 0.1 to fine-tune."""
 
     @model_validator(mode="after")

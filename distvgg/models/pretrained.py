@@ -46,7 +46,10 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             names = content.keys()
             return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(_refused(file, error)) from error
+        raise UserError(
+            f"{file} cannot be loaded: {one_line(error)}; copy it anew from where it was trained,"
+            " or give one of the run's checkpoints/step_*"
+        ) from error
 
 
 def with_weights(
@@ -72,7 +75,10 @@ def with_weights(
         model = make(len(weights[last]))
         model.load_state_dict(weights)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise UserError(_refused(file, error)) from error
+        raise UserError(
+            f"{file} cannot be loaded: {one_line(error)}; it has other weights than its run's"
+            " network: copy it anew from that run"
+        ) from error
     return model.eval()
 
 
@@ -97,10 +103,6 @@ def check_has_weights(folder: Path) -> None:
     raise UserError(
         f"{folder} has no {WEIGHTS_FILE}: give the folder of a finished run, or a checkpoint"
     )
-
-
-def _refused(file: Path, error: Exception) -> str:
-    return f"{file} cannot be loaded: {one_line(error)}"
 
 
 def run_with_weights(path: Path) -> tuple[Path, Config]:
