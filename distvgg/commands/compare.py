@@ -34,6 +34,7 @@ from distvgg.runs.layout import (
     REQUEUE_FILE,
     RESULT_FILE,
     checkpoint_dirs,
+    refuse_to_overwrite,
 )
 from distvgg.runs.result import Result, read_result
 from distvgg.wording import counted
@@ -127,8 +128,10 @@ def compare(run_dirs: Sequence[Path], out: Path | None = None) -> str:
         out: the file to write. None: no file.
 
     Raises:
-        UserError: a folder does not exist, or `out` cannot be written.
+        UserError: a folder does not exist, or `out` cannot be written or belongs to a run.
     """
+    if out is not None:
+        refuse_to_overwrite(out)
     for run_dir in run_dirs:
         if not os.path.exists(run_dir):  # unlike Path.exists, False where it cannot be determined
             raise UserError(f"run folder {run_dir} does not exist: give folders of distvgg train")
@@ -170,9 +173,9 @@ def read(run_dir: Path, name: str) -> Entry:
     try:
         if (result := read_result(run_dir)) is None:
             return _unfinished(run_dir, name, flat, config)
-    except OSError as error:
-        return Entry(name, f"cannot be read: {error.strerror}", config)
-    except UserError:
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            return Entry(name, f"cannot be read: {error.__cause__.strerror}", config)
         return Entry(name, f"{RESULT_FILE} is damaged, or of another version", config)
     best = int(result.best[metrics.STEP]), result.best[metrics.TOP1]
     return Entry(name, "finished", config, result, best)

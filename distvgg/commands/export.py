@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from distvgg.errors import UserError, one_line
 from distvgg.recipe import load as load_config
 from distvgg.runs.files import atomic_write, write_fsync
-from distvgg.runs.layout import CONFIG_FILE, MANIFEST_FILE, RUN_FILES, WEIGHTS_FILE, run_of
+from distvgg.runs.layout import CONFIG_FILE, WEIGHTS_FILE, refuse_to_overwrite, run_of
 from distvgg.runs.result import read_result
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def export(run: Path, to: Format, out: Path | None = None, push: str | None = No
 
     model = load(run)
     out = out or Path(_default_name(run) + _SUFFIXES[to])
-    _refuse_files_of_a_run(out / WEIGHTS_FILE if to == "hub" else out)
+    refuse_to_overwrite(out / WEIGHTS_FILE if to == "hub" else out)
     if to == "onnx":
         return _write_onnx(model, out)
     if to == "safetensors":
@@ -79,12 +79,6 @@ def _require_packages() -> None:
 def _default_name(run: Path) -> str:
     folder = run_of(run).resolve()
     return folder.name if run.resolve() == folder else f"{folder.name}-{run.resolve().name}"
-
-
-def _refuse_files_of_a_run(path: Path) -> None:
-    beside = (path.parent / name for name in (CONFIG_FILE, MANIFEST_FILE))
-    if path.name in RUN_FILES and any(file.exists() for file in beside):
-        raise UserError(f"{path} belongs to a run: choose another place with --out")
 
 
 def _write_onnx(model: "Classifier", out: Path) -> str:

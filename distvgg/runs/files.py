@@ -38,14 +38,30 @@ def read_json(path: Path, kind: type[T], remedy: str) -> T | None:
         remedy: the end of the error message, about what happens once the file is deleted.
 
     Raises:
-        UserError: the file is corrupt.
+        UserError: the file is corrupt, or cannot be read.
     """
-    try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+    if (content := read_bytes(path)) is None:
         return None
+    try:
+        return TypeAdapter(kind).validate_json(content)
     except ValueError as error:
         raise UserError(f"{path} is damaged: delete it, and {remedy}") from error
+
+
+def read_bytes(path: Path) -> bytes | None:
+    """Returns the content of a file of a run folder, or None if there is no such file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror}): make it a readable file, or move it away"
+        ) from error
 
 
 def atomic_write(path: Path, content: bytes, *, writer: str = "") -> None:

@@ -22,6 +22,7 @@ from distvgg.runs.layout import (
     LOGS,
     REQUEUE_FILE,
     STOP_FILE,
+    check_kinds,
 )
 
 AUTO = "train.precision"  # the only field whose value a run resolves
@@ -95,13 +96,14 @@ def claim_run_dir(run_dir: Path, config: Config) -> FileLock:
         dies.
 
     Raises:
-        UserError: the folder is not a run folder, has another config, cannot be written, or is in
-            use by another run.
+        UserError: the folder is not a run folder, has another config, cannot be written, is in use
+            by another run, or has something else in the place of a file.
     """
     path = run_dir / CONFIG_FILE
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         check_is_run_dir(run_dir)
+        check_kinds(run_dir)
         lock = _locked(run_dir)
         try:
             if not path.exists() or _is_unused(run_dir):

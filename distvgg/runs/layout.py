@@ -1,7 +1,10 @@
-"""Names of the files of a run folder."""
+"""Names of the files of a run folder, and what guards them."""
 
+import os
 import re
 from pathlib import Path
+
+from distvgg.errors import UserError
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -31,6 +34,34 @@ RUN_FILES = frozenset(
         *(MANIFEST_FILE, STOP_FILE, REQUEUE_FILE, LOCK_FILE, STATE_FILE),
     ]
 )
+
+
+def refuse_to_overwrite(out: Path, *allowed: str) -> None:
+    """Checks that an output of a command is no file of a run or checkpoint.
+
+    Args:
+        out: the file to write.
+        allowed: names of files that this command makes.
+
+    Raises:
+        UserError: it is one.
+    """
+    beside = (out.parent / name for name in (CONFIG_FILE, MANIFEST_FILE))
+    if out.name in RUN_FILES.difference(allowed) and any(file.exists() for file in beside):
+        raise UserError(f"{out} belongs to a run: choose another place with --out")
+
+
+def check_kinds(run_dir: Path) -> None:
+    """Checks that what has the name of a file of a run is one, before hours of training.
+
+    Raises:
+        UserError: it is a folder, a broken link or a pipe.
+    """
+    kinds = dict.fromkeys(sorted(RUN_FILES), ("file", os.path.isfile))
+    for name, (kind, is_one) in (kinds | {CHECKPOINTS: ("folder", os.path.isdir)}).items():
+        path = run_dir / name
+        if os.path.lexists(path) and not is_one(path):
+            raise UserError(f"{path} is not a {kind} (expected in a run folder): move it away")
 
 
 def run_of(path: Path) -> Path:

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 
 from distvgg.errors import UserError
 from distvgg.metrics import STEP, Row
+from distvgg.runs.files import read_bytes
 from distvgg.runs.layout import CONFIG_FILE, METRICS_FILE
 
 if TYPE_CHECKING:
@@ -118,8 +119,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Returns the rows of a metrics file; none if there is no such file.
 
     Skips lines that are half written, by a running launch or a power loss.
+
+    Raises:
+        UserError: the file cannot be read.
     """
-    return parse_rows(path.read_bytes() if path.exists() else b"")
+    return parse_rows(read_bytes(path) or b"")
 
 
 def parse_rows(content: bytes) -> list[dict[str, Any]]:

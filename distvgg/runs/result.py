@@ -61,8 +61,9 @@ class Result:
     trunk_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        named = [r for r in (self.val, self.test, self.best) if r is not None]
-        if metrics.STEP not in self.best or any(metrics.TOP1 not in r for r in named):
+        measured = [row for row in (self.val, self.test) if row is not None]
+        missing = {metrics.STEP, metrics.TOP1} - self.best.keys()
+        if missing or any({metrics.COUNT, metrics.TOP1} - row.keys() for row in measured):
             raise ValueError("a metric that every run has is missing")
 
     def text(self, run_dir: Path | None = None) -> str:

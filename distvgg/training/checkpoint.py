@@ -136,7 +136,9 @@ class CheckpointManager:
                 why = getattr(error, "strerror", None) or str(error)
             finally:
                 if why:
-                    line = f"checkpoint {_name(step)} failed: {why}; the one before it stands"
+                    line = (
+                        f"checkpoint {directory_name(step)} failed: {why}; the one before it stands"
+                    )
                     self._failures.put(line)
             try:
                 self._prune(step, best)
@@ -176,7 +178,8 @@ class CheckpointManager:
     ) -> None:
         from safetensors.torch import save
 
-        tmp_dir, final = self._folder / f".{_name(step)}.tmp", self._folder / _name(step)
+        final = self._folder / directory_name(step)
+        tmp_dir = final.with_name(f".{final.name}.tmp")
         try:
             self._remove(tmp_dir)
             tmp_dir.mkdir(parents=True)
@@ -210,7 +213,7 @@ class CheckpointManager:
         kept = {*steps[-self._keep :], self._best}
         for other in steps:
             if other not in kept:
-                self._remove(self._folder / _name(other))
+                self._remove(self._folder / directory_name(other))
 
     def _remove(self, path: Path) -> None:
         """Renames a directory, then deletes it, so that a kill leaves no readable part of it."""
@@ -248,6 +251,11 @@ def read(path: Path) -> Checkpoint:
         if _sha256(content) != digest:
             raise CorruptCheckpointError(f"{name} is damaged: its SHA-256 is not the manifest's")
     return Checkpoint(path.name, contents[WEIGHTS_FILE], contents[STATE_FILE], progress)
+
+
+def directory_name(step: int) -> str:
+    """Returns the name of a checkpoint's directory."""
+    return f"step_{step:08}"
 
 
 def optimizer_tensors(
@@ -304,10 +312,6 @@ def _evict_page_cache(folder: Path) -> None:
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _name(step: int) -> str:
-    return f"step_{step:08}"
 
 
 def _sha256(content: bytes) -> str:

@@ -55,6 +55,7 @@ from distvgg.runs.preprocessing import Preprocessing, save_preprocessing
 from distvgg.training.checkpoint import (
     Checkpoint,
     CheckpointManager,
+    directory_name,
     load_optimizer_tensors,
 )
 from distvgg.training.cuda_graphs import CudaRecorder, StepGraphs
@@ -360,10 +361,12 @@ def _newest(
 
     def refuse(checkpoint: Checkpoint) -> str | None:
         try:
-            mark = TrainState.model_validate(checkpoint.progress).metrics
+            progress = TrainState.model_validate(checkpoint.progress)
         except ValidationError:
             return "its progress is not what this version notes"
-        if holds(folder / METRICS_FILE, mark):
+        if checkpoint.name != directory_name(progress.step):
+            return f"it is a copy of {directory_name(progress.step)}"
+        if holds(folder / METRICS_FILE, progress.metrics):
             return None
         return f"{METRICS_FILE} no longer has the rows that it counts on"
 

@@ -53,11 +53,8 @@ def train(config: Config, run_dir: str | Path) -> Result:
         raise UserError(f"config is {config!r}: give distvgg.load_config({str(config)!r})")
     run_dir = Path(run_dir)
     config = check_same_config(run_dir, config)
-    try:
-        if (earlier := read_result(run_dir)) is not None:
-            return earlier
-    except OSError as error:
-        raise UserError(f"cannot read run folder {run_dir} ({error.strerror})") from error
+    if (earlier := read_result(run_dir)) is not None:
+        return earlier
     preemption.watch_stop_file(run_dir / STOP_FILE)
     with clean_shutdown(), translate_peer_failure():
         run = build(config, run_dir)

@@ -248,7 +248,7 @@ def test_a_report_that_cannot_be_written_is_no_failed_run(runs: list[Path]) -> N
     assert done.stdout.splitlines()[-1].startswith(f"  report: not written (cannot write {report}")
 
 
-@pytest.mark.parametrize("case", ["unknown", "no run", "no rows", "datasets", "out"])
+@pytest.mark.parametrize("case", ["unknown", "no run", "no rows", "datasets", "out", "of a run"])
 def test_mistakes_are_one_line(runs: list[Path], tmp_path: Path, case: str) -> None:
     words, out = [str(runs[0])], tmp_path / "r.html"
     other = tmp_path / "other"
@@ -272,6 +272,11 @@ def test_mistakes_are_one_line(runs: list[Path], tmp_path: Path, case: str) -> N
         shutil.copy(runs[0] / "metrics.jsonl", other)
         words = [*words, str(other)]
         expected = "dataset of "  # and their names, as far as the folders differ
+    elif case == "of a run":
+        out = other / "checkpoints" / "step_00000004" / "model.safetensors"
+        out.parent.mkdir(parents=True)
+        (out.parent / "manifest.json").touch()
+        expected = f"{out} belongs to a run: choose another place with --out"
     else:
         out = tmp_path / "no" / "r.html"
         expected = f"cannot write {out} (No such file or directory): choose another file with --out"

@@ -8,6 +8,7 @@ test_world_size_invariance.py.
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -252,7 +253,7 @@ def test_a_run_under_way_is_not_started_twice_and_does_not_outlive_a_process(
 
 
 def test_damage_costs_only_what_is_damaged(whole: Path, tmp_path: Path) -> None:
-    """The newest checkpoint has a wrong bit, and the next counts on rows that are gone."""
+    """The newest is a copy, the next has a wrong bit, the next counts on rows that are gone."""
     folder, args = tmp_path / "run", (*ARGS, "--checkpoint.keep", "3")
     started = Started(folder, *args, processes=2)
     started.until_step(40)
@@ -263,11 +264,14 @@ def test_damage_costs_only_what_is_damaged(whole: Path, tmp_path: Path) -> None:
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 4
     newest.write_bytes(content)
+    copy = folder / "checkpoints" / f"step_{STEPS - 1:08}"
+    shutil.copytree(folder / "checkpoints" / names[-3], copy)
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
     there = [line for line in lines if json.loads(line)["step"] <= steps[-3]]
     (folder / "metrics.jsonl").write_text("".join(there))
     code, output = Started(folder, *args).end()
     assert code == 0, output
+    assert f"checkpoint {copy.name} refused: it is a copy of {names[-3]}" in output
     assert (
         f"checkpoint {names[-1]} refused: state.safetensors is damaged: its SHA-256 is not the"
         " manifest's" in output

@@ -17,6 +17,7 @@ from distvgg.runs.layout import (
     REPORT_FILE,
     RESULT_FILE,
     WEIGHTS_FILE,
+    refuse_to_overwrite,
 )
 from distvgg.wording import counted
 
@@ -38,9 +39,10 @@ def report(run_dirs: Sequence[Path], out: Path, *, watch: bool = False) -> str:
 
     Raises:
         UserError: Bokeh is missing, a folder is no run folder, no run has rows, datasets differ,
-            or the file cannot be written.
+            or the file cannot be written or belongs to a run.
     """
     _require_bokeh()
+    refuse_to_overwrite(out, REPORT_FILE)
     shown = counted(write(run_dirs, out, reload_seconds=RELOAD if watch else None), "run")
     if not watch:
         return f"report of {shown}: {out}"

@@ -21,6 +21,7 @@ from distvgg.config import Config
 from distvgg.errors import UserError
 from distvgg.recipe import load
 from distvgg.runs.confusion import Confusion, read_confusion
+from distvgg.runs.files import read_bytes
 from distvgg.runs.layout import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -110,7 +111,7 @@ def _read_run(run_dir: Path, name: str) -> RunData | NoRowsError:
     entry = read(run_dir, name)
     if not entry.config:
         raise UserError(f"{run_dir}: {entry.state}: give folders of distvgg train")
-    content = _content(run_dir / METRICS_FILE) or b""
+    content = read_bytes(run_dir / METRICS_FILE) or b""
     columns = read_columns(content, METRICS)
     known = np.isfinite(columns[metrics.STEP])
     columns = {metric: column[known] for metric, column in columns.items()}
@@ -119,7 +120,7 @@ def _read_run(run_dir: Path, name: str) -> RunData | NoRowsError:
     columns[TIME] = training_time(columns)
     clock = wall_clock(columns)
     columns[WALL] = clock.wall
-    weights = _content(run_dir / WEIGHTS_FILE)
+    weights = read_bytes(run_dir / WEIGHTS_FILE)
     preprocessing, confusion = read_preprocessing(run_dir), read_confusion(run_dir)
     named = preprocessing or confusion
     return RunData(
@@ -164,13 +165,6 @@ def _check_one_dataset(runs: Sequence[RunData]) -> None:
         raise UserError(
             f"dataset of {run.name}: {what} of {first.name}): give the runs of one dataset"
         )
-
-
-def _content(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
 
 
 def label_of(group: Group, keys: Sequence[str]) -> str:

@@ -208,6 +208,8 @@ def test_mistakes(tmp_path: Path) -> None:
         compare([folder, tmp_path / "nowhere"])
     with pytest.raises(UserError, match=r"cannot write .* \(No such file or directory\)"):
         compare([folder], tmp_path / "nowhere" / "table.txt")
+    with pytest.raises(UserError, match=r"result\.json belongs to a run: choose another place"):
+        compare([folder], folder / "result.json")
 
 
 def test_it_answers_at_once_and_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 import errno
 import fcntl
+import json
 import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from distvgg.runs.folder import (
     claim_run_dir,
     mark_stopped,
 )
+from distvgg.runs.metrics_file import read_rows
+from distvgg.runs.result import read_result
 
 
 def test_a_run_folder_keeps_to_its_config(tmp_path: Path) -> None:
@@ -87,6 +91,50 @@ def test_two_runs_cannot_use_a_folder_but_one_after_a_dead_one_can(tmp_path: Pat
             claim_run_dir(tmp_path, Config())
         other.kill()
     claim_run_dir(tmp_path, Config()).release()
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("metrics.jsonl", Path.mkdir),
+        ("model.safetensors", Path.mkdir),
+        ("confusion.json", os.mkfifo),
+        ("metrics.jsonl", lambda path: path.symlink_to("nowhere")),
+        ("checkpoints", Path.touch),
+    ],
+)
+def test_what_cannot_take_a_file_is_found_before_the_training(
+    name: str, make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    claim_run_dir(tmp_path, Config()).release()
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name} is not a (file|folder) .*: move it away"):
+        claim_run_dir(tmp_path, Config())
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    for name in ("result.json", "metrics.jsonl"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*result\.json \(Is a directory\): make it"):
+        read_result(tmp_path)
+    with pytest.raises(UserError, match=r"cannot read .*metrics\.jsonl \(Is a directory\): make"):
+        read_rows(tmp_path / "metrics.jsonl")
+
+
+def test_a_result_without_a_number_that_is_printed_is_damaged(tmp_path: Path) -> None:
+    numbers = {"top1": 0.5, "step": 3, "count": 7}
+    result = dict.fromkeys(("seed", "steps", "epochs", "train_size", "num_processes"), 0)
+    result |= dict.fromkeys(("precision", "hardware", "data_fingerprint"), "")
+    result |= {"starts": [], "curves": [], "versions": {}, "commit": None, "images_per_sec": None}
+    result |= {"val": numbers, "best": numbers, "test": None}
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(result))
+    assert read_result(tmp_path) is not None
+    for part, number in (("val", "count"), ("val", "top1"), ("best", "step")):
+        less = {k: v for k, v in numbers.items() if k != number}
+        path.write_text(json.dumps(result | {part: less}))
+        with pytest.raises(UserError, match=r"result\.json is damaged: delete it"):
+            read_result(tmp_path)
 
 
 def test_a_read_only_folder_is_one_clear_line(tmp_path: Path) -> None:
