@@ -18,7 +18,10 @@ def chosen(
     *path: Path | str, extra: str = "", **env: str | Path
 ) -> subprocess.CompletedProcess[str]:
     """Runs the script with folders first on PATH, and without any package index."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "DISTVGG_VENV"))}
+    chosen_by_user = ("PIP_", "DISTVGG_VENV")
+    clean = {
+        k: v for k, v in os.environ.items() if k != "PYTHON" and not k.startswith(chosen_by_user)
+    }
     paths = os.pathsep.join([*map(str, path), "/usr/bin", "/bin"])
     settings = {"PATH": paths, "PIP_NO_INDEX": "1", "PYTHONNOUSERSITE": ""}
     return subprocess.run(
