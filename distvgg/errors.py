@@ -52,6 +52,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message without its full stop, or its type."""
+    return next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
+
+
 def reason(error: BaseException) -> str:
     """Returns the message of an error's root cause, as `one_line` does."""
     return one_line(root_cause(error))

@@ -24,7 +24,7 @@ from distvgg.config import Config
 from distvgg.data.plan import BatchPlan
 from distvgg.errors import UserError
 from distvgg.recipe import load
-from distvgg.runs.files import atomic_write
+from distvgg.runs.files import atomic_write, read_bytes
 from distvgg.runs.layout import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -162,23 +162,28 @@ def compare(run_dirs: Sequence[Path], out: Path | None = None) -> str:
 def read(run_dir: Path, name: str) -> Entry:
     """Returns the entry of a run folder. Its state describes any damage or other error."""
     try:
-        if _content(run_dir / CONFIG_FILE) is None:
-            return Entry(name, "no run here")
+        if read_bytes(run_dir / CONFIG_FILE) is None:
+            there = os.path.isdir(run_dir)
+            return Entry(name, "no run here" if there else "cannot be read: Not a directory")
         flat = load(str(run_dir / CONFIG_FILE))
-    except OSError as error:
-        return Entry(name, f"cannot be read: {error.strerror}")
     except UserError as error:
-        return Entry(name, shorten(f"{CONFIG_FILE} cannot be used: {error}", 100))
+        used = shorten(f"{CONFIG_FILE} cannot be used: {error}", 100)
+        return Entry(name, _unreadable(error) or used)
     config = {k: v for k, v in flat.flat().items() if not k.startswith(NOT_COMPARED)}
     try:
         if (result := read_result(run_dir)) is None:
             return _unfinished(run_dir, name, flat, config)
     except UserError as error:
-        if isinstance(error.__cause__, OSError):
-            return Entry(name, f"cannot be read: {error.__cause__.strerror}", config)
-        return Entry(name, f"{RESULT_FILE} is damaged, or of another version", config)
+        damaged = f"{RESULT_FILE} is damaged, or of another version"
+        return Entry(name, _unreadable(error) or damaged, config)
     best = int(result.best[metrics.STEP]), result.best[metrics.TOP1]
     return Entry(name, "finished", config, result, best)
+
+
+def _unreadable(error: UserError) -> str | None:
+    """Returns the state of a run of which a file cannot be read; None for another error."""
+    cause = error.__cause__
+    return f"cannot be read: {cause.strerror}" if isinstance(cause, OSError) else None
 
 
 def _unfinished(run_dir: Path, name: str, config: Config, compared: dict[str, Any]) -> Entry:
@@ -190,10 +195,10 @@ def _unfinished(run_dir: Path, name: str, config: Config, compared: dict[str, An
     rows = _progress(run_dir)
     validated = [(r.step, r.val_top1) for r in rows if r.val_top1 is not None]
     best = max(validated, key=lambda v: v[1], default=None)  # the first of ties, as in training
-    if (failure := _content(run_dir / FAILURE_FILE)) is not None:
+    if (failure := read_bytes(run_dir / FAILURE_FILE)) is not None:
         return Entry(name, _failed(failure), compared, best=best)
     at = _reached(run_dir, rows, config)
-    if _content(run_dir / REQUEUE_FILE) is not None:
+    if read_bytes(run_dir / REQUEUE_FILE) is not None:
         return Entry(name, f"{at} (stopped, to be started again)", compared, best=best)
     # Each launch writes the lock file.
     signs = [run_dir / n for n in (CONFIG_FILE, LOCK_FILE, METRICS_FILE)]
@@ -234,7 +239,7 @@ def _progress(run_dir: Path) -> list[Progress]:
     Lines that are half written or were damaged by a power loss are skipped. Other lines are not
     parsed, since a run may have a hundred thousand.
     """
-    lines = (_content(run_dir / METRICS_FILE) or b"").splitlines()
+    lines = (read_bytes(run_dir / METRICS_FILE) or b"").splitlines()
     rows = list(_parsed(line for line in lines if VAL_TOP1 in line))
     last = next(_parsed(reversed(lines)), None)
     return rows if last is None or last in rows[-1:] else [*rows, last]
@@ -244,13 +249,6 @@ def _parsed(lines: Iterable[bytes]) -> Iterator[Progress]:
     for line in lines:
         with suppress(ValueError):
             yield Progress.model_validate_json(line)
-
-
-def _content(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
 
 
 def table(entries: Sequence[Entry]) -> str:

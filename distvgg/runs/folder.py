@@ -15,14 +15,15 @@ from distvgg.file_lock import FileLock
 from distvgg.recipe import load
 from distvgg.runs.files import atomic_write
 from distvgg.runs.layout import (
+    CHECKPOINTS,
     CONFIG_FILE,
     FAILURE_FILE,
     LOCK_FILE,
     LOCK_HOLDER,
     LOGS,
     REQUEUE_FILE,
+    RUN_FILES,
     STOP_FILE,
-    check_kinds,
 )
 
 AUTO = "train.precision"  # the only field whose value a run resolves
@@ -88,6 +89,19 @@ def check_is_run_dir(run_dir: Path) -> None:
         )
 
 
+def _check_kinds(run_dir: Path) -> None:
+    """Checks that what has the name of a file of a run is one, before hours of training.
+
+    Raises:
+        UserError: it is a folder, a broken link or a pipe.
+    """
+    kinds = dict.fromkeys(sorted(RUN_FILES), ("file", os.path.isfile))
+    for name, (kind, is_one) in (kinds | {CHECKPOINTS: ("folder", os.path.isdir)}).items():
+        path = run_dir / name
+        if os.path.lexists(path) and not is_one(path):
+            raise UserError(f"{path} is not a {kind} (expected in a run folder): move it away")
+
+
 def claim_run_dir(run_dir: Path, config: Config) -> FileLock:
     """Assigns a folder to a config and locks the folder for this process. For the main process.
 
@@ -103,7 +117,7 @@ def claim_run_dir(run_dir: Path, config: Config) -> FileLock:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         check_is_run_dir(run_dir)
-        check_kinds(run_dir)
+        _check_kinds(run_dir)
         lock = _locked(run_dir)
         try:
             if not path.exists() or _is_unused(run_dir):

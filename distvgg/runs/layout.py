@@ -1,6 +1,5 @@
-"""Names of the files of a run folder, and what guards them."""
+"""Names of the files of a run folder, which no output of a command may take."""
 
-import os
 import re
 from pathlib import Path
 
@@ -49,19 +48,6 @@ def refuse_to_overwrite(out: Path, *allowed: str) -> None:
     beside = (out.parent / name for name in (CONFIG_FILE, MANIFEST_FILE))
     if out.name in RUN_FILES.difference(allowed) and any(file.exists() for file in beside):
         raise UserError(f"{out} belongs to a run: choose another place with --out")
-
-
-def check_kinds(run_dir: Path) -> None:
-    """Checks that what has the name of a file of a run is one, before hours of training.
-
-    Raises:
-        UserError: it is a folder, a broken link or a pipe.
-    """
-    kinds = dict.fromkeys(sorted(RUN_FILES), ("file", os.path.isfile))
-    for name, (kind, is_one) in (kinds | {CHECKPOINTS: ("folder", os.path.isdir)}).items():
-        path = run_dir / name
-        if os.path.lexists(path) and not is_one(path):
-            raise UserError(f"{path} is not a {kind} (expected in a run folder): move it away")
 
 
 def run_of(path: Path) -> Path:

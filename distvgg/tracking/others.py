@@ -18,7 +18,7 @@ from accelerate.tracking import GeneralTracker
 
 from distvgg import metrics
 from distvgg.config import Config
-from distvgg.errors import UserError
+from distvgg.errors import UserError, first_line
 from distvgg.runs.files import atomic_write, read_json
 from distvgg.runs.layout import METRICS_FILE, TRACKERS_FILE
 
@@ -105,7 +105,7 @@ class OtherTracker(GeneralTracker):
         # Whatever a tracker raises, the rows are in metrics.jsonl and the training goes on.
         except Exception as error:
             self._inner = None
-            why = next(iter(str(error).splitlines()), "") or type(error).__name__
+            why = first_line(error)
             self._say(f"track.also: {self.name} failed ({why}); rows still go to {METRICS_FILE}")
 
     def _begin(self) -> None:

@@ -28,7 +28,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from distvgg import file_lock, metrics, preemption
 from distvgg.config import Config, TrackConfig
-from distvgg.errors import UserError
+from distvgg.errors import UserError, first_line
 from distvgg.reachability import behind_proxy, connects
 from distvgg.recipe import load
 from distvgg.runs.files import atomic_write
@@ -182,7 +182,7 @@ def check_online() -> None:
             " --track.wandb false"
         ) from error
     except wandb.Error as error:  # no key, or a malformed one
-        raise OfflineError(_one_line(error)) from error
+        raise OfflineError(first_line(error)) from error
     finally:
         sys.stdin = stdin
     url = urlsplit(settings.base_url)
@@ -212,7 +212,7 @@ def _start_online(run_dir: Path, file: RunFile) -> "Run":
         run = _init(run_dir, "online")
     except (wandb.Error, OSError) as error:
         wandb.teardown()  # the client's process refuses a second run with the same id
-        raise OfflineError(_one_line(error)) from error
+        raise OfflineError(first_line(error)) from error
     file.online, file.project, file.entity = True, run.project, run.entity
     _write_run_file(run_dir, file)
     _remove_offline_runs(run_dir, file.id)
@@ -427,10 +427,6 @@ def _say(line: str) -> None:
         print(line, flush=True)
 
 
-def _one_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-
-
 def main(run_dir: Path) -> None:
     """Runs beside a training."""
     # The training decides when to end. A signal to all processes of a job must not end this one.
@@ -440,7 +436,7 @@ def main(run_dir: Path) -> None:
         follow(run_dir, Trainer())
     # Whatever the client raises, the rows are in metrics.jsonl and the training goes on.
     except Exception as error:
-        _say(f"W&B: failed ({_one_line(error)}). To upload: {sync_command(run_dir)}")
+        _say(f"W&B: failed ({first_line(error)}). To upload: {sync_command(run_dir)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What all plots of the report share, made with Bokeh: the units of the legend, and new plots.
+"""Makes Bokeh plots for the report, and holds the runs of its legend.
 
 Imported only when Bokeh is there. Colours of axes and grids are set in the browser, by the colour
 scheme; see report.js.

@@ -154,6 +154,7 @@ def test_every_state_is_a_row_and_none_ends_the_table(tmp_path: Path) -> None:
     ):
         (made(tmp_path / name) / "result.json").write_text(text)
     (made(tmp_path / "unreadable") / "result.json").mkdir()
+    (made(tmp_path / "no-rows") / "metrics.jsonl").mkdir()
     (made(tmp_path / "config") / "config.yaml").write_text("optim: {lr: -1}")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "file").touch()
@@ -170,7 +171,7 @@ def test_every_state_is_a_row_and_none_ends_the_table(tmp_path: Path) -> None:
     assert states["stopped"] == "no step yet (stopped, to be started again)"
     for name in ("cut", "empty", "list", "no-top1"):
         assert states[name] == "result.json is damaged, or of another version"
-    assert states["unreadable"] == "cannot be read: Is a directory"
+    assert states["unreadable"] == states["no-rows"] == "cannot be read: Is a directory"
     assert (
         states["config"] == "config.yaml cannot be used: optim.lr must be greater than 0 (got -1)"
     )
